@@ -1,0 +1,40 @@
+# make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test nightly check format clean
+
+# Both set-ups keep torch to the tested CPU build: an unpinned torch brings gigabytes of CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+setup: .venv/installed
+
+demo: .venv/installed
+	test -d models/sample || $(BIN)/python -m convert.from_meta
+	$(BIN)/python -m train.lora --precision bf16
+	$(BIN)/python -m eval.prompts
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
+
+nightly: .venv/installed-test
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv models runs build *.egg-info

@@ -1,0 +1,249 @@
+"""`python -m eval.prompts`: answers prompts with the base and the tuned model, side by side.
+
+Both come from one load and one compilation: the adapter's scale is an argument, 0 or 1. Writes
+`generations.jsonl`, one object a prompt:
+
+    {"prompt": "...", "base": "...", "tuned": "...", "base_ids": [...], "tuned_ids": [...]}
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import jllama
+from jllama.adapter import PEFT_CONFIG, read_passport
+from jllama.checkpoint import manifest_sha256, read_json
+from jllama.cli import Progress, run_command, settings_from_run
+from jllama.config import PrecisionName
+from jllama.errors import InputError
+from jllama.prompt import PromptStyle, prompt_ids
+
+LATEST = Path("runs/latest")
+REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
+FILE = "generations.jsonl"
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Answer prompts with the base and the tuned model.
+
+    With neither --run nor --model: the newest run, and for the bundled sample its held-out
+    instructions, decoded greedily. Otherwise the original report's eight prompts.
+    """
+
+    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Run folder of train.lora; names the model, the adapter and the prompt style."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder, instead of a run."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """PEFT adapter folder for --model; without one only the base answers."""
+    prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
+    reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON rows with recorded answers, shown as further columns."""
+    precision: PrecisionName = "bf16"
+    """Of weights and activations."""
+    prompt_style: PromptStyle | None = None
+    """By default the one that the adapter was trained with."""
+    temperature: float | None = None
+    """0 takes the likeliest token; by default what the prompts' file says, else 0.6."""
+    top_p: float | None = None
+    """Share of probability sampled from; by default what the prompts' file says, else 0.9."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer; by default what the prompts' file says, else 128."""
+    seed: int = 1
+    """Of the samples."""
+    batch_size: int = 16
+    """Prompts answered at a time."""
+    limit: int = 0
+    """Only the first prompts; 0 takes all."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Where to write; by default generations.jsonl in the run folder, else here."""
+    force: bool = False
+    """Load an adapter whose passport names another base model."""
+
+
+def answer_prompts(config: PromptsConfig) -> None:
+    """Generates, writes and shows the answers."""
+    config, run = resolve(config)
+    rows, decoding = read_prompts(config)
+    references = read_references(config.reference) if config.reference else {}
+    style = config.prompt_style or read_style(config.adapter)
+    check_base(config)
+    model = jllama.load_model(config.model, config.precision)
+    tokenizer = jllama.load_tokenizer(config.model)
+    if config.adapter:
+        jllama.load_adapter(model, config.adapter)
+
+    ids = [prompt_ids(style, row, tokenizer) for row in rows]
+    budgets = [budget(row, len(prompt), config) for row, prompt in zip(rows, ids, strict=True)]
+    scales = {"base": 0.0, "tuned": 1.0} if config.adapter else {"base": 0.0}
+    answers: dict[str, list[list[int]]] = {name: [] for name in scales}
+    starts = range(0, len(ids), config.batch_size)
+    with Progress("answer", len(starts) * len(scales), "batches") as progress:
+        for start in starts:
+            chosen = slice(start, start + config.batch_size)
+            for name, scale in scales.items():
+                answers[name] += jllama.generate(
+                    model,
+                    ids[chosen],
+                    budgets[chosen],
+                    seed=config.seed,
+                    stop_ids=tokenizer.stop_ids,
+                    adapter_scale=scale,
+                    **decoding,
+                )
+                progress.advance()
+
+    generations = []
+    for index, row in enumerate(rows):
+        generation: dict[str, Any] = {"prompt": shown_prompt(row)}
+        for name, new in answers.items():
+            kept = [token for token in new[index] if token not in tokenizer.stop_ids]
+            generation |= {name: tokenizer.decode(kept).strip(), f"{name}_ids": new[index]}
+        expected = row.get("output", row.get("completion"))
+        if expected is not None:
+            generation["expected"] = expected
+        generations.append(generation | references.get(generation["prompt"].strip(), {}))
+    output = Path(config.output) if config.output else (run or Path()) / FILE
+    output.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations),
+        encoding="utf-8",
+    )
+    show(generations, list(scales))
+    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:
+    """Fills in model, adapter and prompts from the run; returns its folder, if there is one."""
+    if config.model:
+        if config.run:
+            raise InputError("--run names the model itself; drop --model or --run")
+        return config, None
+    run = Path(config.run) if config.run else LATEST
+    if not run.is_dir():
+        raise InputError(f"{run}: no run folder; make one with: python -m train.lora")
+    settings = settings_from_run(run)
+    if not (run / "adapter" / PEFT_CONFIG).is_file():
+        raise InputError(f"{run}: no adapter/ yet; the run has not finished")
+    found = replace(config, model=settings["model"], adapter=config.adapter or str(run / "adapter"))
+    sample = Path(settings["data"]) == jllama.SAMPLE / "train.json"
+    if not config.run and not config.prompts and sample:
+        found = replace(
+            found,
+            prompts=str(jllama.SAMPLE / "heldout.json"),
+            temperature=0.0 if config.temperature is None else config.temperature,
+            max_new_tokens=config.max_new_tokens or 32,
+        )
+    return found, run
+
+
+def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, float]]:
+    """The prompts and how to decode them: flags first, then the file, then 0.6 and 0.9."""
+    path = Path(config.prompts) if config.prompts else REPORT_PROMPTS
+    content = read_rows_or_object(path)
+    rows = content.get("prompts") if isinstance(content, dict) else content
+    usable = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    if not usable:
+        raise InputError(f'{path}: expected a list of rows, or {{"prompts": [rows]}}')
+    settings = content if isinstance(content, dict) else {}
+    decoding = {}
+    for name, fallback in (("temperature", 0.6), ("top_p", 0.9)):
+        asked = getattr(config, name)
+        decoding[name] = settings.get(name, fallback) if asked is None else asked
+    return rows[: config.limit or None], decoding
+
+
+def read_rows_or_object(path: Path) -> Any:
+    """JSON, or JSONL; InputError with the file's name."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def read_references(path: str) -> dict[str, dict[str, str]]:
+    """Recorded answers by prompt: every text field of a row whose name ends in `answer`."""
+    rows = read_rows_or_object(Path(path))
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "prompt" in r for r in rows):
+        raise InputError(f"{path}: expected a list of objects with a 'prompt'")
+    return {
+        row["prompt"].strip(): {k: v for k, v in row.items() if k.endswith("answer")}
+        for row in rows
+    }
+
+
+def read_style(adapter: str) -> PromptStyle:
+    """The prompt style in the adapter's passport; `plain` where there is none."""
+    return read_passport(adapter).get("prompt_style", "plain") if adapter else "plain"
+
+
+def check_base(config: PromptsConfig) -> None:
+    """Refuses an adapter that was trained on another base model."""
+    if not config.adapter or config.force:
+        return
+    found = manifest_sha256(config.model)
+    wanted = str(read_passport(config.adapter).get("base_manifest_sha256", found))
+    if wanted != found:
+        name = read_json(Path(config.adapter) / PEFT_CONFIG).get("base_model_name_or_path")
+        raise InputError(
+            f"{config.adapter} was trained on {name} (manifest {wanted[:12]}), but {config.model} "
+            f"is {found[:12]}; give the right --model, or --force"
+        )
+
+
+def budget(row: dict, prompt_length: int, config: PromptsConfig) -> int:
+    """How many new tokens a prompt may have: the flag, else the row's own limit, else 128."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if "max_total_tokens" in row:
+        return max(0, row["max_total_tokens"] - prompt_length)
+    return row.get("max_new_tokens", 128)
+
+
+def shown_prompt(row: dict) -> str:
+    """A row's prompt as one text."""
+    if "messages" in row:
+        return "\n".join(m["content"] for m in row["messages"] if m.get("role") == "user")
+    if "prompt" in row:
+        return row["prompt"]
+    return "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+
+
+def show(generations: Sequence[dict], models: Sequence[str]) -> None:
+    """The first prompts side by side, and the share of exact answers where they are known."""
+    shown = generations[:8]
+    answers = [key for key in shown[0] if key.endswith("answer")]
+    columns = ["prompt", *models, *(["expected"] if "expected" in shown[0] else []), *answers]
+    table = Table(*columns, show_lines=True)
+    for generation in shown:
+        table.add_row(*(str(generation.get(column, "")) for column in columns))
+    console.print(table, markup=False)
+    if len(generations) > len(shown):
+        console.print(f"... and {len(generations) - len(shown)} more in the file")
+    known = [generation for generation in generations if "expected" in generation]
+    for name in models if known else ():
+        exact = sum(g[name] == g["expected"].strip() for g in known)
+        share = 100 * exact / len(known)
+        console.print(f"exact answers, {name}: {exact} of {len(known)} ({share:.0f} %)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(answer_prompts, PromptsConfig, argv, prog="python -m eval.prompts")
+
+
+if __name__ == "__main__":
+    main()

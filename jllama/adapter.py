@@ -1,0 +1,172 @@
+"""The adapter folder: a PEFT adapter, plus `jllama.json` with what PEFT has no word for.
+
+    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
+    adapter_config.json         rank, alpha, dropout, targets
+    jllama.json                 prompt style, hash of the base model
+
+PEFT adapts Hugging Face's LLaMA, whose rotary pairs are (x[i], x[i + H/2]) where Meta's are
+(x[2i], x[2i+1]). The rows of B for q and k are therefore permuted on the way out and back.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from jllama.checkpoint import read_json, whole_folder, write_json
+from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig, linear_names
+from jllama.errors import InputError
+from jllama.lora import adapted_linears, attach
+from jllama.model import Llama, map_named
+
+WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
+
+
+def to_half_rotated(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows `[heads * H, ...]` from Meta's rotary order to Hugging Face's: 0 1 2 3 -> 0 2 1 3."""
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def to_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `to_half_rotated`."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def rotary_heads(config: LlamaConfig, linear: str) -> int | None:
+    """Over how many heads a linear's rows are permuted; None for those that stay."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(linear)
+
+
+def peft_name(linear: str) -> str:
+    """`layers.0.attention.wq` -> `base_model.model.model.layers.0.self_attn.q_proj`."""
+    _, index, part, name = linear.split(".")
+    module = {"attention": "self_attn", "feed_forward": "mlp"}[part]
+    return f"base_model.model.model.layers.{index}.{module}.{HF_LINEARS[name]}"
+
+
+def save_adapter(
+    path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: dict[str, Any]
+) -> None:
+    """Writes the model's adapters as a PEFT folder; `passport` becomes `jllama.json`."""
+    tensors = {}
+    for name, linear in adapted_linears(model).items():
+        b = np.asarray(linear.lora.b[...])
+        heads = rotary_heads(model.config, name.rpartition(".")[2])
+        if heads is not None:
+            b = to_half_rotated(b, heads)
+        tensors[f"{peft_name(name)}.lora_A.weight"] = np.asarray(linear.lora.a[...])
+        tensors[f"{peft_name(name)}.lora_B.weight"] = b
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [HF_LINEARS[name] for name in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with whole_folder(path) as folder:
+        safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / PEFT_CONFIG, config)
+        write_json(folder / PASSPORT, passport)
+
+
+def read_passport(path: str | Path) -> dict[str, Any]:
+    """What `jllama.json` says; empty for an adapter from another tool."""
+    file = Path(path) / PASSPORT
+    return read_json(file) if file.is_file() else {}
+
+
+def load_adapter(model: Llama, path: str | Path) -> Llama:
+    """Attaches a PEFT adapter folder to a model, in place; returns the model.
+
+    Raises:
+        InputError: if it is no LoRA adapter, uses what jllama has not, or does not fit the model.
+    """
+    path = Path(path)
+    lora = read_lora_config(path)
+    file = path / WEIGHTS
+    try:
+        stored = safetensors.numpy.load_file(file)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; expected a PEFT adapter folder") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); copy the adapter again") from error
+
+    attach(model, lora, jax.random.key(0))
+    adapters = nnx.state(model, nnx.LoRAParam)
+    problems, used = [], set()
+
+    def fill(name, fresh):
+        linear, _, matrix = name.partition(".lora.")
+        key = f"{peft_name(linear)}.lora_{matrix.upper()}.weight"
+        used.add(key)
+        found = stored.get(key)
+        if found is None or found.shape != fresh.shape:
+            shape = "nothing" if found is None else found.shape
+            problems.append(f"{key}: expected {fresh.shape}, found {shape}")
+            return fresh
+        heads = rotary_heads(model.config, linear.rpartition(".")[2]) if matrix == "b" else None
+        if heads is not None:
+            found = to_interleaved(found, heads)
+        return jnp.asarray(found, jnp.float32)
+
+    adapters = map_named(fill, adapters)
+    problems += [f"{key}: unknown tensor" for key in sorted(stored.keys() - used)]
+    if problems:
+        raise InputError(
+            f"{file} does not fit this model; load it on its own base\n  " + "\n  ".join(problems)
+        )
+    nnx.update(model, adapters)
+    return model
+
+
+_PLAIN: dict[
+    str, tuple
+] = {  # adapter_config.json fields that would change the arithmetic, and their plain values
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "layers_to_transform": ([], None),
+}
+
+
+def read_lora_config(path: str | Path) -> LoraConfig:
+    """A PEFT folder's settings; InputError for anything that is not plain LoRA."""
+    file = Path(path) / PEFT_CONFIG
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type {config.get('peft_type')!r}, expected 'LORA'")
+    extra = [
+        f"{field} {config[field]!r}"
+        for field, plain in _PLAIN.items()
+        if field in config and config[field] not in plain
+    ]
+    if extra:
+        raise InputError(f"{file}: not supported here: {', '.join(extra)}; plain LoRA only")
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        targets = [name for name in HF_LINEARS.values() if re.fullmatch(targets, name)]
+    if not targets:
+        raise InputError(f"{file}: no target_modules; expected names such as q_proj, v_proj")
+    return LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=linear_names(",".join(name.rpartition(".")[2] for name in targets)),
+    )

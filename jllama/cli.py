@@ -1,0 +1,154 @@
+"""The shell that every command shares: flags, errors, progress, and the `jllama` script.
+
+A command is a frozen dataclass (one field a flag) and a function; `run_command` does the rest.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jllama.errors import InputError
+
+# Subcommand of the `jllama` script -> module with a `main(argv)`, imported when asked for.
+COMMANDS = {
+    "convert": "convert.from_meta",
+    "export": "convert.to_meta",
+    "train": "train.lora",
+    "prompts": "eval.prompts",
+}
+
+Settings = TypeVar("Settings")  # a dataclass
+
+
+def run_command(
+    function: Callable[[Settings], None],
+    settings: type[Settings],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    default: Callable[[Sequence[str]], tuple[Settings | None, list[str]]] | None = None,
+) -> None:
+    """Parses `argv` into `settings` and calls `function`.
+
+    Args:
+        default: reads a settings file named among the arguments; returns it and the rest.
+
+    A wrong input ends in one message and exit code 2, Ctrl-C in exit code 130.
+    """
+    import tyro
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        loaded, arguments = default(arguments) if default else (None, arguments)
+        defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
+        parsed = tyro.cli(settings, prog=prog, args=arguments, **defaults)
+        use_private_compilation_cache()
+        function(parsed)
+    except InputError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def settings_from_yaml(settings: type[Settings], path: str | Path) -> Settings:
+    """A dataclass from a YAML file of `field: value` lines; unknown fields are refused."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --config wants a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({error})") from error
+    fields = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    if not isinstance(content, dict) or not set(content) <= fields:
+        found = sorted(set(content) - fields) if isinstance(content, dict) else content
+        raise InputError(f"{path}: unknown fields {found}; known are {', '.join(sorted(fields))}")
+    return settings(**content)
+
+
+def settings_from_run(run: str | Path) -> dict[str, Any]:
+    """The resolved settings of a run folder, as `train.lora` wrote them."""
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a run of train.lora") from error
+
+
+def use_private_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache; mode 0700, for they are executable code."""
+    import jax
+
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = home / "jllama" / "xla"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if cache.stat().st_uid == os.getuid():
+            cache.chmod(0o700)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    except OSError:
+        pass  # a read-only home costs a compilation, not the run
+
+
+class Progress:
+    """A bar with rate and remaining time on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, title: str, total: int, unit: str, every: int | None = None):
+        self._title, self._total, self._unit = title, total, unit
+        self._every = every or max(1, total // 10)
+        self._done = 0
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=None),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn(self._unit),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, note: str = "") -> None:
+        """One unit done; `note` stands at the end of the line."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, note=note)
+        elif self._done % self._every == 0 or self._done == self._total:
+            print(f"{self._title} {self._done}/{self._total} {self._unit}  {note}".rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`jllama COMMAND ...`: the same commands under one name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: jllama COMMAND [--help] ...\n")
+        for name, module in COMMANDS.items():
+            print(f"  {name:{width}}  python -m {module}")
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"jllama: no command {arguments[0]!r}; choose from {', '.join(COMMANDS)}")
+        sys.exit(2)
+    importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])

@@ -1,0 +1,94 @@
+"""Linear, embedding, norm and rotary embedding. Shapes use the alphabet of `model.py`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from jllama.config import LlamaConfig
+
+INITIAL_STD = 0.02
+
+
+class Linear(nnx.Module):
+    """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        initial = INITIAL_STD * jax.random.normal(rngs.params(), (out_features, in_features))
+        self.weight = nnx.Param(initial.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else nnx.data(None)
+        self.lora: Any = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None = None):
+        """`[B, T, in]` -> `[B, T, out]`; with a key, the adapter's input is dropped out."""
+        y = jnp.einsum("BTi,oi->BTo", x, self.weight[...])
+        if self.bias is not None:
+            y = y + self.bias[...][None, None, :]
+        if self.lora is not None:
+            y = y + self.lora(x, key)
+        return y
+
+
+class Embedding(nnx.Module):
+    """A table `[V, D]`; the dtype of its rows is the dtype of the whole network."""
+
+    def __init__(self, vocab_size: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        initial = INITIAL_STD * jax.random.normal(rngs.params(), (vocab_size, dim))
+        self.weight = nnx.Param(initial.astype(dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...][tokens]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x), in fp32 and cast back, then times the weight (Meta's order of rounding)."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((dim,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        wide = x.astype(jnp.float32)  # the mean of squares needs more than 8 bits
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.weight[...][None, None, :]
+
+
+def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians per position of each rotary pair, fp32 `[H/2]`, stretched as Llama 3.1 does."""
+    pairs = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** pairs).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * np.pi)  # in the original context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: short waves stay, 0: slowed fully
+    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+Rotation = tuple[Float[Array, "B T 1 P"], Float[Array, "B T 1 P"]]
+
+
+def rotation(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Rotation:
+    """Cosine and sine of every position's angle, fp32, ready to broadcast over heads."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Turns the interleaved pairs (x[2i], x[2i+1]) of every head, in fp32."""
+    cos, sin = by
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

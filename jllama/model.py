@@ -1,0 +1,212 @@
+"""The LLaMA network, with Meta's names: its module tree is Meta's state dict.
+
+The alphabet of every shape in this project:
+
+    B batch    T query time    S key time    D model      N heads    K kv heads    G = N/K
+    H head     F hidden        V vocabulary  L layers     R rank     P = H/2 rotary pairs
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from jllama.attention import Implementation, cached_attention, causal_attention
+from jllama.config import LlamaConfig
+from jllama.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    Rotation,
+    rotary_frequencies,
+    rotate,
+    rotation,
+)
+
+# What is recomputed in the backward pass: nothing, ffn_norm + feed_forward, or whole blocks.
+Remat = Literal["none", "ffn", "block"]
+
+LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+Cache = list[LayerCache]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: N query heads share K key and value heads."""
+
+    def __init__(self, config: LlamaConfig, implementation: Implementation, **init):
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, config.dim, **init)
+        self.wk = Linear(config.dim, kv_dim, **init)
+        self.wv = Linear(config.dim, kv_dim, **init)
+        self.wo = Linear(config.dim, config.dim, **init)
+        self.head_dim = config.head_dim
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, segments, key):
+        query, keys, values = self._project(x, rotary, key)
+        seen = causal_attention(query, keys, values, segments, self.implementation)
+        return self.wo(seen.reshape(x.shape), _fold(key, 3))
+
+    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
+        """Writes the new keys and values into the cache at `positions`, then attends to it."""
+        query, keys, values = self._project(x, rotary, None)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = (cache[0].at[rows, positions].set(keys), cache[1].at[rows, positions].set(values))
+        seen = cached_attention(query, *cache, positions)
+        return self.wo(seen.reshape(x.shape)), cache
+
+    def _project(self, x, rotary, key):
+        def heads(y):
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        query = rotate(heads(self.wq(x, _fold(key, 0))), rotary)
+        keys = rotate(heads(self.wk(x, _fold(key, 1))), rotary)
+        return query, keys, heads(self.wv(x, _fold(key, 2)))
+
+
+class FeedForward(nnx.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig, **init):
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias, **init)
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=config.ffn_bias, **init)
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias, **init)
+
+    def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None):
+        gate = jax.nn.silu(self.w1(x, _fold(key, 4)))
+        return self.w2(gate * self.w3(x, _fold(key, 5)), _fold(key, 6))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(self, config: LlamaConfig, implementation: Implementation, **init):
+        self.attention = Attention(config, implementation, **init)
+        self.feed_forward = FeedForward(config, **init)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=init["dtype"])
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=init["dtype"])
+
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, segments, key, remat: Remat):
+        x = x + self.attention(self.attention_norm(x), rotary, segments, key)
+        feed = jax.checkpoint(Block._feed) if remat == "ffn" else Block._feed
+        return x + feed(self, x, key)
+
+    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
+        seen, cache = self.attention.decode(self.attention_norm(x), rotary, positions, cache)
+        x = x + seen
+        return x + self._feed(x, None), cache
+
+    def _feed(self, x, key):
+        return self.feed_forward(self.ffn_norm(x), key)
+
+
+class Llama(nnx.Module):
+    """Tokens in, fp32 logits out. Layers are a list, so no weight is sliced out of a stack."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        attention: Implementation = "xla",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in get_args(Remat):
+            raise ValueError(f"remat {remat!r}; choose from {', '.join(get_args(Remat))}")
+        init: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.config = config
+        self.remat = remat
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim, **init)
+        self.layers = nnx.List([Block(config, attention, **init) for _ in range(config.n_layers)])
+        self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
+        self.output = (
+            nnx.data(None) if config.tied else Linear(config.dim, config.vocab_size, **init)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: token ids.
+            positions: position of each token in its document; 0, 1, 2, ... by default.
+            segments: document number of each token; tokens of different documents are blind to
+                each other. By default a row is one document.
+            key: turns the adapters' dropout on.
+        """
+        return self.head(self.hidden(tokens, positions, segments, key))
+
+    def hidden(self, tokens, positions=None, segments=None, key=None) -> Float[Array, "B T D"]:
+        """The normed stream before the head; arguments as for `__call__`."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        x = self.tok_embeddings(tokens)
+        rotary = rotation(positions, rotary_frequencies(self.config))
+        with _matmul_precision(x.dtype):
+            for index, block in enumerate(self.layers):
+                run = Block.__call__
+                if self.remat == "block":
+                    run = jax.checkpoint(run, static_argnums=5)
+                x = run(block, x, rotary, segments, _fold(key, index), self.remat)
+        return self.norm(x)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """`hidden` of new tokens that see the cache, and the cache with them written in."""
+        x = self.tok_embeddings(tokens)
+        rotary = rotation(positions, rotary_frequencies(self.config))
+        written = []
+        with _matmul_precision(x.dtype):
+            for block, layer_cache in zip(self.layers, cache, strict=True):
+                x, layer_cache = block.decode(x, rotary, positions, layer_cache)
+                written.append(layer_cache)
+        return self.norm(x), written
+
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, accumulated and kept in fp32."""
+        with _matmul_precision(x.dtype):
+            weight = self.head_weight[...]
+            return jnp.einsum("BTD,VD->BTV", x, weight, preferred_element_type=jnp.float32)
+
+    @property
+    def head_weight(self) -> nnx.Param:
+        """`[V, D]`; the embedding itself where the two are tied."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+    def linears(self) -> dict[str, Linear]:
+        """The seven linears of every block by name: what an adapter can be attached to."""
+        found = {}
+        for index, block in enumerate(self.layers):
+            for part in ("attention", "feed_forward"):
+                for name, child in vars(getattr(block, part)).items():
+                    if isinstance(child, Linear):
+                        found[f"layers.{index}.{part}.{name}"] = child
+        return found
+
+
+def map_named(function: Callable[[str, Any], Any], state: nnx.State) -> nnx.State:
+    """`function(name, array)` over a state, with Meta's names (`layers.0.attention.wq.weight`)."""
+
+    def call(path, leaf):
+        return function(".".join(str(entry.key) for entry in path[:-1]), leaf)
+
+    return jax.tree_util.tree_map_with_path(call, state)
+
+
+def _fold(key: Key[Array, ""] | None, data: int) -> Key[Array, ""] | None:
+    return None if key is None else jax.random.fold_in(key, data)
+
+
+def _matmul_precision(dtype: jnp.dtype):
+    """fp32 means fp32: no TF32 on a GPU."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")

@@ -1,0 +1,150 @@
+"""Every setting of a training run: one dataclass, one field a flag."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+import yaml
+
+from jllama.cli import settings_from_yaml
+from jllama.config import LoraConfig, PrecisionName, linear_names
+from jllama.errors import InputError
+from jllama.model import Remat
+from jllama.prompt import PromptStyle
+from train.optimizer import Scheduler
+
+RECIPES = Path(__file__).parent / "recipes"
+LATEST = Path("runs/latest")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a LLaMA with LoRA; without --model, the bundled sample.
+
+    --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
+    override it. --resume RUN (or --resume latest) continues a run with its own settings.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = "models/sample"
+    """Model folder; with --dry-run also a preset such as llama-2-7b."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Rows: JSON or JSONL with instruction/input/output, prompt/completion or messages."""
+    output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
+    precision: PrecisionName = "bf16"
+    """Of the frozen weights and activations; adapters, moments and loss are fp32."""
+
+    prompt_style: PromptStyle = "plain"
+    """How a row becomes text; saved with the adapter."""
+    max_seq_len: int = 512
+    """Tokens a row may have, and with --packing the length of a sequence."""
+    train_on_prompt: bool = False
+    """Learn the prompt as well as the answer."""
+    packing: bool = False
+    """Put several rows into one sequence; they do not see each other."""
+    shuffle: bool = True
+    """A new order every epoch, a function of seed and epoch."""
+    skip_bad_rows: int = 0
+    """Rows without anything to learn that may be left out; one more is an error."""
+    val_size: float = 0.0
+    """Rows held out for evaluation: a share below 1, or a number."""
+
+    lora_rank: int = 16
+    """Rank R of the adapters."""
+    lora_alpha: float = 32.0
+    """The adapter's output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout of the adapter's input while training."""
+    lora_targets: str = "wq,wv"
+    """Linears that get an adapter: wq,wk,wv,wo,w1,w2,w3 (or q_proj, ...), or all."""
+    init_adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """A PEFT adapter to start from; it brings its own rank, alpha and targets."""
+    ffn_bias: bool = False
+    """Feed-forward linears with zero biases, as the original report counted them."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Scheduler = "cosine"
+    """Decay after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the optimizer steps in which the rate rises."""
+    weight_decay: float = 0.01
+    """Of AdamW, decoupled."""
+    max_grad_norm: float = 1.0
+    """Global norm to which the gradient of a step is clipped; 0 does not clip."""
+
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int = 0
+    """Optimizer steps to stop after; 0 runs all epochs."""
+    micro_batch_size: int = 4
+    """Sequences in one forward pass."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches in one optimizer step."""
+    remat: Remat = "block"
+    """What the backward pass recomputes: nothing, ffn_norm + feed_forward, or whole blocks."""
+
+    eval_steps: int = 0
+    """Optimizer steps between evaluations; 0 evaluates before the first and after each epoch."""
+    save_steps: int = 0
+    """Optimizer steps between saves of the state; 0 saves after each epoch."""
+    seed: int = 0
+    """Of the adapters, the order, the dropout and the held-out rows."""
+    dry_run: bool = False
+    """Print settings and counts, allocate nothing."""
+
+    def __post_init__(self):
+        positive = (
+            "max_seq_len", "epochs", "micro_batch_size", "gradient_accumulation_steps",
+            "learning_rate",
+        )  # fmt: skip
+        not_negative = (
+            "skip_bad_rows", "val_size", "warmup_ratio", "weight_decay", "max_grad_norm",
+            "max_steps", "eval_steps", "save_steps", "seed",
+        )  # fmt: skip
+        wrong = [f"{name} {getattr(self, name)}, expected above 0"
+                 for name in positive if getattr(self, name) <= 0]  # fmt: skip
+        wrong += [f"{name} {getattr(self, name)}, expected 0 or more"
+                  for name in not_negative if getattr(self, name) < 0]  # fmt: skip
+        if self.warmup_ratio >= 1:
+            wrong.append(f"warmup_ratio {self.warmup_ratio}, expected below 1")
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(
+            self.lora_rank, self.lora_alpha, self.lora_dropout, linear_names(self.lora_targets)
+        )
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """The resolved settings as YAML; `--config` reads them back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
+    """Takes `--config FILE` out of the arguments and reads it.
+
+    Without a model, a data file or a config, the defaults are the bundled sample's recipe.
+
+    Raises:
+        InputError: if --config names no file, or one with unknown fields.
+    """
+    rest: list[str] = list(argv)
+    file: str | Path | None = None
+    for index, word in enumerate(rest):
+        if word == "--config" or word.startswith("--config="):
+            end = index + 1 if "=" in word else index + 2
+            value = [*word.split("=", 1)[1:], *rest[index + 1 : end]]
+            if not value or not value[0]:
+                raise InputError("--config wants a YAML file")
+            file, rest = value[0], rest[:index] + rest[end:]
+            break
+    named = any(word.split("=")[0] in ("--model", "--data") for word in rest)
+    if file is None and not named:
+        file = RECIPES / "sample.yaml"
+    return (None if file is None else settings_from_yaml(TrainConfig, file)), rest

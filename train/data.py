@@ -1,0 +1,254 @@
+"""From a data file to windows of token ids: a pure function of (seed, position).
+
+    rows -> examples (ids, what is learned) -> sequences (one row, or several packed)
+         -> windows of k x B sequences, the last one of an epoch padded with empty sequences
+
+An example of 5 ids, the last 2 learned, gives 4 positions:
+
+    ids [1 7 8 4 2]  ->  tokens [1 7 8 4], targets [7 8 4 2], mask [0 0 1 1]
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from jllama.errors import InputError
+from jllama.prompt import PromptStyle, encode, render, row_messages
+from jllama.tokenizer import Tokenizer
+from train.step import Window
+
+OPEN_SEQUENCES = 32  # that packing tries to fill at a time
+SHOWN_PROBLEMS = 20
+
+
+class Example(NamedTuple):
+    """One row as ids, and for each id whether it is learned."""
+
+    row: int
+    ids: list[int]
+    learned: list[bool]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The usable rows of a file, and what happened to the others."""
+
+    rows: list[Example]
+    truncated: int
+    skipped: list[str]
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a JSON list or a JSONL file.
+
+    Raises:
+        InputError: naming the line or position of what is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such data file; give one with --data") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --data wants a JSON or JSONL file") from error
+    if not text.strip():
+        raise InputError(f"{path}: empty; expected a JSON list or one JSON object a line")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {error.lineno}: invalid JSON ({error.msg})") from error
+    else:
+        rows = _json_lines(path, text)
+    wrong = [f"row {i}: {type(row).__name__}" for i, row in enumerate(rows)
+             if not isinstance(row, dict)]  # fmt: skip
+    if not rows or wrong:
+        raise InputError(f"{path}: expected a list of objects; found {_some(wrong) or 'no rows'}")
+    return rows
+
+
+def _json_lines(path: Path, text: str) -> list:
+    rows, problems = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                problems.append(f"line {number}: invalid JSON ({error.msg})")
+    if problems:
+        raise InputError(f"{path}: {_some(problems)}")
+    return rows
+
+
+def _some(problems: Sequence[str]) -> str:
+    more = len(problems) - SHOWN_PROBLEMS
+    return "\n  ".join(problems[:SHOWN_PROBLEMS]) + (f"\n  and {more} more" if more > 0 else "")
+
+
+def make_examples(
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    *,
+    max_seq_len: int,
+    train_on_prompt: bool,
+    skip_bad_rows: int,
+    source: str,
+) -> Examples:
+    """Tokenises rows; those with nothing to learn are problems, shown together.
+
+    Raises:
+        InputError: if more than `skip_bad_rows` rows are unusable.
+    """
+    examples, problems, truncated = [], [], 0
+    for index, row in enumerate(rows):
+        try:
+            messages = row_messages(row)
+            if messages and messages[-1].role != "assistant":
+                raise InputError("no answer; expected output, completion or an assistant message")
+            if messages and not messages[-1].content.strip():
+                raise InputError("the answer is empty")
+            ids, learned = encode(render(style, messages), tokenizer)
+        except InputError as error:
+            problems.append(f"row {index}: {error}")
+            continue
+        if len(ids) > max_seq_len:
+            truncated += 1
+            ids, learned = ids[:max_seq_len], learned[:max_seq_len]
+        if train_on_prompt:
+            learned = [True] * len(ids)
+        if not any(learned[1:]):
+            problems.append(f"row {index}: its prompt fills all {max_seq_len} tokens")
+            continue
+        examples.append(Example(index, ids, learned))
+    if len(problems) > skip_bad_rows or not examples:
+        raise InputError(
+            f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "
+            f"--max-seq-len, or allow them with --skip-bad-rows {len(problems)}\n  "
+            + _some(problems)
+        )
+    return Examples(examples, truncated, problems)
+
+
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """0 .. n-1 in the order of one epoch: a function of (seed, epoch) alone."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return [int(i) for i in grain.MapDataset.range(n).shuffle(seed=mixed)]
+
+
+def hold_out(examples: list[Example], size: float, seed: int) -> tuple[list, list]:
+    """(training, held-out) examples; `size` is a share below 1 or a number of rows.
+
+    Raises:
+        InputError: if nothing is left to train on.
+    """
+    n = round(size * len(examples)) if size < 1 else int(size)
+    if n >= len(examples):
+        raise InputError(f"--val-size {size} holds out all {len(examples)} rows")
+    order = shuffled(len(examples), seed, epoch=2**31)  # an epoch that no run reaches
+    held = set(order[:n])
+    return (
+        [example for i, example in enumerate(examples) if i not in held],
+        [example for i, example in enumerate(examples) if i in held],
+    )
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts rows, in order, into the fullest open sequence that still has room.
+
+    lengths 3 5 2 4, capacity 8  ->  [[0, 1], [2, 3]]
+    """
+    done: list[list[int]] = []
+    bins: list[tuple[int, list[int]]] = []  # (room, rows), at most OPEN_SEQUENCES of them
+    for row in order:
+        fitting = [(room, i) for i, (room, _) in enumerate(bins) if room >= lengths[row]]
+        if fitting:
+            room, i = min(fitting)
+            bins[i] = (room - lengths[row], [*bins[i][1], row])
+            continue
+        if len(bins) == OPEN_SEQUENCES:
+            done.append(bins.pop(min(range(len(bins)), key=lambda i: bins[i][0]))[1])
+        bins.append((capacity - lengths[row], [row]))
+    return done + [rows for _, rows in bins]
+
+
+class Batches:
+    """The windows of a run, addressed by optimizer step.
+
+    A window lists its sequences, each a list of positions in `examples`; nothing is read ahead
+    of what is asked for, so a resume needs the step's number and nothing else.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        accumulation: int,
+        batch: int,
+        max_seq_len: int,
+        packing: bool,
+        shuffle: bool,
+        seed: int,
+        epochs: int,
+    ):
+        self._examples = examples
+        self._shape = (accumulation, batch)
+        self._packing = packing
+        lengths = [len(example.ids) - 1 for example in examples]
+        longest = -(-max(lengths) // 32) * 32
+        self.length = max_seq_len if packing else min(max_seq_len, longest)
+        self.windows: list[list[list[int]]] = []
+        self.epoch_ends: list[int] = []  # step after which each epoch is over
+        for epoch in range(epochs):
+            order = shuffled(len(examples), seed, epoch) if shuffle else range(len(examples))
+            rows = pack(order, lengths, self.length) if packing else [[i] for i in order]
+            size = accumulation * batch
+            self.windows += [rows[i : i + size] for i in range(0, len(rows), size)]
+            self.epoch_ends.append(len(self.windows))
+
+    def rows(self, step: int) -> list[int]:
+        """Row numbers (in the file) that a step trains on."""
+        return [self._examples[i].row for sequence in self.windows[step] for i in sequence]
+
+    def padding_share(self) -> float:
+        """Share of all positions that hold no token."""
+        used = sum(
+            len(self._examples[i].ids) - 1
+            for window in self.windows
+            for sequence in window
+            for i in sequence
+        )
+        total = len(self.windows) * self._shape[0] * self._shape[1] * self.length
+        return 1 - used / total
+
+    def window(self, step: int) -> Window:
+        """The arrays of one step, `[k, B, T]`; segment 0 is padding."""
+        shape = (*self._shape, self.length)
+        flat = [np.zeros((shape[0] * shape[1], shape[2]), np.int32) for _ in range(5)]
+        tokens, targets, mask, segments, positions = flat
+        for line, sequence in enumerate(self.windows[step]):
+            start = 0
+            for number, i in enumerate(sequence, start=1):
+                example = self._examples[i]
+                here = (line, slice(start, start + len(example.ids) - 1))
+                tokens[here] = example.ids[:-1]
+                targets[here] = example.ids[1:]
+                mask[here] = example.learned[1:]
+                segments[here] = number
+                positions[here] = np.arange(len(example.ids) - 1)
+                start = here[1].stop
+        arrays = [array.reshape(shape) for array in flat]
+        arrays[2] = arrays[2].astype(bool)
+        return Window(*arrays) if self._packing else Window(*arrays[:3])
+
+    def from_step(self, step: int) -> Iterator[Window]:
+        """Windows from `step` on, prepared ahead by Grain's threads."""
+        steps = grain.MapDataset.range(step, len(self.windows)).map(self.window)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
