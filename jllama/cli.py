@@ -102,10 +102,10 @@ def use_private_compilation_cache() -> None:
 class Progress:
     """A bar with rate and remaining time on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, title: str, total: int, unit: str, every: int | None = None):
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
         self._title, self._total, self._unit = title, total, unit
-        self._every = every or max(1, total // 10)
-        self._done = 0
+        self._every = max(1, total // 10)
+        self._done = done
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -123,7 +123,9 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, note="")
+            self._task = self._bar.add_task(
+                self._title, total=self._total, completed=self._done, note=""
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

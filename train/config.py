@@ -93,6 +93,8 @@ class TrainConfig:
     """Optimizer steps between saves of the state; 0 saves after each epoch."""
     seed: int = 0
     """Of the adapters, the order, the dropout and the held-out rows."""
+    resume: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
+    """Run folder (or latest) to continue, with its own settings."""
     dry_run: bool = False
     """Print settings and counts, allocate nothing."""
 
@@ -127,24 +129,39 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
 
 def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
-    """Takes `--config FILE` out of the arguments and reads it.
+    """Takes `--config FILE` or `--resume RUN` out of the arguments and reads what it names.
 
     Without a model, a data file or a config, the defaults are the bundled sample's recipe.
 
     Raises:
-        InputError: if --config names no file, or one with unknown fields.
+        InputError: if the file is missing or has unknown fields, or --resume is not alone.
     """
-    rest: list[str] = list(argv)
-    file: str | Path | None = None
-    for index, word in enumerate(rest):
-        if word == "--config" or word.startswith("--config="):
-            end = index + 1 if "=" in word else index + 2
-            value = [*word.split("=", 1)[1:], *rest[index + 1 : end]]
-            if not value or not value[0]:
-                raise InputError("--config wants a YAML file")
-            file, rest = value[0], rest[:index] + rest[end:]
-            break
-    named = any(word.split("=")[0] in ("--model", "--data") for word in rest)
-    if file is None and not named:
+    rest, resumed = _take("--resume", argv)
+    if resumed is not None:
+        if rest:
+            raise InputError(f"--resume takes its settings from the run; drop {' '.join(rest)}")
+        run = LATEST if resumed == "latest" else Path(resumed)
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"{run}: no config.yaml; --resume wants a run folder of train.lora")
+        config = settings_from_yaml(TrainConfig, run / "config.yaml")
+        return dataclasses.replace(config, resume=str(run)), []
+    rest, named = _take("--config", argv)
+    file = Path(named) if named else None
+    plain = ("--model", "--data", "-h", "--help")
+    if file is None and not any(word.split("=")[0] in plain for word in rest):
         file = RECIPES / "sample.yaml"
     return (None if file is None else settings_from_yaml(TrainConfig, file)), rest
+
+
+def _take(flag: str, argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments without a flag, and the flag's value."""
+    rest = list(argv)
+    for index, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            end = index + 1 if equals else index + 2
+            value = value if equals else "".join(rest[index + 1 : end])
+            if not value or value.startswith("--"):
+                raise InputError(f"{flag} wants a value")
+            return rest[:index] + rest[end:], value
+    return rest, None

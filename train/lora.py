@@ -1,20 +1,9 @@
-"""`python -m train.lora`: fine-tunes a LLaMA with LoRA, into a run folder.
-
-config.yaml     the resolved settings; `--config` reads them back
-run.json        command, versions, hashes of base and data
-metrics.jsonl   one line per optimizer step, evaluation and epoch
-state/          adapters, moments, accumulator and step (Orbax)
-adapter/        the result: a PEFT adapter
-"""
+"""`python -m train.lora`: fine-tunes a LLaMA with LoRA, into a run folder."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import os
-import platform
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,39 +11,33 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import jllama
 from jllama.adapter import load_adapter, read_lora_config, save_adapter
-from jllama.checkpoint import (
-    abstract_model,
-    load_model,
-    manifest_sha256,
-    read_config,
-    write_json,
-)
+from jllama.checkpoint import load_model, manifest_sha256, read_config
 from jllama.cli import Progress, run_command
-from jllama.config import PRESETS, LlamaConfig, LoraConfig
+from jllama.config import PRESETS, LoraConfig
 from jllama.errors import InputError
-from jllama.lora import attach, split
+from jllama.lora import adapted_linears, attach, split
 from jllama.model import Llama
 from jllama.tokenizer import Tokenizer, load_tokenizer
-from train.config import LATEST, TrainConfig, read_defaults, write_config
+from train.config import TrainConfig, read_defaults
 from train.data import Batches, Example, hold_out, make_examples, read_rows
 from train.metrics import Metrics
-from train.optimizer import count, learning_rate_schedule, make_optimizer
+from train.optimizer import learning_rate_schedule, make_optimizer
+from train.run import StopSignal, run_folder
+from train.show import console, show_end, show_plan, show_row, show_settings
 from train.state import Checkpoints
 from train.step import TrainState, eval_step, initial_state, train_step
 
-console = Console()
+SKIPPED_IN_A_ROW = 5  # steps without a finite gradient after which a run gives up
 
 
 def train(config: TrainConfig) -> None:
     """One run, from the model folder to the adapter folder."""
     if config.dry_run:
-        dry_run(config)
+        show_settings(config, PRESETS.get(config.model) or read_config(config.model), config.lora)
+        console.print("dry run: nothing was loaded, allocated or written")
         return
     config = with_sample(config)
     llama, lora = read_config(config.model), lora_config(config)
@@ -66,23 +49,22 @@ def train(config: TrainConfig) -> None:
     show_plan(config, batches, training, held_out, steps)
     show_row(training[0], tokenizer)
 
-    run = new_run_folder(config)
-    write_config(dataclasses.replace(config, output_dir=str(run)), run / "config.yaml")
-    write_json(run / "run.json", provenance(config))
-
-    model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
-    if config.init_adapter:
-        load_adapter(model, config.init_adapter)
-    else:
-        attach(model, lora, jax.random.key(config.seed))
-    losses = fit(config, model, batches, evaluation, steps, run)
-    check_moved(model)
-    passport = {
-        "prompt_style": config.prompt_style,
-        "base_manifest_sha256": manifest_sha256(config.model),
-    }
-    save_adapter(run / "adapter", model, lora, config.model, passport)
-    show_end(run, losses)
+    with run_folder(config) as run:
+        model = load_model(
+            config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias
+        )
+        if config.init_adapter:
+            load_adapter(model, config.init_adapter)
+        else:
+            attach(model, lora, jax.random.key(config.seed))
+        losses = fit(config, model, batches, evaluation, steps, run)
+        check_moved(model)
+        passport = {
+            "prompt_style": config.prompt_style,
+            "base_manifest_sha256": manifest_sha256(config.model),
+        }
+        save_adapter(run / "adapter", model, lora, config.model, passport)
+        show_end(run, losses)
 
 
 def fit(
@@ -105,53 +87,70 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         accumulation=config.gradient_accumulation_steps,
     )
-    state = initial_state(adapters, base, optimizer)
     key = jax.random.key(config.seed)
-    metrics, checkpoints = Metrics(run), Checkpoints(run / "state")
-    losses: list[float] = []
+    checkpoints = Checkpoints(run / "state")
+    state = initial_state(adapters, base, optimizer)
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state)
+        console.print(f"resumed after step {int(state.step)}")
+    start = int(state.step)
+    metrics = Metrics(run, start)
 
     def evaluate(step: int, state: TrainState) -> None:
         if evaluation is not None:
             loss, tokens = evaluation_loss(state.adapters, base, evaluation, graphdef)
             metrics.write({"step": step, "eval_loss": loss, "eval_tokens": tokens})
             console.print(f"step {step}: held-out loss {loss:.4f}")
-            metrics.restart_clock()
 
-    evaluate(0, state)
-    metrics.restart_clock()
-    with Progress("train", steps, "steps") as progress:
-        for step, window in zip(range(1, steps + 1), batches.from_step(0), strict=False):
+    if start == 0:
+        evaluate(0, state)
+    skipped = 0
+    windows = batches.from_step(start)
+    with StopSignal() as stop, Progress("train", steps, "steps", done=start) as progress:
+        metrics.restart_clock()
+        for step in range(start + 1, steps + 1):
             state, measured = train_step(
-                state, base, window, key, graphdef=graphdef, optimizer=optimizer
+                state, base, next(windows), key, graphdef=graphdef, optimizer=optimizer
             )
             measured = jax.device_get(measured)
             line = metrics.step(
                 step,
                 float(measured.loss_sum),
                 int(measured.tokens),
-                grad_norm=float(measured.grad_norm),
+                grad_norm=None if measured.skipped else float(measured.grad_norm),
                 learning_rate=float(schedule(step - 1)),
+                skipped=bool(measured.skipped),
                 rows=batches.rows(step - 1),
             )
-            if not np.isfinite(line["loss"]):
+            loss = "skipped" if measured.skipped else f"loss {line['loss']:.4f}"
+            progress.advance(f"{loss}  {line['tokens_per_second']:,.0f} tokens/s")
+            skipped = skipped + 1 if measured.skipped else 0
+            if skipped == SKIPPED_IN_A_ROW:
                 raise InputError(
-                    f"the loss of step {step} is {line['loss']}; lower --learning-rate or train "
-                    f"with --precision fp32 (rows {line['rows'][:8]})"
+                    f"no finite gradient in steps {step - skipped + 1} to {step} (rows "
+                    f"{line['rows'][:8]}); the state before them is kept. Lower --learning-rate, "
+                    "or train with --precision fp32"
                 )
-            progress.advance(f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
             ends_epoch = step in batches.epoch_ends or step == steps
             if ends_epoch:
-                losses.append(metrics.end_epoch(step, len(losses) + 1))
-                console.print(f"epoch {len(losses)}: average loss {losses[-1]:.4f}")
-            if step % config.eval_steps == 0 if config.eval_steps else ends_epoch:
+                average = metrics.end_epoch(step)
+                console.print(f"epoch {len(metrics.epoch_losses)}: average loss {average:.4f}")
+            if ends_epoch if config.eval_steps == 0 else step % config.eval_steps == 0:
                 evaluate(step, state)
-            if ends_epoch or (config.save_steps and step % config.save_steps == 0):
+            asked = config.save_steps > 0 and step % config.save_steps == 0
+            if (ends_epoch or asked or stop.number) and not skipped:
                 checkpoints.save(state)
-                metrics.restart_clock()
+            if stop.number:
+                break
+            metrics.restart_clock()
     checkpoints.close()
     metrics.close()
+    if stop.number and step < steps:
+        name = signal.Signals(stop.number).name
+        console.print(f"{name}: stopped after step {step}; continue with --resume {run}")
+        sys.exit(128 + stop.number)
     nnx.update(model, state.adapters)
-    return losses
+    return metrics.epoch_losses
 
 
 def evaluation_loss(adapters, base, evaluation: Batches, graphdef) -> tuple[float, int]:
@@ -167,8 +166,8 @@ def check_moved(model: Llama) -> None:
     """An adapter whose B is still zero has learned nothing: the run has failed."""
     still = [
         name
-        for name, linear in model.linears().items()
-        if linear.lora is not None and not np.any(np.asarray(linear.lora.b[...]))
+        for name, linear in adapted_linears(model).items()
+        if not np.any(np.asarray(linear.lora.b[...]))
     ]
     if still:
         raise InputError(f"training moved nothing in {', '.join(still)}; raise --learning-rate")
@@ -235,120 +234,6 @@ def with_sample(config: TrainConfig) -> TrainConfig:
         console.print(f"{config.model} is not there yet: converting the bundled sample")
         subprocess.run([sys.executable, "-m", "convert.from_meta"], check=True)
     return dataclasses.replace(config, data=config.data or str(jllama.SAMPLE / "train.json"))
-
-
-def new_run_folder(config: TrainConfig) -> Path:
-    """Makes the run folder; a default one also gets the link `runs/latest`."""
-    if config.output_dir:
-        run = Path(config.output_dir)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise InputError(f"{run} exists; choose another --output-dir or remove it")
-        run.mkdir(parents=True, exist_ok=True)
-    else:
-        name = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = LATEST.parent / name
-        run.mkdir(parents=True)
-        link = LATEST.with_name(f".latest-{os.getpid()}")
-        link.symlink_to(name)
-        link.replace(LATEST)
-    return run
-
-
-def provenance(config: TrainConfig) -> dict:
-    """Where a run comes from: what a second person needs to repeat it."""
-    packages = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {dist: _version(dist) for dist in packages}
-    return {
-        "command": [sys.executable, *sys.argv],
-        "versions": {"python": platform.python_version(), **found},
-        "device": jax.devices()[0].device_kind,
-        "base_manifest_sha256": manifest_sha256(config.model),
-        "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def dry_run(config: TrainConfig) -> None:
-    """Settings and counts, from shapes alone."""
-    llama = PRESETS.get(config.model) or read_config(config.model)
-    show_settings(config, llama, lora_config(config))
-    console.print("dry run: nothing was loaded, allocated or written")
-
-
-def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig) -> None:
-    """Every setting, and how many parameters learn."""
-    table = Table(title="settings", show_header=False, title_justify="left")
-    for name, value in dataclasses.asdict(config).items():
-        if value != "":
-            table.add_row(name, str(value))
-    console.print(table)
-
-    for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
-        sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
-        _, adapters, base = split(abstract_model(sizes, config.precision, lora=lora))
-        counts = count({"adapters": adapters, "base": base})
-        total = sum(counts.values())
-        note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
-        console.print(
-            f"parameters: {counts['lora']:,} trainable of {total:,} "
-            f"({100 * counts['lora'] / total:.2f} %){note}",
-            highlight=False,
-        )
-
-
-def show_plan(
-    config: TrainConfig,
-    batches: Batches,
-    training: list[Example],
-    held_out: list[Example],
-    steps: int,
-) -> None:
-    """The arithmetic of the run."""
-    effective = config.micro_batch_size * config.gradient_accumulation_steps
-    console.print(
-        f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
-        f"{batches.length} tokens, {100 * batches.padding_share():.0f} % padding\n"
-        f"effective batch: {config.micro_batch_size} sequences x "
-        f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
-        f"{steps} optimizer steps in {config.epochs} epochs",
-        highlight=False,
-    )
-
-
-def show_row(example: Example, tokenizer: Tokenizer) -> None:
-    """The first row as the model sees it; what is learned stands in ⟦ ⟧."""
-    text, inside = Text(), False
-    for token, learned in zip(example.ids, example.learned, strict=True):
-        if learned != inside:
-            text.append("⟦" if learned else "⟧", "green")
-            inside = learned
-        text.append(tokenizer.piece(token), "green" if learned else "dim")
-    if inside:
-        text.append("⟧", "green")
-    learned_count = sum(example.learned)
-    console.print(
-        f"row {example.row}: {len(example.ids)} tokens, {learned_count} learned ⟦in brackets⟧"
-    )
-    console.print(text)
-
-
-def show_end(run: Path, losses: Sequence[float]) -> None:
-    table = Table("epoch", "average loss")
-    for epoch, loss in enumerate(losses, start=1):
-        table.add_row(str(epoch), f"{loss:.4f}")
-    console.print(table)
-    console.print(
-        f"wrote {run}/: adapter/ (PEFT), state/, metrics.jsonl, config.yaml, run.json\n"
-        f"next: python -m eval.prompts --run {run}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

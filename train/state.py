@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jllama.errors import InputError
-from train.step import TrainState
+from train.step import TrainState, on_device
 
 KEPT = 2
 
@@ -53,8 +53,8 @@ class Checkpoints:
                 f"{self._folder}/{step}: {len(wrong)} arrays differ from this run's settings, "
                 f"first {wrong[0]}"
             )
-        leaves = [jax.numpy.asarray(stored[name]) for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(template), leaves)
+        leaves = [stored[name] for name in expected]
+        return on_device(jax.tree.unflatten(jax.tree.structure(template), leaves))
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -32,11 +32,15 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Of one window: summed cross-entropy (nats), supervised tokens, norm of the gradient."""
+    """Of one window: summed cross-entropy (nats), supervised tokens, norm of the gradient.
+
+    `skipped` is True where loss or gradient was not finite and the step changed nothing.
+    """
 
     loss_sum: Float[Array, ""]
     tokens: Int[Array, ""]
     grad_norm: Float[Array, ""]
+    skipped: Bool[Array, ""]
 
 
 def summed_loss(
@@ -57,7 +61,12 @@ def initial_state(
 ) -> TrainState:
     """Step 0, with zero moments and an empty accumulator."""
     moments = optimizer.init({"adapters": adapters, "base": base})
-    return TrainState(jnp.zeros((), jnp.int32), adapters, moments)
+    return on_device(TrainState(jnp.zeros((), jnp.int32), adapters, moments))
+
+
+def on_device(state: TrainState) -> TrainState:
+    """The state where the step will leave it: placed elsewhere, step 2 would compile again."""
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames=("state",))
@@ -102,8 +111,15 @@ def train_step(
     nothing = jax.tree.map(jnp.zeros_like, state.adapters)
     carry = (state.adapters, state.optimizer, nothing, jnp.zeros((), jnp.int32))
     (adapters, moments, gradient, _), losses = jax.lax.scan(micro_step, carry, window)
-    metrics = StepMetrics(jnp.sum(losses), supervised, optax.global_norm(gradient))
-    return TrainState(state.step + 1, adapters, moments), metrics
+    loss_sum, norm = jnp.sum(losses), optax.global_norm(gradient)
+    skipped = ~jnp.isfinite(loss_sum + norm)
+    kept = jax.tree.map(
+        lambda old, new: jnp.where(skipped, old, new),
+        (state.adapters, state.optimizer),
+        (adapters, moments),
+    )
+    metrics = StepMetrics(loss_sum, supervised, norm, skipped)
+    return TrainState(state.step + 1, *kept), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -1,0 +1,142 @@
+"""The run folder: made or resumed, held by one process, ended by a signal without loss.
+
+config.yaml     the resolved settings; `--config` reads them back
+run.json        command, versions, hashes of base and data
+metrics.jsonl   one line per optimizer step, evaluation and epoch
+state/          adapters, moments, accumulator and step (Orbax)
+adapter/        the result: a PEFT adapter
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import jax
+
+from jllama.adapter import PEFT_CONFIG
+from jllama.checkpoint import manifest_sha256, read_json, write_json
+from jllama.errors import InputError
+from train.config import LATEST, TrainConfig, write_config
+
+IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged
+PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@contextlib.contextmanager
+def run_folder(config: TrainConfig) -> Iterator[Path]:
+    """The folder of a new or resumed run, locked for this process.
+
+    Raises:
+        InputError: if a new run would overwrite something, another process holds the folder, or
+            the base or the data of a resumed run has changed.
+    """
+    run = Path(config.resume) if config.resume else _new_folder(config)
+    with _locked(run):
+        found = provenance(config)
+        if config.resume:
+            _check_unchanged(run, found)
+        else:
+            write_config(dataclasses.replace(config, output_dir=str(run)), run / "config.yaml")
+            write_json(run / "run.json", found)
+        yield run
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    if config.output_dir:
+        run = Path(config.output_dir)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise InputError(
+                f"{run} exists; choose another --output-dir, or continue it with --resume {run}"
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        return run
+    name = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run = LATEST.parent / name
+    run.mkdir(parents=True)
+    link = LATEST.with_name(f".latest-{os.getpid()}")
+    link.symlink_to(name)
+    link.replace(LATEST)
+    return run
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """One process a folder. The kernel drops the lock of a process that dies."""
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{run} is in use by process {file.read().strip() or '(unknown)'}; wait for it, "
+                "stop it, or choose another --output-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _check_unchanged(run: Path, found: dict) -> None:
+    if (run / "adapter" / PEFT_CONFIG).is_file():
+        raise InputError(f"{run} is finished; its adapter is in {run / 'adapter'}")
+    saved = read_json(run / "run.json")
+    changed = [name for name in IDENTITY if saved.get(name) != found[name]]
+    if changed:
+        raise InputError(
+            f"{run} was trained on other files: {', '.join(changed)} differ from run.json; "
+            "restore them or start a new run"
+        )
+
+
+def provenance(config: TrainConfig) -> dict:
+    """Where a run comes from: what a second person needs to repeat it."""
+    return {
+        "command": [sys.executable, *sys.argv],
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "device": jax.devices()[0].device_kind,
+        "base_manifest_sha256": manifest_sha256(config.model),
+        "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a flag that the loop reads between two steps.
+
+    A second signal ends the process at once. `number` is the signal received, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)

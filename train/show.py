@@ -1,0 +1,86 @@
+"""What a run says on the terminal, before and after."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jllama.checkpoint import abstract_model
+from jllama.config import LlamaConfig, LoraConfig
+from jllama.lora import split
+from jllama.tokenizer import Tokenizer
+from train.config import TrainConfig
+from train.data import Batches, Example
+from train.optimizer import count
+
+# Plain output keeps its lines whole: what reads it is a file or another program.
+console = Console(highlight=False, soft_wrap=True)
+
+
+def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig) -> None:
+    """Every setting, and how many parameters learn."""
+    table = Table(title="settings", show_header=False, title_justify="left")
+    for name, value in dataclasses.asdict(config).items():
+        if value != "":
+            table.add_row(name, str(value))
+    console.print(table)
+
+    for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
+        sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
+        _, adapters, base = split(abstract_model(sizes, config.precision, lora=lora))
+        counts = count({"adapters": adapters, "base": base})
+        total = sum(counts.values())
+        note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
+        console.print(
+            f"parameters: {counts['lora']:,} trainable of {total:,} "
+            f"({100 * counts['lora'] / total:.2f} %){note}",
+        )
+
+
+def show_plan(
+    config: TrainConfig,
+    batches: Batches,
+    training: list[Example],
+    held_out: list[Example],
+    steps: int,
+) -> None:
+    """The arithmetic of the run."""
+    effective = config.micro_batch_size * config.gradient_accumulation_steps
+    console.print(
+        f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
+        f"{batches.length} tokens, {100 * batches.padding_share():.0f} % padding\n"
+        f"effective batch: {config.micro_batch_size} sequences x "
+        f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
+        f"{steps} optimizer steps in {config.epochs} epochs",
+    )
+
+
+def show_row(example: Example, tokenizer: Tokenizer) -> None:
+    """The first row as the model sees it; what is learned stands in ⟦ ⟧."""
+    text, inside = Text(), False
+    for token, learned in zip(example.ids, example.learned, strict=True):
+        if learned != inside:
+            text.append("⟦" if learned else "⟧", "green")
+            inside = learned
+        text.append(tokenizer.piece(token), "green" if learned else "dim")
+    if inside:
+        text.append("⟧", "green")
+    learned_count = sum(example.learned)
+    console.print(
+        f"row {example.row}: {len(example.ids)} tokens, {learned_count} learned ⟦in brackets⟧"
+    )
+    console.print(text)
+
+
+def show_end(run: Path, losses: Sequence[float]) -> None:
+    table = Table("epoch", "average loss")
+    for epoch, loss in enumerate(losses, start=1):
+        table.add_row(str(epoch), f"{loss:.4f}")
+    console.print(table)
+    console.print(
+        f"wrote {run}/: adapter/ (PEFT), state/, metrics.jsonl, config.yaml, run.json\n"
+        f"next: python -m eval.prompts --run {run}",
+    )
