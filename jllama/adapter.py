@@ -132,9 +132,8 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
     return model
 
 
-_PLAIN: dict[
-    str, tuple
-] = {  # adapter_config.json fields that would change the arithmetic, and their plain values
+# Fields of adapter_config.json that would change the arithmetic, and their plain values.
+_PLAIN: dict[str, tuple] = {
     "bias": ("none",),
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -143,6 +142,11 @@ _PLAIN: dict[
     "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
     "layers_to_transform": ([], None),
+    "layer_replication": ([], None),
+    "alora_invocation_tokens": ([], None),
+    "use_qalora": (False, None),
+    # PiSSA, OLoRA, CorDA, LoftQ and the like also change the base weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -159,14 +163,17 @@ def read_lora_config(path: str | Path) -> LoraConfig:
     ]
     if extra:
         raise InputError(f"{file}: not supported here: {', '.join(extra)}; plain LoRA only")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise InputError(f"{file}: r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
     targets = config.get("target_modules")
     if isinstance(targets, str):
         targets = [name for name in HF_LINEARS.values() if re.fullmatch(targets, name)]
     if not targets:
         raise InputError(f"{file}: no target_modules; expected names such as q_proj, v_proj")
     return LoraConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+        rank=rank,
+        alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         targets=linear_names(",".join(name.rpartition(".")[2] for name in targets)),
     )

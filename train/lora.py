@@ -1,5 +1,6 @@
 """`python -m train.lora`: fine-tunes a LLaMA with LoRA, into a run folder."""
 
+import contextlib
 import dataclasses
 import signal
 import subprocess
@@ -88,13 +89,14 @@ def fit(
         accumulation=config.gradient_accumulation_steps,
     )
     key = jax.random.key(config.seed)
-    checkpoints = Checkpoints(run / "state")
     state = initial_state(adapters, base, optimizer)
+    resources = contextlib.ExitStack()
+    checkpoints = resources.enter_context(contextlib.closing(Checkpoints(run / "state")))
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
         console.print(f"resumed after step {int(state.step)}")
     start = int(state.step)
-    metrics = Metrics(run, start)
+    metrics = resources.enter_context(contextlib.closing(Metrics(run, start)))
 
     def evaluate(step: int, state: TrainState) -> None:
         if evaluation is not None:
@@ -106,7 +108,7 @@ def fit(
         evaluate(0, state)
     skipped = 0
     windows = batches.from_step(start)
-    with StopSignal() as stop, Progress("train", steps, "steps", done=start) as progress:
+    with resources, StopSignal() as stop, Progress("train", steps, "steps", start) as progress:
         metrics.restart_clock()
         for step in range(start + 1, steps + 1):
             state, measured = train_step(
@@ -143,8 +145,6 @@ def fit(
             if stop.number:
                 break
             metrics.restart_clock()
-    checkpoints.close()
-    metrics.close()
     if stop.number and step < steps:
         name = signal.Signals(stop.number).name
         console.print(f"{name}: stopped after step {step}; continue with --resume {run}")

@@ -1,0 +1,142 @@
+"""Meta's files to a model folder, one block in memory at a time.
+
+    python -m convert.from_meta ~/llama-2-7b models/llama-2-7b
+
+Everything that shapes can tell is checked before the first byte is written, and the folder has
+its name only when it is whole. Tensors are copied, never changed: `manifest.json` certifies them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+from tyro.conf import Positional, arg
+
+import jllama.checkpoint
+from convert.disk import room_for
+from convert.names import EMBEDDINGS
+from convert.params import PARAMS, read_params
+from convert.shards import DTYPES, Shard, checked_config, join_block, open_shards, refuse_if
+from jllama.checkpoint import CONFIG, ModelWriter, manifest_sha256, tensor_shapes, whole_folder
+from jllama.cli import Progress, run_command
+from jllama.config import LlamaConfig
+from jllama.errors import InputError
+from jllama.tokenizer import FILE_NAME, load_tokenizer
+
+PROG = "python -m convert.from_meta"
+SAMPLE = Path(jllama.checkpoint.__file__).parent / "sample"
+
+
+@dataclass(frozen=True)
+class FromMeta:
+    """Converts Meta's consolidated.NN.pth files to a model folder."""
+
+    src: Annotated[Positional[Path], arg(metavar="SRC")] = SAMPLE
+    """Folder with consolidated.NN.pth and params.json; by default the bundled sample."""
+    dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
+    """Folder to make; by default models/ and the name of SRC."""
+    tokenizer: Path | None = None
+    """Meta's tokenizer.model; by default the one in SRC or one folder above."""
+    rope_scaling_factor: float | None = None
+    """How far a scaled rope is stretched; by default 32 for tied models (3.2), 8 for others."""
+    max_seq_len: int | None = None
+    """The trained context in tokens; by default that of the family."""
+
+
+def convert(settings: FromMeta) -> None:
+    """Makes the model folder, whole or not at all.
+
+    Raises:
+        InputError: if the files are damaged or contradict each other, or the disk is too small.
+    """
+    src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
+    if (src / CONFIG).is_file() and not (src / PARAMS).is_file():
+        raise InputError(f"{src}: found {CONFIG}; expected Meta's files (consolidated.00.pth, ...)")
+    shards = open_shards(src)
+    config = checked_config(src, shards, _params(settings))
+    tokenizer = find_tokenizer(settings, config.vocab_size)
+    size = config.parameter_count * np.dtype(_dtype(shards)).itemsize
+    with room_for(size, dst), whole_folder(dst) as folder:
+        writer = ModelWriter(folder, config)
+        _copy_blocks(src, shards, config, writer)
+        writer.finish(tokenizer.read_bytes(), source=f"Meta's files in {src.resolve().name}")
+    print(f"{config.parameter_count:,} parameters, {_dtype(shards)}, {size:,} bytes")
+    print(f"certificate: sha256 {manifest_sha256(dst)}")
+    print(f"wrote {dst}")
+    print(f"next: python -m train.lora --model {dst}")
+
+
+def _params(settings: FromMeta) -> dict:
+    """params.json with the flags' values in it."""
+    params = read_params(settings.src / PARAMS)
+    if settings.rope_scaling_factor is not None and not params.get("use_scaled_rope"):
+        raise InputError(
+            f"{settings.src / PARAMS} has no use_scaled_rope, so there is nothing to scale; "
+            f"drop --rope-scaling-factor"
+        )
+    for name in ("rope_scaling_factor", "max_seq_len"):
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
+        params |= {} if value is None else {name: value}
+    return params
+
+
+def find_tokenizer(settings: FromMeta, vocab_size: int) -> Path:
+    """The tokenizer file, loaded once to see that its ids fit the embedding table.
+
+    Raises:
+        InputError: if there is none, it is of no known kind, or it has more ids than rows.
+    """
+    beside = settings.src.resolve()
+    places = [settings.tokenizer or beside / FILE_NAME]
+    if settings.tokenizer is None:
+        places.append(beside.parent / FILE_NAME)  # where Meta put LLaMA 1's
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise InputError(
+            f"no tokenizer: {' and '.join(map(str, places))} missing; copy Meta's {FILE_NAME} "
+            f"into {settings.src} or name it with --tokenizer FILE"
+        )
+    known = load_tokenizer(file).vocab_size
+    if known > vocab_size:
+        raise InputError(
+            f"{file}: {known} tokens, but the weights have {vocab_size} rows; "
+            f"copy the {FILE_NAME} of this very model"
+        )
+    return file
+
+
+def _copy_blocks(
+    src: Path, shards: Sequence[Shard], config: LlamaConfig, writer: ModelWriter
+) -> None:
+    """Joins and writes block after block; after a bad value it only looks for more of them."""
+    problems: list[str] = []
+    blocks = tensor_shapes(config)
+    copied, started = 0, time.monotonic()
+    with Progress("converting", len(blocks), "blocks") as progress:
+        for block, names in blocks.items():
+            tensors, bad = join_block(shards, names, config.dim)
+            problems += bad
+            if not problems:
+                writer.write_block(block, tensors)
+            copied += sum(tensor.nbytes for tensor in tensors.values())
+            progress.advance(f"{copied / 1e6 / (time.monotonic() - started):,.0f} MB/s")
+    refuse_if(problems, src, "damaged weights, nothing was written; download these files again")
+
+
+def _dtype(shards: Sequence[Shard]) -> str:
+    return np.dtype(DTYPES[shards[0].tensors[EMBEDDINGS].dtype]).name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
+    run_command(convert, FromMeta, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    main()

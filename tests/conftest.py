@@ -1,0 +1,27 @@
+"""What every test shares: CPU by default, strict shapes, and the folder of real weights."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the commands that tests start, too
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real weights and their expected outputs."""
+    return ASSETS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not ASSETS.is_dir():
+        skip = pytest.mark.skip(reason=f"no real weights in {ASSETS}; set JLLAMA_ASSETS")
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(skip)

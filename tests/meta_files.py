@@ -1,0 +1,147 @@
+"""Tiny random models in Meta's own format, and the same model in `transformers`.
+
+Nothing here uses the converter's tables: what it knows of Meta's and Hugging Face's layouts is
+written a second time, so that a mistake in either shows.
+"""
+
+import base64
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
+VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
+TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+
+_CUT_BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
+_CUT_BY_COLUMNS = ("wo", "w2")
+_HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def random_tensors(
+    params: dict, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
+) -> Tensors:
+    """A whole model under Meta's names, scaled so that logits are of order one."""
+    draw = torch.Generator().manual_seed(seed)
+    dim, heads = params["dim"], params["n_heads"]
+    kv_dim = dim // heads * params.get("n_kv_heads", heads)
+    multiple = params["multiple_of"]
+    hidden = -(-int(8 * dim / 3) // multiple) * multiple
+
+    def matrix(rows, columns):
+        return (torch.randn(rows, columns, generator=draw) / columns**0.5).to(dtype)
+
+    def norm():
+        return (1 + 0.1 * torch.randn(dim, generator=draw)).to(dtype)
+
+    tensors = {"tok_embeddings.weight": matrix(VOCABULARY, dim), "norm.weight": norm()}
+    if not tied:
+        tensors["output.weight"] = matrix(VOCABULARY, dim)
+    for layer in range(params["n_layers"]):
+        tensors |= {
+            f"layers.{layer}.attention.wq.weight": matrix(dim, dim),
+            f"layers.{layer}.attention.wk.weight": matrix(kv_dim, dim),
+            f"layers.{layer}.attention.wv.weight": matrix(kv_dim, dim),
+            f"layers.{layer}.attention.wo.weight": matrix(dim, dim),
+            f"layers.{layer}.feed_forward.w1.weight": matrix(hidden, dim),
+            f"layers.{layer}.feed_forward.w2.weight": matrix(dim, hidden),
+            f"layers.{layer}.feed_forward.w3.weight": matrix(hidden, dim),
+            f"layers.{layer}.attention_norm.weight": norm(),
+            f"layers.{layer}.ffn_norm.weight": norm(),
+        }
+    return tensors
+
+
+def write_meta(
+    folder: Path, tensors: Tensors, params: dict, *, shards: int = 1, embeddings_by: int = 1
+) -> Path:
+    """Meta's files; tok_embeddings is cut by columns (1; LLaMA 1 and 2) or by rows (0; Llama 3)."""
+    folder.mkdir(parents=True)
+    head_dim = params["dim"] // params["n_heads"]
+    for index in range(shards):
+        part = {"rope.freqs": torch.ones(head_dim // 2)}
+        for name, tensor in tensors.items():
+            leaf = name.split(".")[-2]
+            if leaf == "tok_embeddings":
+                tensor = tensor.chunk(shards, embeddings_by)[index]
+            elif leaf in _CUT_BY_ROWS + _CUT_BY_COLUMNS:
+                tensor = tensor.chunk(shards, 1 if leaf in _CUT_BY_COLUMNS else 0)[index]
+            part[name] = tensor.clone()
+        torch.save(part, folder / f"consolidated.{index:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    (folder / "tokenizer.model").write_bytes(TOKENIZER)
+    return folder
+
+
+def reference(params: dict, tensors: Tensors, rope_factor: float = 8.0):
+    """`transformers.LlamaForCausalLM` in fp32 with the same weights."""
+    tied = "output.weight" not in tensors
+    scaling = {"rope_type": "default"}
+    if params.get("use_scaled_rope"):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    heads = params["n_heads"]
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=params["dim"],
+            num_hidden_layers=params["n_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=params.get("n_kv_heads", heads),
+            intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0],
+            vocab_size=VOCABULARY,
+            rms_norm_eps=params["norm_eps"],
+            rope_parameters={"rope_theta": params.get("rope_theta", 10000.0)} | scaling,
+            max_position_embeddings=131072,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
+    weights = {_hf_name(name): _hf_rows(name, tensor, params) for name, tensor in tensors.items()}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _hf_name(name: str) -> str:
+    whole = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    if name in whole:
+        return whole[name]
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"model.layers.{layer}.{_HF_NAMES[part]}.weight"
+
+
+def _hf_rows(name: str, tensor: torch.Tensor, params: dict) -> torch.Tensor:
+    """Rows of q and k in Hugging Face's order: in each head the even ones first, then the odd."""
+    tensor = tensor.float()
+    if not name.endswith(("wq.weight", "wk.weight")):
+        return tensor
+    size = params["dim"] // params["n_heads"]
+    order = [
+        head * size + row
+        for head in range(len(tensor) // size)
+        for row in (*range(0, size, 2), *range(1, size, 2))
+    ]
+    return tensor[order]

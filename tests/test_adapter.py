@@ -1,0 +1,255 @@
+"""The adapter folder, against `peft` on `transformers` with the same weights."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+from flax import nnx
+from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+
+from convert.from_meta import FromMeta, convert
+from jllama.adapter import load_adapter, read_passport, save_adapter
+from jllama.checkpoint import load_model
+from jllama.config import PRESETS, LoraConfig
+from jllama.errors import InputError
+from jllama.lora import adapted_linears, attach, merge, scaled, split
+
+# peft asks transformers for it by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PARAMS = BASE | {"n_kv_heads": 2}
+ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+HF_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+LORA = LoraConfig(rank=4, alpha=12, dropout=0.1, targets=ALL)
+TOLERANCE = 2e-5
+IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return random_tensors(PARAMS)
+
+
+@pytest.fixture(scope="module")
+def base(tensors, tmp_path_factory):
+    """The model folder of a tiny grouped-query model."""
+    folder = tmp_path_factory.mktemp("base")
+    convert(FromMeta(write_meta(folder / "meta", tensors, PARAMS), folder / "model"))
+    return folder / "model"
+
+
+def adapted(base, config=LORA, seed=0):
+    """The model with random adapters: B is not zero, so every matrix counts."""
+    model = load_model(base, "fp32")
+    attach(model, config, jax.random.key(seed))
+    for index, linear in enumerate(adapted_linears(model).values()):
+        key = jax.random.key(1000 + index)
+        linear.lora.b[...] = 0.3 * jax.random.normal(key, linear.lora.b.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    """An adapter folder written here; tests damage copies of it."""
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(path, adapted(base), LORA, "models/tiny", {"prompt_style": "alpaca"})
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "adapter")
+
+
+def logits(model) -> np.ndarray:
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
+    return np.asarray(run(state, jnp.asarray(IDS)))
+
+
+def torch_logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(IDS).long()).logits.numpy()
+
+
+def assert_agree(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+# ----------------------------------------------------------------------------- to and from peft
+
+
+@pytest.mark.parametrize("targets", [ALL, ("wq", "wk"), ("wq", "wv")])
+def test_an_adapter_saved_here_gives_the_same_logits_in_peft(targets, base, tensors, tmp_path):
+    config = LoraConfig(rank=4, alpha=12, targets=targets)
+    ours = adapted(base, config)
+    save_adapter(tmp_path / "adapter", ours, config, "models/tiny", {})
+    theirs = peft.PeftModel.from_pretrained(reference(PARAMS, tensors), tmp_path / "adapter").eval()
+    expected = torch_logits(theirs)
+    assert_agree(logits(ours), expected)
+    without = logits(load_model(base, "fp32"))
+    assert np.abs(expected - without).max() > 0.1  # the adapter does something
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_saved_by_peft_gives_the_same_logits_here(dtype, base, tensors, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=HF_ALL, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(reference(PARAMS, tensors), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_adapter(load_model(base, "fp32"), tmp_path / "adapter")
+    assert_agree(logits(ours), torch_logits(theirs.float()))
+
+
+def test_save_and_load_give_back_every_bit_and_the_passport(base, folder):
+    saved, loaded = adapted(base), load_adapter(load_model(base, "fp32"), folder)
+    for name, linear in adapted_linears(saved).items():
+        again = adapted_linears(loaded)[name].lora
+        assert (np.asarray(linear.lora.a[...]) == np.asarray(again.a[...])).all()
+        assert (np.asarray(linear.lora.b[...]) == np.asarray(again.b[...])).all()
+        assert (again.scale, again.dropout) == (3.0, 0.1)
+    assert read_passport(folder) == {"prompt_style": "alpaca"}
+
+
+# ------------------------------------------------------------------------------ what LoRA promises
+
+
+def test_merged_weights_give_the_logits_of_base_and_adapter(base):
+    model = adapted(base)
+    expected = logits(model)
+    merge(model)
+    assert adapted_linears(model) == {}
+    assert_agree(logits(model), expected)
+
+
+def test_an_adapter_scaled_by_zero_is_the_base_bit_for_bit(base):
+    graph, adapters, rest = split(adapted(base))
+    off = nnx.merge(graph, scaled(adapters, 0.0), rest)
+    on = nnx.merge(graph, scaled(adapters, 1.0), rest)
+    expected = logits(load_model(base, "fp32"))
+    assert (logits(off) == expected).all()
+    assert (logits(on) == logits(adapted(base))).all()
+    assert np.abs(logits(on) - expected).max() > 0.1
+
+
+def test_a_fresh_adapter_changes_nothing_and_stays_fp32_on_a_bf16_base(base):
+    model = load_model(base, "bf16")
+    expected = logits(model)
+    attach(model, LORA, jax.random.key(0))
+    assert (logits(model) == expected).all()
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(split(model)[1])}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "targets", "parameters"),
+    [
+        ("llama-2-7b", ("wq", "wv"), 8_388_608),
+        ("llama-3-8b", ("wq", "wv"), 32 * 16 * (4096 + 4096 + 4096 + 1024)),
+        ("llama-2-7b", ALL, 32 * 16 * (4 * 8192 + 3 * (4096 + 11008))),
+    ],
+)
+def test_the_adapter_has_the_closed_formulas_parameter_count(preset, targets, parameters):
+    assert LoraConfig(rank=16, targets=targets).parameter_count(PRESETS[preset]) == parameters
+
+
+def test_the_adapter_on_a_model_has_the_counted_parameters(base):
+    model = adapted(base)
+    found = sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
+    assert found == LORA.parameter_count(model.config)
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+def set_config(**fields):
+    def change(path):
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def set_tensors(change_tensors):
+    def change(path):
+        file = path / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        change_tensors(tensors)
+        safetensors.torch.save_file(tensors, file)
+
+    return change
+
+
+def flip_header(path):
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+
+
+Q_B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+# What is wrong -> how to make it so, and what the message must say
+DAMAGE = {
+    "unknown tensor": (
+        set_tensors(lambda tensors: tensors.update(extra=torch.ones(2))),
+        ["extra: unknown tensor", "load it on its own base"],
+    ),
+    "missing tensor": (
+        set_tensors(lambda tensors: tensors.pop(Q_B)),
+        [f"{Q_B}: expected (32, 4), found nothing"],
+    ),
+    "other base": (
+        set_tensors(lambda tensors: tensors.update({Q_B: torch.ones(64, 4)})),
+        [f"{Q_B}: expected (32, 4), found (64, 4)"],
+    ),
+    "other rank": (set_config(r=8), [f"{Q_B}: expected (32, 8), found (32, 4)"]),
+    "no rank": (set_config(r=None), ["adapter_config.json", "r None"]),
+    "no LoRA": (set_config(peft_type="LOHA"), ["peft_type 'LOHA', expected 'LORA'"]),
+    "DoRA": (set_config(use_dora=True), ["use_dora True", "plain LoRA only"]),
+    "rsLoRA": (set_config(use_rslora=True), ["use_rslora True"]),
+    "PiSSA, which changes the base": (
+        set_config(init_lora_weights="pissa"),
+        ["init_lora_weights 'pissa'"],
+    ),
+    "aLoRA, active after some tokens only": (
+        set_config(alora_invocation_tokens=[1, 2]),
+        ["alora_invocation_tokens [1, 2]"],
+    ),
+    "layers repeated": (set_config(layer_replication=[[0, 2]]), ["layer_replication [[0, 2]]"]),
+    "ranks by layer": (set_config(rank_pattern={"q_proj": 8}), ["rank_pattern {'q_proj': 8}"]),
+    "trained biases": (set_config(bias="all"), ["bias 'all'"]),
+    "other modules": (
+        set_config(target_modules=["q_proj", "lm_head"]),
+        ["unknown linear lm_head", "choose from wq"],
+    ),
+    "no targets": (set_config(target_modules=[]), ["no target_modules"]),
+    "no config": (
+        lambda path: (path / "adapter_config.json").unlink(),
+        ["adapter_config.json: no such file"],
+    ),
+    "no weights": (
+        lambda path: (path / "adapter_model.safetensors").unlink(),
+        ["no such file; expected a PEFT adapter folder"],
+    ),
+    "a header that lies": (flip_header, ["adapter_model.safetensors: damaged"]),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_an_adapter_that_does_not_fit_is_refused(what, base, copy):
+    change, fragments = DAMAGE[what]
+    change(copy)
+    with pytest.raises(InputError) as refused:
+        load_adapter(load_model(base, "fp32"), copy)
+    for fragment in fragments:
+        assert fragment in str(refused.value)

@@ -1,0 +1,354 @@
+"""The train command as a user meets it: runs, resumes, kills, signals, and wrong input."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+from meta_files import BASE, random_tensors, write_meta
+
+from convert.from_meta import FromMeta, convert
+from jllama.checkpoint import MANIFEST, read_block, read_json, tensor_sha256, tensor_shapes
+from jllama.checkpoint import read_config as read_model_config
+from jllama.errors import InputError
+from train.config import TrainConfig, read_defaults
+from train.lora import main, train
+from train.metrics import Metrics
+from train.run import run_folder
+
+PARAMS = BASE | {"n_kv_heads": 2, "n_layers": 1}
+WORDS = ("red", "green", "blue", "seven", "eight", "a much longer answer than the others")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and thirty rows of uneven length."""
+    root = tmp_path_factory.mktemp("place")
+    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
+    convert(FromMeta(root / "meta", root / "model"))
+    rows = [{"prompt": f"Say {WORDS[i % 6]} {i}.", "completion": WORDS[i % 6]} for i in range(30)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def flags(place, output, **more):
+    settings = {
+        "model": place / "model", "data": place / "rows.json", "output-dir": output,
+        "precision": "fp32", "max-seq-len": 64, "micro-batch-size": 2,
+        "gradient-accumulation-steps": 2, "learning-rate": 1e-2, "epochs": 2, "val-size": 2,
+        "lora-rank": 4,
+    } | {name.replace("_", "-"): value for name, value in more.items()}  # fmt: skip
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def start(arguments, cwd, **more):
+    environment = os.environ | {"XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.lora", *arguments], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
+    )  # fmt: skip
+
+
+def adapter(run):
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps(run):
+    return [line for line in Metrics.read(run) if "rows" in line]
+
+
+def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
+    main(flags(place, tmp_path / "run"))
+    said = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "adapter", "config.yaml", "metrics.jsonl", "run.json", "state",
+    }  # fmt: skip
+    lines = Metrics.read(run)
+    losses = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    for epoch, loss in enumerate(losses, start=1):
+        assert f"epoch {epoch}: average loss {loss:.4f}" in said
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 7, 14]
+    first = [line for line in steps(run) if line["step"] <= 7]
+    average = sum(x["loss_sum"] for x in first) / sum(x["tokens"] for x in first)
+    assert average == pytest.approx(losses[0])
+    assert "2 sequences x 2 micro-batches = 4; 14 optimizer steps in 2 epochs" in said
+    assert "row 0: " in said or "row 1: " in said
+    assert "⟦" in said  # lesson 11
+    assert f"next: python -m eval.prompts --run {run}" in said
+    tensors = safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)
+    for block in tensor_shapes(read_model_config(place / "model")):  # the base is untouched
+        for name, tensor in read_block(place / "model", block).items():
+            recorded = read_json(place / "model" / MANIFEST)["tensors"][name]["sha256"]
+            assert tensor_sha256(tensor) == recorded
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["learning_rate"] == 1e-2
+    assert len(read_json(run / "run.json")["data_sha256"]) == 64
+
+
+def test_a_run_repeats_from_its_config_bit_by_bit(place, tmp_path):
+    main(flags(place, tmp_path / "a"))
+    main(["--config", str(tmp_path / "a" / "config.yaml"), "--output-dir", str(tmp_path / "b")])
+    assert adapter(tmp_path / "a") == adapter(tmp_path / "b")
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_after(monkeypatch, step):
+    """A power cut: no exception handler of the run gets to save anything."""
+    wait = Metrics.step
+
+    def record(self, number, *args, **more):
+        line = wait(self, number, *args, **more)
+        if number == step:
+            raise Killed
+        return line
+
+    monkeypatch.setattr(Metrics, "step", record)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_resumed_runs_equal_the_whole_one_bit_by_bit(place, tmp_path, monkeypatch, packing):
+    more = {"save_steps": 1, "lora_dropout": 0.2} | ({"packing": True} if packing else {})
+    main(flags(place, tmp_path / "whole", **more))
+    total = len(steps(tmp_path / "whole"))
+    for number, cut in enumerate((3, total // 2 + 1, total - 1)):  # across the epoch's border
+        again = ["--resume", str(tmp_path / "cut")]
+        die_after(monkeypatch, cut)
+        with pytest.raises(Killed):
+            main(again if number else flags(place, tmp_path / "cut", **more))
+        monkeypatch.undo()
+    main(["--resume", str(tmp_path / "cut")])
+    assert adapter(tmp_path / "whole") == adapter(tmp_path / "cut")
+    assert [x["rows"] for x in steps(tmp_path / "whole")] == [
+        x["rows"] for x in steps(tmp_path / "cut")
+    ]
+    held = [
+        [line["eval_loss"] for line in Metrics.read(tmp_path / name) if "eval_loss" in line]
+        for name in ("whole", "cut")
+    ]
+    assert held[0] == held[1]
+    assert state_bytes(tmp_path / "whole") == state_bytes(tmp_path / "cut")
+
+
+def state_bytes(run):
+    """Adapters, moments, accumulator and step of the newest state."""
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager((run / "state").absolute())
+    stored = manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
+    manager.close()
+    return {name: np.asarray(x).tobytes() for name, x in stored.items()}
+
+
+def kill_and_resume(place, tmp_path, kills):
+    more = {"save_steps": 1, "epochs": 8}
+    main(flags(place, tmp_path / "whole", **more))
+    draw = random.Random(0)
+    arguments, done = flags(place, tmp_path / "run", **more), 0
+    while done < kills:
+        process = start(arguments, tmp_path)
+        before = len(steps(tmp_path / "run"))
+        while process.poll() is None and len(steps(tmp_path / "run")) <= before + draw.randint(
+            0, 3
+        ):
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.05)
+        process.kill()
+        said = process.communicate()[0]
+        assert "Traceback" not in said, said
+        if (tmp_path / "run" / "adapter").exists():
+            break
+        done += 1
+        if (tmp_path / "run" / "config.yaml").exists():
+            arguments = ["--resume", str(tmp_path / "run")]
+    if not (tmp_path / "run" / "adapter").exists():
+        main(["--resume", str(tmp_path / "run")])
+    assert adapter(tmp_path / "whole") == adapter(tmp_path / "run")
+
+
+def test_sigkill_while_saving_leaves_a_run_that_resumes_bit_equal(place, tmp_path):  # reliability 1
+    kill_and_resume(place, tmp_path, kills=4)
+
+
+@pytest.mark.slow
+def test_two_hundred_sigkills_leave_no_unusable_run(place, tmp_path):
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        kill_and_resume(place, folder, kills=20)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_resume(place, tmp_path, number, code):  # reliability 3
+    more = {"epochs": 200}
+    process = start(flags(place, tmp_path / "run", **more), tmp_path)
+    while process.poll() is None and len(steps(tmp_path / "run")) < 3:
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == code, said
+    assert f"continue with --resume {tmp_path / 'run'}" in said
+    assert "Traceback" not in said
+    stopped = int(said.split("stopped after step ")[1].split(";")[0])
+    assert (tmp_path / "run" / "state" / str(stopped)).is_dir()
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_run(place, tmp_path):  # reliability 6
+    config = TrainConfig(str(place / "model"), str(place / "rows.json"), str(tmp_path / "run"))
+    with run_folder(config) as run:
+        process = start(["--resume", str(run)], tmp_path)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2
+        assert f"is in use by process {os.getpid()}" in said
+    (tmp_path / "run" / ".lock").write_text("12345 on a machine that crashed")
+    with run_folder(TrainConfig(**vars(config) | {"resume": str(run)})):
+        pass
+
+
+def test_a_full_disk_keeps_the_last_state_and_exits_with_a_message(place, tmp_path):
+    """Reliability 4, by a limit on the size of a file."""
+    process = start(flags(place, tmp_path / "run"), tmp_path)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (3000, 3000))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode not in (0, None)
+    assert "File too large" in said or "no room" in said
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_end_the_run(place, tmp_path):
+    """Reliability 7: a base with a NaN in its last norm."""
+    import shutil
+
+    import jllama.checkpoint as checkpoint
+
+    shutil.copytree(place / "model", tmp_path / "model")
+    head = {name: np.array(x) for name, x in read_block(place / "model", "head").items()}
+    head["norm.weight"][0] = np.nan
+    shutil.rmtree(tmp_path / "model" / "blocks" / "head")
+    config = read_model_config(tmp_path / "model")
+    checkpoint.ModelWriter(tmp_path / "model", config).write_block("head", head)
+    with pytest.raises(SystemExit) as ended:
+        main(flags(place, tmp_path / "run", model=tmp_path / "model", val_size=0))
+    assert ended.value.code == 2
+    lines = steps(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [True] * 5
+    assert lines[0]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere: no config.json here; expected a model folder"),
+        ({"data": "nowhere.json"}, "nowhere.json: no such data file"),
+        ({"epochs": 0}, "epochs 0, expected above 0"),
+        ({"lora-targets": "wq,wx"}, "unknown linear wx; choose from wq"),
+        ({"lora-dropout": 1.5}, "LoRA dropout 1.5 is outside"),
+        ({"init-adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"val-size": 99}, "holds out all 30 rows"),
+    ],
+)
+def test_wrong_arguments_end_in_one_message_and_code_2(place, tmp_path, capsys, change, message):
+    with pytest.raises(SystemExit) as ended:
+        main(flags(place, tmp_path / "run", **change))
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(place, tmp_path):
+    main(flags(place, tmp_path / "run"))
+    before = adapter(tmp_path / "run")
+    for arguments in (flags(place, tmp_path / "run"), ["--resume", str(tmp_path / "run")]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert adapter(tmp_path / "run") == before
+
+
+def test_changed_data_is_refused_at_resume(place, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.json"
+    rows.write_text((place / "rows.json").read_text())
+    die_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        main(flags(place, tmp_path / "run", data=rows, save_steps=1))
+    rows.write_text(rows.read_text().replace("red", "pink"))
+    with pytest.raises(SystemExit):
+        main(["--resume", str(tmp_path / "run")])
+    assert "data_sha256 differ from run.json" in capsys.readouterr().err
+
+
+def test_resume_takes_no_other_flags():
+    with pytest.raises(InputError, match="drop --epochs 3"):
+        read_defaults(["--resume", "latest", "--epochs", "3"])
+
+
+def test_flags_override_a_recipe_and_unknown_fields_are_refused(tmp_path):
+    recipe = Path(__file__).parents[1] / "train" / "recipes" / "report.yaml"
+    defaults, rest = read_defaults(["--config", str(recipe), "--epochs", "1"])
+    assert defaults is not None
+    assert (defaults.ffn_bias, defaults.gradient_accumulation_steps, rest) == (
+        True, 8, ["--epochs", "1"],
+    )  # fmt: skip
+    (tmp_path / "bad.yaml").write_text("epoch: 3\n")
+    with pytest.raises(InputError, match="unknown fields"):
+        read_defaults([f"--config={tmp_path / 'bad.yaml'}"])
+
+
+def test_report_recipe_prints_the_reports_counts_from_shapes_alone(tmp_path):
+    recipe = Path(__file__).parents[1] / "train" / "recipes" / "report.yaml"
+    arguments = ["--config", str(recipe), "--model", "llama-2-7b", "--dry-run"]
+    peak = "import sys; from train.lora import main; main(sys.argv[1:]);"
+    peak += "print(open('/proc/self/status').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", peak, *arguments], capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "8,388,608 trainable of 6,747,639,808 (0.12 %)" in done.stdout
+    assert "8,388,608 trainable of 6,746,804,224" in done.stdout
+    assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 1e6  # KiB at the peak
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.real
+def test_stories_learns_from_alpaca_and_keeps_its_base(assets, tmp_path):
+    convert(FromMeta(assets / "stories260K-meta", tmp_path / "model"))
+    config = TrainConfig(
+        model=str(tmp_path / "model"),
+        data=str(assets / "alpaca" / "alpaca_data_200.json"),
+        output_dir=str(tmp_path / "run"),
+        precision="fp32",
+        max_seq_len=192,
+        skip_bad_rows=5,
+        learning_rate=1e-3,
+        epochs=5,
+        packing=True,
+        remat="none",
+    )
+    train(config)
+    losses = [line["epoch_loss"] for line in Metrics.read(tmp_path / "run") if "epoch_loss" in line]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    tensors = safetensors.numpy.load_file(
+        tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    )
+    assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)

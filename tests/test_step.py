@@ -1,0 +1,299 @@
+"""The training step against `peft`, against the big batch, and against its own compiled text."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+from flax import nnx
+from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+
+from convert.from_meta import FromMeta, convert
+from jllama.adapter import save_adapter
+from jllama.checkpoint import abstract_model, load_model
+from jllama.config import PRECISIONS, LoraConfig
+from jllama.lora import attach, split
+from train.optimizer import count, learning_rate_schedule, make_optimizer
+from train.step import Window, eval_step, initial_state, train_step
+
+PARAMS = BASE | {"n_kv_heads": 2}
+LORA = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=("wq", "wv"))
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
+    convert(FromMeta(root / "meta", root / "model"))
+    return root / "model"
+
+
+def build(folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, remat="none"):
+    model = load_model(folder, precision, remat=remat)
+    attach(model, lora, jax.random.key(3))
+    graphdef, adapters, base = split(model)
+    optimizer = make_optimizer(
+        {"adapters": adapters, "base": base},
+        learning_rate_schedule("constant", rate, 0.0, 1000),
+        weight_decay=0.01,
+        max_grad_norm=clip,
+        accumulation=k,
+    )
+    return model, graphdef, base, optimizer, initial_state(adapters, base, optimizer)
+
+
+def windows(n, k, batch, seed=0, supervised=0.5):
+    """Random rows whose numbers of supervised tokens differ widely."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        tokens = rng.integers(0, VOCABULARY, (k, batch, LENGTH + 1)).astype(np.int32)
+        share = rng.random((k, batch, 1)) ** 2 * 2 * supervised
+        mask = rng.random((k, batch, LENGTH)) < share
+        mask[0, 0, 0] = True
+        yield Window(tokens[..., :-1], tokens[..., 1:], mask)
+
+
+def run(graphdef, base, optimizer, state, rows, key=0):
+    losses = []
+    for window in rows:
+        state, metrics = train_step(
+            state, base, window, jax.random.key(key), graphdef=graphdef, optimizer=optimizer
+        )
+        losses.append(float(metrics.loss_sum / metrics.tokens))
+    return state, losses
+
+
+def named(state):
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
+
+
+def test_twenty_steps_equal_transformers_and_peft(folder, tmp_path):
+    model, graphdef, base, optimizer, state = build(folder)
+    save_adapter(tmp_path / "initial", model, LORA, "base", {})
+    rows = list(windows(20, 1, 3))
+    _, losses = run(graphdef, base, optimizer, state, rows)
+
+    peer = peft.PeftModel.from_pretrained(
+        reference(PARAMS, random_tensors(PARAMS)), tmp_path / "initial", is_trainable=True
+    )
+    learned = [parameter for parameter in peer.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.01, eps=1e-8)
+    peer_losses = []
+    for window in rows:
+        logits = peer(torch.from_numpy(window.tokens[0]).long()).logits
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(window.targets[0]).long().flatten(),
+            reduction="none",
+        )  # fmt: skip
+        mask = torch.from_numpy(window.mask[0]).flatten()
+        loss = each[mask].sum() / mask.sum()
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()
+        peer_losses.append(loss.item())
+    np.testing.assert_allclose(losses, peer_losses, atol=1e-4)
+    assert abs(losses[-1] - losses[0]) > 1e-2  # something was learned, so something was compared
+
+
+def test_accumulated_step_equals_the_big_batch(folder):  # lesson 1
+    rows = list(windows(10, 1, 8))
+    _, graphdef, base, optimizer, state = build(folder, k=1)
+    big, big_losses = run(graphdef, base, optimizer, state, rows)
+    apart = [Window(*(x.reshape(8, 1, LENGTH) for x in row[:3])) for row in rows]
+    _, graphdef, base, optimizer, state = build(folder, k=8)
+    small, small_losses = run(graphdef, base, optimizer, state, apart)
+    np.testing.assert_allclose(small_losses, big_losses, rtol=1e-6)
+    for (name, x), y in zip(
+        named(small.adapters).items(), named(big.adapters).values(), strict=True
+    ):
+        # Adam divides by the square root of tiny second moments, which magnifies rounding.
+        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
+
+
+def test_zero_weight_padding_changes_nothing(folder):  # lesson 2
+    (row,) = windows(1, 2, 2)
+    _, graphdef, base, optimizer, state = build(folder, k=2)
+    once, _ = run(graphdef, base, optimizer, state, [row])
+    padded = Window(*(np.concatenate([x, np.zeros_like(x)]) for x in row[:3]))
+    _, graphdef, base, optimizer, state = build(folder, k=4)
+    again, _ = run(graphdef, base, optimizer, state, [padded])
+    for x, y in zip(named(once.adapters).values(), named(again.adapters).values(), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_only_adapters_are_trainable_and_the_base_stays_bit_equal(folder):  # lesson 5
+    model, graphdef, base, optimizer, state = build(folder, k=2)
+    before = {name: x.tobytes() for name, x in named(base).items()}
+    counts = count({"adapters": state.adapters, "base": base})
+    assert counts == {
+        "lora": LORA.parameter_count(model.config),
+        "frozen": model.config.parameter_count,
+    }
+    state, _ = run(graphdef, base, optimizer, state, windows(3, 2, 2))
+    assert {name: x.tobytes() for name, x in named(base).items()} == before
+    moved = [np.any(x != 0) for name, x in named(state.adapters).items() if "['b']" in name]
+    assert len(moved) == 4
+    assert all(moved)  # lesson 4
+
+
+def test_bf16_keeps_adapters_and_moments_in_fp32(folder):  # lesson 4
+    _, graphdef, base, optimizer, state = build(folder, precision="bf16", rate=3e-5, k=2)
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    before = named(state.adapters)
+    state, _ = run(graphdef, base, optimizer, state, windows(2, 2, 2))
+    floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype("float32")}
+    for name, x in named(state.adapters).items():
+        assert np.any(x != before[name]), name
+
+
+def test_an_optimizer_state_holds_nothing_of_the_base(folder):  # lesson 3
+    model, _, _, _, state = build(folder, k=4)
+    adapter = LORA.parameter_count(model.config)
+    held = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
+    assert held == 3 * adapter  # two moments and the accumulator
+
+
+@pytest.mark.parametrize("remat", ["ffn", "block"])
+def test_remat_changes_memory_and_not_the_result(folder, remat):
+    def step(remat):
+        _, graphdef, base, optimizer, state = build(folder, lora=dropout, k=2, remat=remat)
+        state, losses = run(graphdef, base, optimizer, state, windows(3, 2, 2))
+        lowered = train_step.lower(
+            state, base, next(windows(1, 2, 2)), jax.random.key(0), graphdef=graphdef,
+            optimizer=optimizer,
+        )  # fmt: skip
+        return state, losses, str(lowered.as_text()).count("optimization_barrier")
+
+    dropout = LoraConfig(rank=4, alpha=8, dropout=0.1, targets=("wq", "w2"))
+    plain, plain_losses, none = step("none")
+    state, losses, barriers = step(remat)
+    np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)
+    for x, y in zip(named(state.adapters).values(), named(plain.adapters).values(), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert none == 0  # the configs really differ: one barrier for each recomputed part
+    assert barriers == PARAMS["n_layers"]
+
+
+def test_dropout_is_a_function_of_seed_and_step(folder):
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.3, targets=("wq",))
+    rows = list(windows(2, 2, 2))
+
+    def adapters(key, rows):
+        _, graphdef, base, optimizer, state = build(folder, lora=lora, k=2)
+        return named(run(graphdef, base, optimizer, state, rows, key)[0].adapters)
+
+    first, again, other = adapters(0, rows), adapters(0, rows), adapters(1, rows)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(folder):  # lesson 23
+    _, graphdef, base, optimizer, state = build(folder)
+    poisoned = jax.tree.map(lambda x: x * jnp.nan, base)
+    before = named((state.adapters, state.optimizer))
+    state, metrics = train_step(
+        state, poisoned, next(windows(1, 1, 2)), jax.random.key(0), graphdef=graphdef,
+        optimizer=optimizer,
+    )  # fmt: skip
+    assert bool(metrics.skipped)
+    assert int(state.step) == 1
+    for name, x in named((state.adapters, state.optimizer)).items():
+        np.testing.assert_array_equal(x, before[name], err_msg=name)
+
+
+def test_packed_rows_cost_what_they_cost_alone(folder):  # lesson 18
+    _, graphdef, base, _, state = build(folder)
+    (rows,) = windows(1, 2, 1)
+    half = LENGTH // 2
+    alone = sum(
+        float(eval_step(state.adapters, base, Window(*(x[i : i + 1, :, :half] for x in rows[:3])),
+                        graphdef=graphdef)[0])
+        for i in range(2)
+    )  # fmt: skip
+    packed = Window(
+        *(np.concatenate([x[:1, :, :half], x[1:, :, :half]], axis=2) for x in rows[:3]),
+        segments=np.repeat([1, 2], half)[None, None].astype(np.int32),
+        positions=np.tile(np.arange(half), 2)[None, None].astype(np.int32),
+    )
+    together = float(eval_step(state.adapters, base, packed, graphdef=graphdef)[0])
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_clipping_acts_on_the_whole_window(folder):
+    (row,) = windows(1, 2, 2)
+    _, graphdef, base, optimizer, state = build(folder, k=2, clip=1e-3)
+    clipped, _ = run(graphdef, base, optimizer, state, [row])
+    moment = [x for name, x in named(clipped.optimizer).items() if ".mu" in name]
+    norm = np.sqrt(sum(float(np.sum((x / 0.1) ** 2)) for x in moment))  # mu = (1 - 0.9) g
+    assert norm == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_schedules_count_optimizer_steps():  # lesson 2
+    rate = learning_rate_schedule("linear", 1.0, 0.1, 100)
+    np.testing.assert_allclose(
+        [rate(0), rate(4), rate(9), rate(10)], [0.1, 0.5, 1.0, 1.0], rtol=1e-6
+    )
+    assert float(rate(55)) == pytest.approx(0.5)
+    assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
+    assert float(learning_rate_schedule("cosine", 2.0, 0.0, 10)(5)) == pytest.approx(1.0)
+    assert float(learning_rate_schedule("constant", 2.0, 0.0, 10)(9)) == 2.0
+
+
+def test_the_step_is_compiled_once_in_a_run(folder):  # lesson 19
+    train_step.clear_cache()
+    _, graphdef, base, optimizer, state = build(folder, k=2)
+    run(graphdef, base, optimizer, state, windows(4, 2, 2))
+    assert train_step._cache_size() == 1
+
+
+def compiled_text(precision):
+    """The compiled step of a model whose matrix sizes occur nowhere else."""
+    from jllama.config import LlamaConfig
+
+    config = LlamaConfig(88, 2, 4, 2, 104, 208)
+    model = abstract_model(config, precision, remat="block", lora=LORA)
+    graphdef, adapters, base = split(model)
+    optimizer = make_optimizer(
+        {"adapters": adapters, "base": base}, optax.constant_schedule(1e-3), weight_decay=0.01,
+        max_grad_norm=1.0, accumulation=4,
+    )  # fmt: skip
+    state = jax.eval_shape(lambda a, b: initial_state(a, b, optimizer), adapters, base)
+    ids = jax.ShapeDtypeStruct((4, 2, 16), jnp.int32)
+    window = Window(ids, ids, jax.ShapeDtypeStruct((4, 2, 16), jnp.bool_))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = train_step.lower(state, base, window, key, graphdef=graphdef, optimizer=optimizer)
+    return lowered.compile().as_text(), nnx.to_flat_state(base)
+
+
+def test_compiled_step_makes_no_array_of_a_frozen_weights_shape():
+    """No gradient, accumulator, cast, slice or copy: such a shape is only ever passed on.
+
+    In fp32, for XLA's CPU backend has no bf16 matmul and widens the weights itself.
+    """
+    text, base = compiled_text("fp32")
+    shapes = {leaf.shape for _, leaf in base if len(leaf.shape) == 2}
+    assert shapes == {(88, 88), (44, 88), (104, 88), (88, 104), (208, 88)}
+    made = []
+    for shape in shapes | {tuple(reversed(shape)) for shape in shapes}:
+        dims = ",".join(map(str, shape))
+        for line in text.splitlines():
+            found = re.match(rf"\s*(?:ROOT )?%?\S+ = f32\[{dims}\]\S* ([\w-]+)\(", line)
+            if found and found[1] not in ("parameter", "get-tuple-element"):
+                made.append(line.strip()[:160])
+    assert not made
+    assert re.search(
+        r"f32\[88,104\]\S* (parameter|get-tuple-element)", text
+    )  # the net is not empty
+
+
+def test_precisions_name_their_dtypes():
+    assert {name: jnp.dtype(dtype).name for name, dtype in PRECISIONS.items()} == {
+        "bf16": "bfloat16",
+        "fp32": "float32",
+    }
