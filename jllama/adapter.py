@@ -164,7 +164,7 @@ def read_lora_config(path: str | Path) -> LoraConfig:
     if extra:
         raise InputError(f"{file}: not supported here: {', '.join(extra)}; plain LoRA only")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float):
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise InputError(f"{file}: r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
     targets = config.get("target_modules")
     if isinstance(targets, str):

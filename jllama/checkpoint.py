@@ -17,6 +17,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,11 @@ class ModelWriter:
                 "dtype": str(tensor.dtype),
                 "sha256": tensor_sha256(tensor),
             }
-        self._orbax.save((self._folder / BLOCKS / block).absolute(), dict(tensors))
+        item = (self._folder / BLOCKS / block).absolute()
+        # In a thread, so that Ctrl-C waits for the block: else Orbax's own threads would go on
+        # writing into the folder that is being removed.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self._orbax.save, item, dict(tensors)).result()
 
     def finish(self, tokenizer: bytes | None, source: str) -> None:
         """Writes the config, the tokenizer and the manifest."""

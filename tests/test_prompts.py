@@ -1,0 +1,78 @@
+"""The answering command, from a run and from a model with an adapter."""
+
+import json
+
+import pytest
+from meta_files import BASE, random_tensors, write_meta
+
+from convert.from_meta import FromMeta, convert
+from eval.prompts import REPORT_PROMPTS, main
+from jllama.generate import decode, prefill
+from train.lora import main as train
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    for name, seed in (("model", 0), ("other", 1)):
+        write_meta(root / f"{name}-meta", random_tensors(BASE, seed=seed), BASE)
+        convert(FromMeta(root / f"{name}-meta", root / name))
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(8)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    train([
+        "--model", str(root / "model"), "--data", str(root / "rows.json"), "--precision", "fp32",
+        "--output-dir", str(root / "run"), "--prompt-style", "report", "--epochs", "1",
+    ])  # fmt: skip
+    return root
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_answers_the_reports_prompts_from_one_compilation(place, capsys):
+    prefill.clear_cache()
+    decode.clear_cache()
+    main(["--run", str(place / "run"), "--precision", "fp32", "--max-new-tokens", "8"])
+    lines = answers(place / "run" / "generations.jsonl")
+    prompts = json.loads(REPORT_PROMPTS.read_text())["prompts"]
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in prompts]
+    assert all({"base", "tuned", "base_ids", "tuned_ids"} <= set(line) for line in lines)
+    assert all(0 < len(line["tuned_ids"]) <= 8 for line in lines)
+    assert (prefill._cache_size(), decode._cache_size()) == (1, 1)
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_seeds_repeat_and_references_become_columns(place, tmp_path, capsys):
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps([{"prompt": "Say 3.", "report_tuned_answer": "three"}]))
+    arguments = [
+        "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
+        "--prompts", str(place / "rows.json"), "--reference", str(reference), "--precision", "fp32",
+        "--max-new-tokens", "6", "--temperature", "1",
+    ]  # fmt: skip
+    main([*arguments, "--output", str(tmp_path / "a.jsonl")])
+    main([*arguments, "--output", str(tmp_path / "b.jsonl")])
+    assert answers(tmp_path / "a.jsonl") == answers(tmp_path / "b.jsonl")
+    assert answers(tmp_path / "a.jsonl")[3]["report_tuned_answer"] == "three"
+    assert answers(tmp_path / "a.jsonl")[3]["expected"] == "3"
+    assert "exact answers, tuned: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "nowhere"], "nowhere: no run folder"),
+        (
+            ["--model", "{place}/other", "--adapter", "{place}/run/adapter"],
+            "give the right --model",
+        ),
+        (["--model", "{place}/model", "--prompts", "nowhere.json"], "nowhere.json: no such file"),
+        (["--model", "{place}/model", "--run", "{place}/run"], "drop --model or --run"),
+    ],
+)
+def test_wrong_pairs_are_refused(place, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main([word.format(place=place) for word in arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
