@@ -150,7 +150,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, float]]:
     """The prompts and how to decode them: flags first, then the file, then 0.6 and 0.9."""
     path = Path(config.prompts) if config.prompts else REPORT_PROMPTS
     content = read_rows_or_object(path)
-    rows = content.get("prompts") if isinstance(content, dict) else content
+    rows: Any = content.get("prompts") if isinstance(content, dict) else content
     usable = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     if not usable:
         raise InputError(f'{path}: expected a list of rows, or {{"prompts": [rows]}}')

@@ -184,21 +184,32 @@ def read_config(path: str | Path) -> LlamaConfig:
         ) from error
 
 
-def read_block(
-    path: str | Path, block: str, dtype: jnp.dtype | None = None
-) -> dict[str, np.ndarray | jax.Array]:
-    """The tensors of one block: as stored on the host, or cast to `dtype` on the device."""
-    item = (Path(path) / BLOCKS / block).absolute()
+def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
+    """The tensors of one block as stored, on the host, checked against the manifest.
+
+    Raises:
+        InputError: if the block is missing, unreadable or differs from its certificate.
+    """
+    path = Path(path)
+    item = (path / BLOCKS / block).absolute()
     if not item.is_dir():
         raise InputError(f"{item}: block missing; convert the model again")
-    orbax = ocp.PyTreeCheckpointer()
-    if dtype is None:
-        return orbax.restore(item)
-    names = read_json(Path(path) / MANIFEST)["tensors"]
-    wanted = {name: 0 for name in tensor_shapes(read_config(path))[block] if name in names}
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    how = {name: ocp.ArrayRestoreArgs(dtype=dtype, sharding=device) for name in wanted}
-    return orbax.restore(item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=how))
+    try:
+        tensors = ocp.PyTreeCheckpointer().restore(item)
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{item}: damaged ({error}); convert the model again") from error
+    certified = read_json(path / MANIFEST)["tensors"]
+    damaged = [
+        name
+        for name, tensor in tensors.items()
+        if certified.get(name, {}).get("sha256") != tensor_sha256(tensor)
+    ]
+    if damaged:
+        raise InputError(
+            f"{item}: {', '.join(damaged)} differ from {MANIFEST}; the files were damaged after "
+            "they were written, convert the model again"
+        )
+    return tensors
 
 
 def abstract_model(
@@ -249,7 +260,8 @@ def load_model(
         config = dataclasses.replace(config, ffn_bias=True)
     stored: dict[str, Any] = {}
     for block in blocks:
-        stored |= read_block(path, block, PRECISIONS[precision])
+        for name, tensor in read_block(path, block).items():
+            stored[name] = jnp.asarray(tensor).astype(PRECISIONS[precision])
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
 
     def fill(name, shape):

@@ -253,3 +253,19 @@ def test_tokenizers_give_the_published_ids(family, assets):
     tokenizer = load_tokenizer(folder / f"{family}_tokenizer.model")
     for row in json.loads((folder / "expected.json").read_text()):
         assert tokenizer.encode(row["text"]) == row[family]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_model_folder_is_named_and_refused(tmp_path, damage):  # reliability 5
+    write_meta(tmp_path / "meta", random_tensors(BASE), BASE)
+    convert(FromMeta(tmp_path / "meta", tmp_path / "model"))
+    block = tmp_path / "model" / "blocks" / "layers.1"
+    file = max((f for f in block.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[:1000])
+    with pytest.raises(InputError, match=r"layers\.1.*convert the model again"):
+        load_model(tmp_path / "model", "fp32")

@@ -17,7 +17,15 @@ import yaml
 from meta_files import BASE, random_tensors, write_meta
 
 from convert.from_meta import FromMeta, convert
-from jllama.checkpoint import MANIFEST, read_block, read_json, tensor_sha256, tensor_shapes
+from jllama.checkpoint import (
+    MANIFEST,
+    ModelWriter,
+    read_block,
+    read_json,
+    tensor_sha256,
+    tensor_shapes,
+    whole_folder,
+)
 from jllama.checkpoint import read_config as read_model_config
 from jllama.errors import InputError
 from train.config import TrainConfig, read_defaults
@@ -235,16 +243,15 @@ def test_a_full_disk_keeps_the_last_state_and_exits_with_a_message(place, tmp_pa
 
 def test_steps_without_a_finite_gradient_are_counted_and_end_the_run(place, tmp_path):
     """Reliability 7: a base with a NaN in its last norm."""
-    import shutil
-
-    import jllama.checkpoint as checkpoint
-
-    shutil.copytree(place / "model", tmp_path / "model")
-    head = {name: np.array(x) for name, x in read_block(place / "model", "head").items()}
-    head["norm.weight"][0] = np.nan
-    shutil.rmtree(tmp_path / "model" / "blocks" / "head")
-    config = read_model_config(tmp_path / "model")
-    checkpoint.ModelWriter(tmp_path / "model", config).write_block("head", head)
+    config = read_model_config(place / "model")
+    with whole_folder(tmp_path / "model") as folder:
+        writer = ModelWriter(folder, config)
+        for block in tensor_shapes(config):
+            tensors = {k: np.array(x) for k, x in read_block(place / "model", block).items()}
+            if block == "head":
+                tensors["norm.weight"][0] = np.nan
+            writer.write_block(block, tensors)
+        writer.finish((place / "model" / "tokenizer.model").read_bytes(), "a test")
     with pytest.raises(SystemExit) as ended:
         main(flags(place, tmp_path / "run", model=tmp_path / "model", val_size=0))
     assert ended.value.code == 2
