@@ -22,6 +22,7 @@ from flax import nnx
 from jllama.checkpoint import read_json, whole_folder, write_json
 from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig, linear_names
 from jllama.errors import InputError
+from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named
 
@@ -41,29 +42,42 @@ def to_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def rotary_heads(config: LlamaConfig, linear: str) -> int | None:
-    """Over how many heads a linear's rows are permuted; None for those that stay."""
-    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(linear)
+    """Over how many heads the rows of `layers.0.attention.wq` are permuted; None for no heads."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(linear.rpartition(".")[2])
 
 
-def peft_name(linear: str) -> str:
-    """`layers.0.attention.wq` -> `base_model.model.model.layers.0.self_attn.q_proj`."""
-    _, index, part, name = linear.split(".")
+def peft_key(name: str) -> str:
+    """PEFT's name of an adapter's array.
+
+    layers.0.attention.wq.lora.a  ->  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    """
+    _, index, part, linear, _, array = name.split(".")
     module = {"attention": "self_attn", "feed_forward": "mlp"}[part]
-    return f"base_model.model.model.layers.{index}.{module}.{HF_LINEARS[name]}"
+    leaf = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[array]
+    return f"base_model.model.model.layers.{index}.{module}.{HF_LINEARS[linear]}.{leaf}"
+
+
+def row_lengths(linear: Linear) -> np.ndarray:
+    """|W| of every output `[O]`, fp32."""
+    return np.linalg.norm(np.asarray(linear.weight[...], np.float32), axis=1)
 
 
 def save_adapter(
     path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: dict[str, Any]
 ) -> None:
     """Writes the model's adapters as a PEFT folder; `passport` becomes `jllama.json`."""
+    lengths = {name: row_lengths(linear) for name, linear in adapted_linears(model).items()}
     tensors = {}
-    for name, linear in adapted_linears(model).items():
-        b = np.asarray(linear.lora.b[...])
-        heads = rotary_heads(model.config, name.rpartition(".")[2])
-        if heads is not None:
-            b = to_half_rotated(b, heads)
-        tensors[f"{peft_name(name)}.lora_A.weight"] = np.asarray(linear.lora.a[...])
-        tensors[f"{peft_name(name)}.lora_B.weight"] = b
+
+    def keep(name, array):
+        linear, _, part = name.partition(".lora.")
+        array = np.asarray(array) + (lengths[linear] if part == "magnitude" else 0)
+        heads = rotary_heads(model.config, linear)
+        tensors[peft_key(name)] = (
+            array if part == "a" or not heads else to_half_rotated(array, heads)
+        )
+
+    map_named(keep, nnx.state(model, nnx.LoRAParam))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -71,6 +85,8 @@ def save_adapter(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": [HF_LINEARS[name] for name in lora.targets],
         "bias": "none",
         "fan_in_fan_out": False,
@@ -105,21 +121,23 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
         raise InputError(f"{file}: damaged ({error}); copy the adapter again") from error
 
     attach(model, lora, jax.random.key(0))
-    adapters = nnx.state(model, nnx.LoRAParam)
+    adapters, linears = nnx.state(model, nnx.LoRAParam), adapted_linears(model)
     problems, used = [], set()
 
     def fill(name, fresh):
-        linear, _, matrix = name.partition(".lora.")
-        key = f"{peft_name(linear)}.lora_{matrix.upper()}.weight"
+        key = peft_key(name)
         used.add(key)
         found = stored.get(key)
         if found is None or found.shape != fresh.shape:
             shape = "nothing" if found is None else found.shape
             problems.append(f"{key}: expected {fresh.shape}, found {shape}")
             return fresh
-        heads = rotary_heads(model.config, linear.rpartition(".")[2]) if matrix == "b" else None
-        if heads is not None:
+        linear, _, part = name.partition(".lora.")
+        heads = rotary_heads(model.config, linear)
+        if part != "a" and heads:
             found = to_interleaved(found, heads)
+        if part == "magnitude":
+            found = found.astype(np.float32) - row_lengths(linears[linear])
         return jnp.asarray(found, jnp.float32)
 
     adapters = map_named(fill, adapters)
@@ -135,8 +153,6 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
 # Fields of adapter_config.json that would change the arithmetic, and their plain values.
 _PLAIN: dict[str, tuple] = {
     "bias": ("none",),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
     "fan_in_fan_out": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
@@ -151,7 +167,7 @@ _PLAIN: dict[str, tuple] = {
 
 
 def read_lora_config(path: str | Path) -> LoraConfig:
-    """A PEFT folder's settings; InputError for anything that is not plain LoRA."""
+    """A PEFT folder's settings; InputError for what LoRA, rsLoRA and DoRA are not."""
     file = Path(path) / PEFT_CONFIG
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -162,7 +178,9 @@ def read_lora_config(path: str | Path) -> LoraConfig:
         if field in config and config[field] not in plain
     ]
     if extra:
-        raise InputError(f"{file}: not supported here: {', '.join(extra)}; plain LoRA only")
+        raise InputError(
+            f"{file}: not supported here: {', '.join(extra)}; LoRA, rsLoRA and DoRA are"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise InputError(f"{file}: r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
@@ -175,5 +193,7 @@ def read_lora_config(path: str | Path) -> LoraConfig:
         rank=rank,
         alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
         targets=linear_names(",".join(name.rpartition(".")[2] for name in targets)),
     )

@@ -201,12 +201,18 @@ def linear_names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank, scale (alpha / rank), input dropout and the linears that get an adapter."""
+    """Rank, scale, input dropout and the linears that get an adapter.
+
+    The scale is alpha / rank, with rsLoRA alpha / sqrt(rank) (Kalajdzievski, 2023). DoRA (Liu et
+    al., 2024) adds a learned magnitude for every output.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("wq", "wv")
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         if self.rank < 1:
@@ -216,12 +222,14 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def parameter_count(self, config: LlamaConfig) -> int:
-        """Closed formula: rank * (in + out) for every adapted linear."""
-        shapes = linear_shapes(config)
-        return config.n_layers * sum(self.rank * sum(shapes[name]) for name in self.targets)
+        """Closed formula: rank * (in + out) for every adapted linear, with DoRA + out."""
+        shapes = [linear_shapes(config)[name] for name in self.targets]
+        return config.n_layers * sum(
+            self.rank * (outs + ins) + (outs if self.dora else 0) for outs, ins in shapes
+        )
 
 
 PrecisionName = Literal["bf16", "fp32"]

@@ -33,10 +33,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None = None):
         """`[B, T, in]` -> `[B, T, out]`; with a key, the adapter's input is dropped out."""
         y = jnp.einsum("BTi,oi->BTo", x, self.weight[...])
+        if self.lora is not None:
+            y = self.lora(x, y, self.weight[...], key)
         if self.bias is not None:
             y = y + self.bias[...][None, None, :]
-        if self.lora is not None:
-            y = y + self.lora(x, key)
         return y
 
 

@@ -1,12 +1,18 @@
 """LoRA: make, apply, scale and merge (Hu et al., 2021), with PEFT's initialisation.
 
-    y = x W^T + (alpha / rank) * dropout(x) A^T B^T
+    y = x W^T + scale * dropout(x) A^T B^T
+
+and DoRA (Liu et al., 2024), which learns the length of each row of W + scale * B A apart from its
+direction:
+
+    y' = y * (|W| + magnitude) / |W + scale * B A|
 
 The base is never renamed: `layers.0.attention.wq.weight` is there with and without an adapter,
-which adds `layers.0.attention.wq.lora.a` and `.b`.
+which adds `layers.0.attention.wq.lora.a`, `.b` and, for DoRA, `.magnitude`.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,11 @@ from jllama.model import Llama, map_named
 
 
 class Lora(nnx.Module):
-    """A `[R, in]` and B `[out, R]`, both fp32: bf16 would round small updates away."""
+    """A `[R, in]` and B `[out, R]`, both fp32: bf16 would round small updates away.
+
+    `magnitude` `[out]` is what DoRA adds to the base's row lengths, 0 at first. (PEFT stores the
+    sum; the difference makes an adapter of scale 0 the base model, bit for bit.)
+    """
 
     def __init__(
         self, in_features: int, out_features: int, config: LoraConfig, key: Key[Array, ""]
@@ -28,17 +38,46 @@ class Lora(nnx.Module):
         shape = (config.rank, in_features)
         self.a = nnx.LoRAParam(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
         self.b = nnx.LoRAParam(jnp.zeros((out_features, config.rank)))
+        self.magnitude: Any = (
+            nnx.LoRAParam(jnp.zeros((out_features,))) if config.dora else nnx.data(None)
+        )
         self.scale = config.scale
         self.dropout = config.dropout
 
-    def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None):
-        """`[B, T, in]` -> `[B, T, out]`, in the network's dtype; no key, no dropout."""
+    def __call__(
+        self,
+        x: Float[Array, "B T I"],
+        y: Float[Array, "B T O"],
+        weight: Float[Array, "O I"],
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "B T O"]:
+        """`y = x W^T` with the adapter's part added, in the network's dtype; no key, no dropout."""
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
         # fp32 adapters are cast here, or they would promote the whole network.
         low = jnp.einsum("BTi,Ri->BTR", x, self.a[...].astype(x.dtype))
-        return jnp.einsum("BTR,oR->BTo", low, self.b[...].astype(x.dtype)) * self.scale
+        y = y + jnp.einsum("BTR,oR->BTo", low, self.b[...].astype(x.dtype)) * self.scale
+        if self.magnitude is None:
+            return y
+        gain = self.gain(weight)[None, None, :]
+        return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
+
+    def gain(self, weight: Float[Array, "O I"]) -> Float[Array, "O"]:
+        """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
+
+        |W + s B A|^2 = |W|^2 + 2 s W A^T . B + s^2 B A A^T . B, row by row, so that no second
+        matrix of W's size is ever made.
+        """
+        a, b, s = self.a[...], self.b[...], self.scale
+        exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
+        base = jnp.einsum("oi,oi->o", weight, weight, **exact)
+        weight_a = jnp.einsum("oi,Ri->oR", weight, a.astype(weight.dtype), **exact)
+        b_a_a = jnp.einsum("oR,RQ->oQ", b, jnp.einsum("Ri,Qi->RQ", a, a, **exact), **exact)
+        added = 2 * s * jnp.sum(weight_a * b, axis=1) + s * s * jnp.sum(b_a_a * b, axis=1)
+        length = jax.lax.stop_gradient(jnp.sqrt(base + added))
+        # Written as 1 + ..., it is exactly 1 for an adapter of scale 0.
+        return 1 + (self.magnitude[...] + (jnp.sqrt(base) - length)) / length
 
 
 def adapted_linears(model: Llama) -> dict[str, Linear]:
@@ -63,18 +102,20 @@ def split(model: Llama) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def scaled(adapters: nnx.State, factor: Float[Array, ""] | float) -> nnx.State:
     """Adapters with their effect multiplied: 0 is the base model, 1 the tuned one."""
 
-    return map_named(lambda name, x: x * factor if name.endswith(".b") else x, adapters)
+    return map_named(lambda name, x: x if name.endswith(".a") else x * factor, adapters)
 
 
 def merge(model: Llama) -> None:
     """Folds the adapters into the base weights and removes them.
 
-    W + scale * B A is summed in fp32 and rounded once to the weight's dtype.
+    W + scale * B A, with DoRA stretched, is summed in fp32 and rounded once to the weight's dtype.
     """
     for linear in adapted_linears(model).values():
         lora = linear.lora
         with jax.default_matmul_precision("highest"):
             delta = lora.scale * (lora.b[...] @ lora.a[...])
         merged = linear.weight[...].astype(jnp.float32) + delta
+        if lora.magnitude is not None:
+            merged = merged * lora.gain(linear.weight[...])[:, None]
         linear.weight[...] = merged.astype(linear.weight.dtype)
         linear.lora = None

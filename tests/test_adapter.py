@@ -1,5 +1,6 @@
 """The adapter folder, against `peft` on `transformers` with the same weights."""
 
+import dataclasses
 import json
 import shutil
 
@@ -27,6 +28,12 @@ PARAMS = BASE | {"n_kv_heads": 2}
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 HF_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 LORA = LoraConfig(rank=4, alpha=12, dropout=0.1, targets=ALL)
+METHODS = {
+    "LoRA": LORA,
+    "rsLoRA": dataclasses.replace(LORA, rslora=True),
+    "DoRA": dataclasses.replace(LORA, dora=True),
+    "DoRA and rsLoRA": dataclasses.replace(LORA, dora=True, rslora=True),
+}
 TOLERANCE = 2e-5
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16), dtype=np.int32)
 
@@ -51,6 +58,8 @@ def adapted(base, config=LORA, seed=0):
     for index, linear in enumerate(adapted_linears(model).values()):
         key = jax.random.key(1000 + index)
         linear.lora.b[...] = 0.3 * jax.random.normal(key, linear.lora.b.shape)
+        if config.dora:
+            linear.lora.magnitude[...] = 0.1 * jax.random.normal(key, linear.lora.magnitude.shape)
     return model
 
 
@@ -85,9 +94,12 @@ def assert_agree(found, expected):
 # ----------------------------------------------------------------------------- to and from peft
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("targets", [ALL, ("wq", "wk"), ("wq", "wv")])
-def test_an_adapter_saved_here_gives_the_same_logits_in_peft(targets, base, tensors, tmp_path):
-    config = LoraConfig(rank=4, alpha=12, targets=targets)
+def test_an_adapter_saved_here_gives_the_same_logits_in_peft(
+    targets, method, base, tensors, tmp_path
+):
+    config = dataclasses.replace(METHODS[method], targets=targets)
     ours = adapted(base, config)
     save_adapter(tmp_path / "adapter", ours, config, "models/tiny", {})
     theirs = peft.PeftModel.from_pretrained(reference(PARAMS, tensors), tmp_path / "adapter").eval()
@@ -97,12 +109,16 @@ def test_an_adapter_saved_here_gives_the_same_logits_in_peft(targets, base, tens
     assert np.abs(expected - without).max() > 0.1  # the adapter does something
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_saved_by_peft_gives_the_same_logits_here(dtype, base, tensors, tmp_path):
+def test_an_adapter_saved_by_peft_gives_the_same_logits_here(
+    dtype, method, base, tensors, tmp_path
+):
     torch.manual_seed(0)
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=HF_ALL, task_type="CAUSAL_LM", init_lora_weights=False
-    )
+        r=4, lora_alpha=6, target_modules=HF_ALL, task_type="CAUSAL_LM", init_lora_weights=False,
+        use_rslora=METHODS[method].rslora, use_dora=METHODS[method].dora,
+    )  # fmt: skip
     theirs = peft.get_peft_model(reference(PARAMS, tensors), config).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
@@ -125,21 +141,23 @@ def test_save_and_load_give_back_every_bit_and_the_passport(base, folder):
 # ------------------------------------------------------------------------------ what LoRA promises
 
 
-def test_merged_weights_give_the_logits_of_base_and_adapter(base):
-    model = adapted(base)
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_weights_give_the_logits_of_base_and_adapter(method, base):
+    model = adapted(base, METHODS[method])
     expected = logits(model)
     merge(model)
     assert adapted_linears(model) == {}
     assert_agree(logits(model), expected)
 
 
-def test_an_adapter_scaled_by_zero_is_the_base_bit_for_bit(base):
-    graph, adapters, rest = split(adapted(base))
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_scaled_by_zero_is_the_base_bit_for_bit(method, base):
+    graph, adapters, rest = split(adapted(base, METHODS[method]))
     off = nnx.merge(graph, scaled(adapters, 0.0), rest)
     on = nnx.merge(graph, scaled(adapters, 1.0), rest)
     expected = logits(load_model(base, "fp32"))
     assert (logits(off) == expected).all()
-    assert (logits(on) == logits(adapted(base))).all()
+    assert (logits(on) == logits(adapted(base, METHODS[method]))).all()
     assert np.abs(logits(on) - expected).max() > 0.1
 
 
@@ -215,8 +233,10 @@ DAMAGE = {
     "other rank": (set_config(r=8), [f"{Q_B}: expected (32, 8), found (32, 4)"]),
     "no rank": (set_config(r=None), ["adapter_config.json", "r None"]),
     "no LoRA": (set_config(peft_type="LOHA"), ["peft_type 'LOHA', expected 'LORA'"]),
-    "DoRA": (set_config(use_dora=True), ["use_dora True", "plain LoRA only"]),
-    "rsLoRA": (set_config(use_rslora=True), ["use_rslora True"]),
+    "DoRA without magnitudes": (
+        set_config(use_dora=True),
+        ["q_proj.lora_magnitude_vector: expected (32,), found nothing"],
+    ),
     "PiSSA, which changes the base": (
         set_config(init_lora_weights="pissa"),
         ["init_lora_weights 'pissa'"],

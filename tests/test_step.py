@@ -297,3 +297,34 @@ def test_precisions_name_their_dtypes():
         "bf16": "bfloat16",
         "fp32": "float32",
     }
+
+
+def test_lora_plus_moves_b_faster_by_its_ratio(folder):
+    (row,) = windows(1, 1, 2)
+    moves = []
+    for ratio in (1.0, 16.0):
+        model, graphdef, base, _, state = build(folder)
+        optimizer = make_optimizer(
+            {"adapters": state.adapters, "base": base}, optax.constant_schedule(1e-4),
+            weight_decay=0.0, max_grad_norm=1.0, accumulation=1, b_rate_ratio=ratio,
+        )  # fmt: skip
+        adapters = split(model)[1]
+        before = named(adapters)
+        state, _ = run(graphdef, base, optimizer, initial_state(adapters, base, optimizer), [row])
+        moves.append({name: x - before[name] for name, x in named(state.adapters).items()})
+    for name, slow in moves[0].items():
+        ratio = 16.0 if "['b']" in name else 1.0
+        np.testing.assert_allclose(moves[1][name], ratio * slow, rtol=1e-3, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
+def test_other_rules_learn_too(folder, name):
+    model, graphdef, base, _, state = build(folder, k=2)
+    optimizer = make_optimizer(
+        {"adapters": state.adapters, "base": base}, optax.constant_schedule(3e-3), name=name,
+        weight_decay=0.0, max_grad_norm=1.0, accumulation=2,
+    )  # fmt: skip
+    (row,) = windows(1, 2, 2)
+    state = initial_state(split(model)[1], base, optimizer)
+    _, losses = run(graphdef, base, optimizer, state, [row] * 8)
+    assert losses[-1] < losses[0] - 0.05

@@ -14,7 +14,7 @@ from jllama.config import LoraConfig, PrecisionName, linear_names
 from jllama.errors import InputError
 from jllama.model import Remat
 from jllama.prompt import PromptStyle
-from train.optimizer import Scheduler
+from train.optimizer import OptimizerName, Scheduler
 
 RECIPES = Path(__file__).parent / "recipes"
 LATEST = Path("runs/latest")
@@ -65,14 +65,23 @@ class TrainConfig:
     ffn_bias: bool = False
     """Feed-forward linears with zero biases, as the original report counted them."""
 
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank)."""
+    dora: bool = False
+    """DoRA: learn the length of every row of the weights apart from its direction."""
+
+    optimizer: OptimizerName = "adamw"
+    """Rule of optax."""
     learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: how many times faster B learns than A."""
     lr_scheduler: Scheduler = "cosine"
     """Decay after the warm-up."""
     warmup_ratio: float = 0.03
     """Share of the optimizer steps in which the rate rises."""
     weight_decay: float = 0.01
-    """Of AdamW, decoupled."""
+    """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Global norm to which the gradient of a step is clipped; 0 does not clip."""
 
@@ -101,7 +110,7 @@ class TrainConfig:
     def __post_init__(self):
         positive = (
             "max_seq_len", "epochs", "micro_batch_size", "gradient_accumulation_steps",
-            "learning_rate",
+            "learning_rate", "lora_plus_ratio",
         )  # fmt: skip
         not_negative = (
             "skip_bad_rows", "val_size", "warmup_ratio", "weight_decay", "max_grad_norm",
@@ -119,7 +128,12 @@ class TrainConfig:
     @property
     def lora(self) -> LoraConfig:
         return LoraConfig(
-            self.lora_rank, self.lora_alpha, self.lora_dropout, linear_names(self.lora_targets)
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=linear_names(self.lora_targets),
+            rslora=self.rslora,
+            dora=self.dora,
         )
 
 

@@ -84,6 +84,8 @@ def fit(
     optimizer = make_optimizer(
         {"adapters": adapters, "base": base},
         schedule,
+        name=config.optimizer,
+        b_rate_ratio=config.lora_plus_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         accumulation=config.gradient_accumulation_steps,
