@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from jllama.attention import Implementation, cached_attention, causal_attention
@@ -26,8 +27,23 @@ from jllama.layers import (
     rotation,
 )
 
-# What is recomputed in the backward pass: nothing, ffn_norm + feed_forward, or whole blocks.
-Remat = Literal["none", "ffn", "block"]
+# What is recomputed in the backward pass:
+#   none     nothing
+#   dots     all but the results of matmuls and of attention
+#   offload  as dots, and the matmuls' results wait in the host's memory
+#   ffn      ffn_norm + feed_forward
+#   block    whole blocks
+Remat = Literal["none", "dots", "offload", "ffn", "block"]
+
+_ATTENTION = "attention"  # the name under which a policy knows attention's result
+_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+    ),
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "block": None,
+}
 
 LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 Cache = list[LayerCache]
@@ -48,6 +64,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, segments, key):
         query, keys, values = self._project(x, rotary, key)
         seen = causal_attention(query, keys, values, segments, self.implementation)
+        seen = checkpoint_name(seen, _ATTENTION)
         return self.wo(seen.reshape(x.shape), _fold(key, 3))
 
     def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
@@ -154,8 +171,8 @@ class Llama(nnx.Module):
         with _matmul_precision(x.dtype):
             for index, block in enumerate(self.layers):
                 run = Block.__call__
-                if self.remat == "block":
-                    run = jax.checkpoint(run, static_argnums=5)
+                if self.remat in _POLICIES:
+                    run = jax.checkpoint(run, static_argnums=5, policy=_POLICIES[self.remat])
                 x = run(block, x, rotary, segments, _fold(key, index), self.remat)
         return self.norm(x)
 

@@ -159,7 +159,7 @@ def test_an_optimizer_state_holds_nothing_of_the_base(folder):  # lesson 3
     assert held == 3 * adapter  # two moments and the accumulator
 
 
-@pytest.mark.parametrize("remat", ["ffn", "block"])
+@pytest.mark.parametrize("remat", ["dots", "offload", "ffn", "block"])
 def test_remat_changes_memory_and_not_the_result(folder, remat):
     def step(remat):
         _, graphdef, base, optimizer, state = build(folder, lora=dropout, k=2, remat=remat)

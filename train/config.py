@@ -94,7 +94,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     """Micro-batches in one optimizer step."""
     remat: Remat = "block"
-    """What the backward pass recomputes: nothing, ffn_norm + feed_forward, or whole blocks."""
+    """What the backward pass recomputes: nothing; all but matmuls (dots), which may wait in the
+    host's memory (offload); ffn_norm + feed_forward (ffn); or whole blocks."""
 
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before the first and after each epoch."""
