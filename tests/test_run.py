@@ -32,6 +32,7 @@ from train.config import TrainConfig, read_defaults
 from train.lora import main, train
 from train.metrics import Metrics
 from train.run import run_folder
+from train.step import eval_step, train_step
 
 PARAMS = BASE | {"n_kv_heads": 2, "n_layers": 1}
 WORDS = ("red", "green", "blue", "seven", "eight", "a much longer answer than the others")
@@ -82,7 +83,8 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     said = capsys.readouterr().out
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "adapter", "config.yaml", "metrics.jsonl", "run.json", "state",
+        ".lock", "adapter", "best", "config.yaml", "metrics.jsonl", "run.json", "state",
+        "tensorboard",
     }  # fmt: skip
     lines = Metrics.read(run)
     losses = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
@@ -113,6 +115,27 @@ def test_a_run_repeats_from_its_config_bit_by_bit(place, tmp_path):
     main(flags(place, tmp_path / "a"))
     main(["--config", str(tmp_path / "a" / "config.yaml"), "--output-dir", str(tmp_path / "b")])
     assert adapter(tmp_path / "a") == adapter(tmp_path / "b")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_and_evaluation_are_compiled_once_each(place, tmp_path, packing):  # lesson 19
+    train_step.clear_cache()
+    eval_step.clear_cache()
+    main(flags(place, tmp_path / "run", **{"packing": True} if packing else {}))
+    assert [line["compilations"] for line in steps(tmp_path / "run")][-1] == 2
+
+
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(place, tmp_path, capsys):
+    more = {"learning_rate": 0.3, "epochs": 20, "eval_steps": 2, "patience": 3, "val_size": 6}
+    main(flags(place, tmp_path / "run", **more))
+    losses = [line["eval_loss"] for line in Metrics.read(tmp_path / "run") if "eval_loss" in line]
+    assert len(losses) - 1 - losses.index(min(losses)) == 3
+    said = capsys.readouterr().out
+    assert "no better for 3 evaluations" in said
+    assert f"best/ (held-out loss {min(losses):.4f})" in said
+    assert (tmp_path / "run" / "best" / "adapter_model.safetensors").read_bytes() != adapter(
+        tmp_path / "run"
+    )
 
 
 class Killed(BaseException):

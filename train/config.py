@@ -99,8 +99,12 @@ class TrainConfig:
 
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before the first and after each epoch."""
+    patience: int = 0
+    """Evaluations without a lower held-out loss after which a run ends; 0 never ends it."""
     save_steps: int = 0
     """Optimizer steps between saves of the state; 0 saves after each epoch."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project, if wandb is installed."""
     seed: int = 0
     """Of the adapters, the order, the dropout and the held-out rows."""
     resume: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
@@ -115,7 +119,7 @@ class TrainConfig:
         )  # fmt: skip
         not_negative = (
             "skip_bad_rows", "val_size", "warmup_ratio", "weight_decay", "max_grad_norm",
-            "max_steps", "eval_steps", "save_steps", "seed",
+            "max_steps", "eval_steps", "save_steps", "patience", "seed",
         )  # fmt: skip
         wrong = [f"{name} {getattr(self, name)}, expected above 0"
                  for name in positive if getattr(self, name) <= 0]  # fmt: skip

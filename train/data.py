@@ -217,16 +217,16 @@ class Batches:
         """Row numbers (in the file) that a step trains on."""
         return [self._examples[i].row for sequence in self.windows[step] for i in sequence]
 
-    def padding_share(self) -> float:
-        """Share of all positions that hold no token."""
+    def padding_share(self, step: int | None = None) -> float:
+        """Share of the positions of a step, or of the whole run, that hold no token."""
+        windows = self.windows if step is None else [self.windows[step]]
         used = sum(
             len(self._examples[i].ids) - 1
-            for window in self.windows
+            for window in windows
             for sequence in window
             for i in sequence
         )
-        total = len(self.windows) * self._shape[0] * self._shape[1] * self.length
-        return 1 - used / total
+        return 1 - used / (len(windows) * self._shape[0] * self._shape[1] * self.length)
 
     def window(self, step: int) -> Window:
         """The arrays of one step, `[k, B, T]`; segment 0 is padding."""

@@ -75,12 +75,16 @@ def show_row(example: Example, tokenizer: Tokenizer) -> None:
     console.print(text)
 
 
-def show_end(run: Path, losses: Sequence[float]) -> None:
+def show_end(
+    run: Path, epoch_losses: Sequence[float], eval_losses: Sequence[float], cost: str
+) -> None:
+    """The loss of every epoch, what it cost, what was written, and the next command."""
     table = Table("epoch", "average loss")
-    for epoch, loss in enumerate(losses, start=1):
+    for epoch, loss in enumerate(epoch_losses, start=1):
         table.add_row(str(epoch), f"{loss:.4f}")
     console.print(table)
+    best = f"best/ (held-out loss {min(eval_losses):.4f}), " if (run / "best").is_dir() else ""
     console.print(
-        f"wrote {run}/: adapter/ (PEFT), state/, metrics.jsonl, config.yaml, run.json\n"
-        f"next: python -m eval.prompts --run {run}",
+        f"{cost}\nwrote {run}/: adapter/ (PEFT), {best}state/, metrics.jsonl, tensorboard/, "
+        f"config.yaml, run.json\nnext: python -m eval.prompts --run {run}",
     )

@@ -40,6 +40,7 @@ class StepMetrics(NamedTuple):
     loss_sum: Float[Array, ""]
     tokens: Int[Array, ""]
     grad_norm: Float[Array, ""]
+    update_ratio: Float[Array, ""]  # norm of the update over norm of the adapters
     skipped: Bool[Array, ""]
 
 
@@ -118,7 +119,9 @@ def train_step(
         (state.adapters, state.optimizer),
         (adapters, moments),
     )
-    metrics = StepMetrics(loss_sum, supervised, norm, skipped)
+    moved = optax.global_norm(jax.tree.map(jnp.subtract, kept[0], state.adapters))
+    ratio = moved / optax.global_norm(state.adapters)
+    metrics = StepMetrics(loss_sum, supervised, norm, ratio, skipped)
     return TrainState(state.step + 1, *kept), metrics
 
 
@@ -133,3 +136,8 @@ def eval_step(
 
     total, _ = jax.lax.scan(micro_step, jnp.zeros(()), window)
     return total, jnp.sum(window.mask)
+
+
+def compilations() -> int:
+    """How often the two steps have been compiled in this process; a run needs one of each."""
+    return train_step._cache_size() + eval_step._cache_size()  # type: ignore[attr-defined]

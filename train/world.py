@@ -214,7 +214,7 @@ def plain_text(world: World, seed: int) -> Iterator[str]:
 
 
 def statement(fact: Fact) -> str:
-    """ "The plural of mouse is mice."."""
+    """The fact as a sentence: The plural of mouse is mice."""
     return KINDS[fact.kind].statement.format(s=fact.subject, a=fact.answer)
 
 
