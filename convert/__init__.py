@@ -5,5 +5,4 @@ to_meta.py    a model folder -> Meta's files (a command)
 shards.py     consolidated.NN.pth: opened, checked, joined block by block
 params.py     params.json: read and written
 names.py      how each tensor is cut over the shards
-disk.py       free space
 """

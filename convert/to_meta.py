@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
-from convert.disk import room_for
 from convert.names import EMBEDDINGS, OUTPUT
 from convert.params import PARAMS, meta_params
 from convert.shards import DTYPES
@@ -32,6 +31,7 @@ from jllama.checkpoint import (
     write_json,
 )
 from jllama.cli import Progress, run_command
+from jllama.disk import room_for
 from jllama.errors import InputError
 from jllama.tokenizer import FILE_NAME
 

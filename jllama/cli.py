@@ -18,7 +18,9 @@ COMMANDS = {
     "convert": "convert.from_meta",
     "export": "convert.to_meta",
     "train": "train.lora",
+    "lint": "train.lint",
     "prompts": "eval.prompts",
+    "speed": "eval.speed",
 }
 
 Settings = TypeVar("Settings")  # a dataclass

@@ -20,9 +20,10 @@ import torch
 from flax import nnx
 from meta_files import BASE, TOKENIZER, random_tensors, write_meta
 
-from convert import disk, from_meta, to_meta
+from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
+from jllama import disk
 from jllama.checkpoint import ModelWriter, load_model, read_block, read_config
 from jllama.errors import InputError
 from jllama.tokenizer import load_tokenizer

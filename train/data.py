@@ -252,3 +252,9 @@ class Batches:
         """Windows from `step` on, prepared ahead by Grain's threads."""
         steps = grain.MapDataset.range(step, len(self.windows)).map(self.window)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+if __name__ == "__main__":
+    from train.lint import main
+
+    main()

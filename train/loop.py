@@ -61,8 +61,9 @@ def fit(
     state = initial_state(adapters, base, optimizer)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run / "state")))
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+        saved = checkpoints.restore(state)
+        if saved is not None:
+            state = saved
             console.print(f"resumed after step {int(state.step)}")
         start = int(state.step)
         metrics = stack.enter_context(contextlib.closing(Metrics(run, start, config.wandb_project)))

@@ -1,0 +1,54 @@
+"""The view and the counts of `python -m train.data`."""
+
+import json
+
+import pytest
+
+import jllama
+from train.lint import main
+
+
+def rows_file(tmp_path, rows):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def test_the_sample_is_clean_and_its_first_row_is_shown(capsys):
+    main([])
+    said = capsys.readouterr().out
+    first = json.loads((jllama.SAMPLE / "train.json").read_text())[0]
+    assert f"⟦ {first['output']}</s>⟧" in said
+    assert "BOS: 661 in 661 rows; 661 rows end in a stop token" in said
+    assert "661 rows, no errors" in said
+
+
+def test_rows_that_teach_nothing_end_in_code_1(tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}]
+    with pytest.raises(SystemExit) as ended:
+        main([rows_file(tmp_path, rows)])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "row 1: the answer is empty" in said
+    assert "error: 1 rows with nothing to learn" in said
+
+
+def test_held_out_copies_of_training_rows_are_a_leak(tmp_path, capsys):
+    rows = [{"prompt": "same", "completion": "b"}] * 6
+    with pytest.raises(SystemExit):
+        main([rows_file(tmp_path, rows), "--val-size", "2"])
+    said = capsys.readouterr().out
+    assert "2 held-out rows are also trained on" in said
+    assert "duplicates: 1 rows occur more than once" in said
+
+
+def test_a_second_bos_in_the_text_is_an_error(tmp_path, capsys, monkeypatch):
+    from jllama.tokenizer import SentencePieceTokenizer
+
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, text: [1, *encode(self, text)]
+    )
+    with pytest.raises(SystemExit):
+        main([rows_file(tmp_path, [{"prompt": "a", "completion": "b"}])])
+    assert "1 rows with BOS twice: [0]" in capsys.readouterr().out  # lesson 9
