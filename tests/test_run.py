@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -405,3 +406,26 @@ def test_stories_learns_from_alpaca_and_keeps_its_base(assets, tmp_path):
         tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     )
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_keep_memory_descriptors_and_buffers_flat(place, tmp_path, monkeypatch):
+    """Reliability 12."""
+    samples = []
+    record = Metrics.step
+
+    def sample(self, step, *args, **more):
+        if step % 1000 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+            descriptors = len(list(Path("/proc/self/fd").iterdir()))
+            samples.append((resident, descriptors, len(jax.live_arrays())))
+        return record(self, step, *args, **more)
+
+    monkeypatch.setattr(Metrics, "step", sample)
+    more = {"epochs": 2000, "max_steps": 10_000, "learning_rate": 1e-4, "save_steps": 500}
+    main(flags(place, tmp_path / "run", **more))
+    assert len(samples) == 10
+    early, late = samples[2], samples[-1]
+    assert late[0] - early[0] < 30e6
+    assert late[1] <= early[1] + 2  # a save may be under way
+    assert late[2] <= early[2]
