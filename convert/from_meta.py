@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tyro.conf import Positional, arg
 
-import jllama.checkpoint
+import jllama
 from convert.names import EMBEDDINGS
 from convert.params import PARAMS, read_params
 from convert.shards import DTYPES, Shard, checked_config, join_block, open_shards, refuse_if
@@ -28,14 +28,13 @@ from jllama.errors import InputError
 from jllama.tokenizer import FILE_NAME, load_tokenizer
 
 PROG = "python -m convert.from_meta"
-SAMPLE = Path(jllama.checkpoint.__file__).parent / "sample"
 
 
 @dataclass(frozen=True)
 class FromMeta:
     """Converts Meta's consolidated.NN.pth files to a model folder."""
 
-    src: Annotated[Positional[Path], arg(metavar="SRC")] = SAMPLE
+    src: Annotated[Positional[Path], arg(metavar="SRC")] = jllama.SAMPLE
     """Folder with consolidated.NN.pth and params.json; by default the bundled sample."""
     dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
     """Folder to make; by default models/ and the name of SRC."""
@@ -67,7 +66,8 @@ def convert(settings: FromMeta) -> None:
     print(f"{config.parameter_count:,} parameters, {_dtype(shards)}, {size:,} bytes")
     print(f"certificate: sha256 {manifest_sha256(dst)}")
     print(f"wrote {dst}")
-    print(f"next: python -m train.lora --model {dst}")
+    sample = src == jllama.SAMPLE and dst == Path("models/sample")
+    print("next: python -m train.lora" + ("" if sample else f" --model {dst} --data FILE"))
 
 
 def _params(settings: FromMeta) -> dict:

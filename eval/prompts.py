@@ -28,15 +28,15 @@ LATEST = Path("runs/latest")
 REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
 FILE = "generations.jsonl"
 
-console = Console()
+console = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
     """Answer prompts with the base and the tuned model.
 
-    With neither --run nor --model: the newest run, and for the bundled sample its held-out
-    instructions, decoded greedily. Otherwise the original report's eight prompts.
+    Without --run and --model, of the newest run. The prompts are the original report's eight; for
+    a run on the bundled sample they are its held-out instructions, decoded greedily.
     """
 
     run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
@@ -49,8 +49,8 @@ class PromptsConfig:
     """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
     reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON rows with recorded answers, shown as further columns."""
-    precision: PrecisionName = "bf16"
-    """Of weights and activations."""
+    precision: PrecisionName | None = None
+    """Of weights and activations; by default that of the run, else bf16."""
     prompt_style: PromptStyle | None = None
     """By default the one that the adapter was trained with."""
     temperature: float | None = None
@@ -70,15 +70,22 @@ class PromptsConfig:
     force: bool = False
     """Load an adapter whose passport names another base model."""
 
+    def __post_init__(self):
+        if self.batch_size < 1 or self.limit < 0:
+            raise InputError(f"batch_size {self.batch_size}, limit {self.limit}; expected >= 1, 0")
+
 
 def answer_prompts(config: PromptsConfig) -> None:
     """Generates, writes and shows the answers."""
     config, run = resolve(config)
+    output = Path(config.output) if config.output else (run or Path()) / FILE
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     rows, decoding = read_prompts(config)
     references = read_references(config.reference) if config.reference else {}
     style = config.prompt_style or read_style(config.adapter)
     check_base(config)
-    model = jllama.load_model(config.model, config.precision)
+    model = jllama.load_model(config.model, config.precision or "bf16")
     tokenizer = jllama.load_tokenizer(config.model)
     if config.adapter:
         jllama.load_adapter(model, config.adapter)
@@ -113,11 +120,12 @@ def answer_prompts(config: PromptsConfig) -> None:
         if expected is not None:
             generation["expected"] = expected
         generations.append(generation | references.get(generation["prompt"].strip(), {}))
-    output = Path(config.output) if config.output else (run or Path()) / FILE
-    output.write_text(
+    whole = output.with_name(output.name + ".new")
+    whole.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations),
         encoding="utf-8",
     )
+    whole.replace(output)
     show(generations, list(scales))
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
@@ -134,9 +142,14 @@ def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:
     settings = settings_from_run(run)
     if not (run / "adapter" / PEFT_CONFIG).is_file():
         raise InputError(f"{run}: no adapter/ yet; the run has not finished")
-    found = replace(config, model=settings["model"], adapter=config.adapter or str(run / "adapter"))
+    found = replace(
+        config,
+        model=settings["model"],
+        adapter=config.adapter or str(run / "adapter"),
+        precision=config.precision or settings["precision"],
+    )
     sample = Path(settings["data"]) == jllama.SAMPLE / "train.json"
-    if not config.run and not config.prompts and sample:
+    if not config.prompts and sample:
         found = replace(
             found,
             prompts=str(jllama.SAMPLE / "heldout.json"),
@@ -167,7 +180,7 @@ def read_rows_or_object(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -231,7 +244,7 @@ def show(generations: Sequence[dict], models: Sequence[str]) -> None:
     table = Table(*columns, show_lines=True)
     for generation in shown:
         table.add_row(*(str(generation.get(column, "")) for column in columns))
-    console.print(table, markup=False)
+    console.print(table)
     if len(generations) > len(shown):
         console.print(f"... and {len(generations) - len(shown)} more in the file")
     known = [generation for generation in generations if "expected" in generation]

@@ -1,9 +1,10 @@
-"""LoRA fine-tuning of LLaMA in JAX: convert, plan, train, compare, hand the adapter on.
+"""LoRA fine-tuning of LLaMA in JAX: convert, train, compare, hand the adapter on.
 
 model = jllama.load_model("models/llama-2-7b", precision="bf16")
 tokenizer = jllama.load_tokenizer("models/llama-2-7b")
 jllama.load_adapter(model, "runs/latest/adapter")
-answers = jllama.generate(model, [tokenizer.encode("Hello")], max_new_tokens=64)
+prompt = [tokenizer.bos_id, *tokenizer.encode("Hello")]
+answers = jllama.generate(model, [prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)
 """
 
 from pathlib import Path

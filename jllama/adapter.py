@@ -120,6 +120,9 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
     except safetensors.SafetensorError as error:
         raise InputError(f"{file}: damaged ({error}); copy the adapter again") from error
 
+    before = {name: linear.lora for name, linear in model.linears().items()}
+    for linear in model.linears().values():
+        linear.lora = None
     attach(model, lora, jax.random.key(0))
     adapters, linears = nnx.state(model, nnx.LoRAParam), adapted_linears(model)
     problems, used = [], set()
@@ -143,6 +146,8 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
     adapters = map_named(fill, adapters)
     problems += [f"{key}: unknown tensor" for key in sorted(stored.keys() - used)]
     if problems:
+        for name, linear in model.linears().items():
+            linear.lora = before[name]
         raise InputError(
             f"{file} does not fit this model; load it on its own base\n  " + "\n  ".join(problems)
         )

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "convert.from_meta",
     "export": "convert.to_meta",
     "train": "train.lora",
+    "sample": "train.sample",
     "lint": "train.lint",
     "prompts": "eval.prompts",
     "speed": "eval.speed",
@@ -50,7 +51,7 @@ def run_command(
         parsed = tyro.cli(settings, prog=prog, args=arguments, **defaults)
         use_private_compilation_cache()
         function(parsed)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -72,7 +73,24 @@ def settings_from_yaml(settings: type[Settings], path: str | Path) -> Settings:
     if not isinstance(content, dict) or not set(content) <= fields:
         found = sorted(set(content) - fields) if isinstance(content, dict) else content
         raise InputError(f"{path}: unknown fields {found}; known are {', '.join(sorted(fields))}")
-    return settings(**content)
+    return settings(**_typed(settings, content, path))
+
+
+def _typed(settings: type, content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Values in the types of the defaults; YAML reads 5e-5 as text and 1 as a whole number."""
+    typed, wrong = {}, []
+    for name, value in content.items():
+        kind = type(getattr(settings, name))
+        try:
+            typed[name] = float(value) if kind is float and not isinstance(value, bool) else value
+            good = type(typed[name]) is kind
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            wrong.append(f"{name} {value!r}, expected {kind.__name__}")
+    if wrong:
+        raise InputError(f"{path}: {'; '.join(wrong)}")
+    return typed
 
 
 def settings_from_run(run: str | Path) -> dict[str, Any]:
@@ -153,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {name:{width}}  python -m {module}")
         return
     if arguments[0] not in COMMANDS:
-        print(f"jllama: no command {arguments[0]!r}; choose from {', '.join(COMMANDS)}")
+        known = ", ".join(COMMANDS)
+        print(f"jllama: no command {arguments[0]!r}; choose from {known}", file=sys.stderr)
         sys.exit(2)
     importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])

@@ -43,6 +43,9 @@ class LlamaConfig:
     max_seq_len: int = 4096
 
     def __post_init__(self):
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+        if wrong := [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
+            raise InputError(f"{', '.join(wrong)}; expected at least 1")
         if self.dim % self.n_heads:
             raise InputError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -215,8 +218,9 @@ class LoraConfig:
     dora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise InputError(f"LoRA rank {self.rank} is below 1")
+        if self.rank < 1 or self.alpha <= 0:
+            raise InputError(f"LoRA rank {self.rank}, alpha {self.alpha}; expected >= 1 and > 0")
+        object.__setattr__(self, "targets", linear_names(",".join(self.targets)))
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA dropout {self.dropout} is outside [0, 1)")
 

@@ -50,7 +50,8 @@ def generate(
         max_new_tokens: for all prompts, or one for each; cut where the context ends.
         temperature: 0 takes the likeliest token.
         top_p: samples from the likeliest tokens that together have this probability.
-        seed: fixes the sample of a prompt, whichever batch it is in.
+        seed: fixes the sample of a prompt, whichever batch it is in; other samples of the same
+            prompt need other seeds.
         stop_ids: a row ends with the first of these.
         adapter_scale: 1 answers with the adapter, 0 as the base model; both from one compilation.
 

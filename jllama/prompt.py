@@ -187,6 +187,10 @@ def _text(row: Mapping, key: str, default: str | None = None) -> str:
     value = row.get(key, default)
     if not isinstance(value, str):
         raise InputError(f"'{key}' is {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"'{key}' is not valid Unicode at character {error.start}") from None
     return value
 
 

@@ -22,7 +22,7 @@ LATEST = Path("runs/latest")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune a LLaMA with LoRA; without --model, the bundled sample.
+    """Fine-tune a LLaMA with LoRA; without --model, the bundled sample by recipes/sample.yaml.
 
     --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
     override it. --resume RUN (or --resume latest) continues a run with its own settings.
@@ -150,7 +150,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
 def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
     """Takes `--config FILE` or `--resume RUN` out of the arguments and reads what it names.
 
-    Without a model, a data file or a config, the defaults are the bundled sample's recipe.
+    For the bundled sample the defaults are its own recipe.
 
     Raises:
         InputError: if the file is missing or has unknown fields, or --resume is not alone.
@@ -166,8 +166,9 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
         return dataclasses.replace(config, resume=str(run)), []
     rest, named = _take("--config", argv)
     file = Path(named) if named else None
-    plain = ("--model", "--data", "-h", "--help")
-    if file is None and not any(word.split("=")[0] in plain for word in rest):
+    given = [word.partition("=")[0] for word in rest]
+    model = _take("--model", rest)[1] or TrainConfig.model
+    if file is None and model == TrainConfig.model and not {"--data", "-h", "--help"} & set(given):
         file = RECIPES / "sample.yaml"
     return (None if file is None else settings_from_yaml(TrainConfig, file)), rest
 

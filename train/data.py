@@ -76,7 +76,7 @@ def read_rows(path: str | Path) -> list[dict]:
 
 def _json_lines(path: Path, text: str) -> list:
     rows, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

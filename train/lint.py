@@ -132,3 +132,7 @@ def special_token_errors(examples: Sequence[Example], tokenizer: Tokenizer) -> l
 
 def main(argv: Sequence[str] | None = None) -> None:
     run_command(lint, LintConfig, argv, prog="python -m train.data")
+
+
+if __name__ == "__main__":
+    main()

@@ -77,7 +77,7 @@ def fit(
             for window in evaluation.from_step(0):
                 more = eval_step(state.adapters, base, window, graphdef=graphdef)
                 loss_sum, tokens = loss_sum + float(more[0]), tokens + int(more[1])
-            if metrics.evaluation(step, loss_sum / max(1, tokens), tokens) and step > 0:
+            if metrics.evaluation(step, loss_sum / max(1, tokens), tokens):
                 nnx.update(model, state.adapters)
                 save_best()
 
@@ -103,22 +103,29 @@ def fit(
             evaluate(0)
         metrics.restart_clock()
         windows = batches.from_step(start)
+        # A GPU's figures are fetched while the next step runs; a CPU runs a step before it returns.
+        lags = jax.default_backend() != "cpu"
         waiting: tuple[int, StepMetrics] | None = None
+        step = start
         for step in range(start + 1, steps + 1):
             state, measured = train_step(
                 state, base, next(windows), key, graphdef=graphdef, optimizer=optimizer
             )
-            # The figures of a step are fetched while the next one runs.
             if waiting is not None:
                 report(*waiting)
             waiting = step, measured
+            if not lags:
+                report(*waiting)
+                waiting = None
             ends_epoch = step in batches.epoch_ends or step == steps
-            evaluates = ends_epoch if config.eval_steps == 0 else step % config.eval_steps == 0
+            asked = step % config.eval_steps == 0 if config.eval_steps else ends_epoch
+            evaluates = asked or step == steps
             saves = ends_epoch or (config.save_steps > 0 and step % config.save_steps == 0)
             if not (evaluates or saves or stop.number):
                 continue
-            report(*waiting)
-            waiting = None
+            if waiting is not None:
+                report(*waiting)
+                waiting = None
             if ends_epoch:
                 metrics.end_epoch(step)
             if evaluates:

@@ -12,9 +12,9 @@ import jax
 
 import jllama
 from jllama.adapter import load_adapter, read_lora_config, save_adapter
-from jllama.checkpoint import load_model, manifest_sha256, read_config
+from jllama.checkpoint import load_model, manifest_sha256, read_config, read_json
 from jllama.cli import run_command
-from jllama.config import PRESETS, LoraConfig
+from jllama.config import PRESETS, LlamaConfig, LoraConfig, config_from_meta
 from jllama.errors import InputError
 from jllama.lora import attach
 from jllama.tokenizer import Tokenizer, load_tokenizer
@@ -28,12 +28,13 @@ from train.show import console, show_end, show_plan, show_row, show_settings
 
 def train(config: TrainConfig) -> None:
     """One run, from the model folder to the adapter folder."""
+    lora = lora_config(config)
     if config.dry_run:
-        show_settings(config, PRESETS.get(config.model) or read_config(config.model), config.lora)
+        show_settings(config, model_sizes(config.model), lora)
         console.print("dry run: nothing was loaded, allocated or written")
         return
     config = with_sample(config)
-    llama, lora = read_config(config.model), lora_config(config)
+    llama = read_config(config.model)
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
@@ -42,22 +43,23 @@ def train(config: TrainConfig) -> None:
     show_plan(config, batches, training, held_out, steps)
     show_row(training[0], tokenizer)
 
+    model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
+    if config.init_adapter:
+        load_adapter(model, config.init_adapter)
+    else:
+        attach(model, lora, jax.random.key(config.seed))
     with run_folder(config) as run:
-        model = load_model(
-            config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias
-        )
-        if config.init_adapter:
-            load_adapter(model, config.init_adapter)
-        else:
-            attach(model, lora, jax.random.key(config.seed))
         passport = {
             "prompt_style": config.prompt_style,
             "base_manifest_sha256": manifest_sha256(config.model),
         }
 
         def save(name: str) -> None:
+            new = run / f"{name}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            save_adapter(new, model, lora, config.model, passport)
             shutil.rmtree(run / name, ignore_errors=True)
-            save_adapter(run / name, model, lora, config.model, passport)
+            new.replace(run / name)
 
         metrics = fit(config, model, batches, evaluation, steps, run, lambda: save("best"))
         save("adapter")
@@ -115,16 +117,26 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     return dataclasses.replace(read_lora_config(config.init_adapter), dropout=config.lora_dropout)
 
 
+def model_sizes(model: str) -> LlamaConfig:
+    """Of a preset, the bundled sample (converted or not) or a model folder."""
+    if model in PRESETS:
+        return PRESETS[model]
+    if model == TrainConfig.model and not Path(model).exists():
+        params = read_json(jllama.SAMPLE / "params.json")
+        return config_from_meta(params, load_tokenizer(jllama.SAMPLE).vocab_size, tied=False)
+    return read_config(model)
+
+
 def with_sample(config: TrainConfig) -> TrainConfig:
     """Fills in the bundled sample's model and rows where the default asks for them."""
-    default = TrainConfig.__dataclass_fields__["model"].default
-    if config.model != default:
+    if config.model != TrainConfig.model:
         if not config.data:
             raise InputError("--data FILE is missing: the rows to train on")
         return config
     if not Path(config.model).exists():
         console.print(f"{config.model} is not there yet: converting the bundled sample")
-        subprocess.run([sys.executable, "-m", "convert.from_meta"], check=True)
+        if subprocess.run([sys.executable, "-m", "convert.from_meta"], check=False).returncode:
+            raise InputError("the bundled sample could not be converted; see above")
     return dataclasses.replace(config, data=config.data or str(jllama.SAMPLE / "train.json"))
 
 

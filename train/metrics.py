@@ -30,7 +30,9 @@ class Metrics:
     def __init__(self, folder: Path, resumed_step: int = 0, wandb_project: str = ""):
         kept = [line for line in self.read(folder) if line["step"] <= resumed_step]
         path = folder / FILE
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        whole = path.with_suffix(".new")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        whole.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         self._wandb = _wandb_run(wandb_project, folder)
@@ -92,12 +94,13 @@ class Metrics:
         console.print(f"epoch {epoch}: average loss {loss:.4f}")
 
     def evaluation(self, step: int, loss: float, tokens: int) -> bool:
-        """Records and prints a held-out loss; True if it is the lowest so far."""
+        """Records and prints a held-out loss; True if training made it the lowest so far."""
         best = min(self.eval_losses, default=math.inf)
         self.eval_losses.append(loss)
         self._write({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-        console.print(f"step {step}: held-out loss {loss:.4f}" + (" (best)" if loss < best else ""))
-        return loss < best
+        better = loss < best and step > 0
+        console.print(f"step {step}: held-out loss {loss:.4f}" + (" (best)" if better else ""))
+        return better
 
     @property
     def evaluations_since_best(self) -> int:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -46,8 +47,10 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
         if config.resume:
             _check_unchanged(run, found)
         else:
-            write_config(dataclasses.replace(config, output_dir=str(run)), run / "config.yaml")
+            write_config(_from_anywhere(config), run / "config.yaml")
             write_json(run / "run.json", found)
+        if not config.output_dir and not config.resume:
+            _link_latest(run)
         yield run
 
 
@@ -63,10 +66,23 @@ def _new_folder(config: TrainConfig) -> Path:
     name = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run = LATEST.parent / name
     run.mkdir(parents=True)
-    link = LATEST.with_name(f".latest-{os.getpid()}")
-    link.symlink_to(name)
-    link.replace(LATEST)
     return run
+
+
+def _link_latest(run: Path) -> None:
+    link = LATEST.with_name(f".latest-{os.getpid()}")
+    link.symlink_to(run.name)
+    link.replace(LATEST)
+
+
+def _from_anywhere(config: TrainConfig) -> TrainConfig:
+    """The settings with whole paths and no folder of their own, to be read back anywhere."""
+    paths: dict[str, Any] = {
+        name: str(Path(getattr(config, name)).absolute())
+        for name in ("model", "data", "init_adapter")
+        if getattr(config, name)
+    }
+    return dataclasses.replace(config, output_dir="", **paths)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from train.data import Batches, Example
 from train.optimizer import count
 
 # Plain output keeps its lines whole: what reads it is a file or another program.
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig) -> None:
@@ -48,13 +48,14 @@ def show_plan(
     steps: int,
 ) -> None:
     """The arithmetic of the run."""
+    part = f"{steps} of " if steps < len(batches.windows) else ""
     effective = config.micro_batch_size * config.gradient_accumulation_steps
     console.print(
         f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
         f"{batches.length} tokens, {100 * batches.padding_share():.0f} % padding\n"
         f"effective batch: {config.micro_batch_size} sequences x "
         f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
-        f"{steps} optimizer steps in {config.epochs} epochs",
+        f"{part}{len(batches.windows)} optimizer steps in {config.epochs} epochs",
     )
 
 
