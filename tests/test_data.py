@@ -50,6 +50,15 @@ def test_a_row_has_one_bos_ends_in_a_stop_token_and_learns_only_the_answer(
     assert example.ids[: -len(learned)] == prompt_ids(style, ROW, tokenizer)
 
 
+def test_a_long_row_loses_its_end_and_keeps_its_mask(tokenizer):  # lesson 10
+    rows = [{"prompt": "abc", "completion": "x" * 100}]
+    found = examples_of(rows, tokenizer, "report", max_seq_len=20)
+    (example,) = found.rows
+    assert found.truncated == 1
+    assert example.ids == [tokenizer.bos_id, *tokenizer.encode("abc" + "x" * 16)]
+    assert example.learned == [False] * 4 + [True] * 16
+
+
 def test_llama2_chat_wraps_each_turn():
     turns = [
         Message("system", "Be brief."),

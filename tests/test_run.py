@@ -356,6 +356,19 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "run")
 
 
+def test_a_state_whose_hash_differs_is_not_trusted(place, tmp_path, capsys):
+    main(flags(place, tmp_path / "run", save_steps=1))
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    certificate = tmp_path / "run" / "state" / "14" / "sha256" / "metadata"
+    hashes = json.loads(certificate.read_text())
+    certificate.write_text(json.dumps(hashes | {next(iter(hashes)): "0" * 64}))
+    capsys.readouterr()
+    main(["--resume", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "14 is damaged; trying the state before it" in said
+    assert "resumed after step 13" in said
+
+
 def test_a_run_killed_before_its_adapter_was_written_is_finished_by_resume(place, tmp_path):
     main(flags(place, tmp_path / "run"))
     written = adapter(tmp_path / "run")

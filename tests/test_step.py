@@ -193,6 +193,20 @@ def test_dropout_is_a_function_of_seed_and_step(folder):
     assert any(not np.array_equal(first[name], other[name]) for name in first)
 
 
+def test_every_adapted_linear_draws_a_dropout_of_its_own(folder, monkeypatch):
+    model = load_model(folder, "fp32")
+    attach(model, LoraConfig(rank=4, dropout=0.3, targets=("wq", "wv", "w2")), jax.random.key(0))
+    drawn, bernoulli = [], jax.random.bernoulli
+
+    def record(key, *args):
+        drawn.append(tuple(jax.random.key_data(key).tolist()))
+        return bernoulli(key, *args)
+
+    monkeypatch.setattr(jax.random, "bernoulli", record)
+    model(next(windows(1, 1, 2)).tokens[0], key=jax.random.key(1))
+    assert len(set(drawn)) == len(drawn) == 3 * PARAMS["n_layers"]
+
+
 def test_a_step_without_a_finite_gradient_changes_nothing(folder):  # lesson 23
     _, graphdef, base, optimizer, state = build(folder)
     poisoned = jax.tree.map(lambda x: x * jnp.nan, base)
@@ -248,6 +262,7 @@ def test_schedules_count_optimizer_steps():  # lesson 2
 def test_the_step_is_compiled_once_in_a_run(folder):  # lesson 19
     train_step.clear_cache()
     _, graphdef, base, optimizer, state = build(folder, k=2)
+    base = jax.device_put(base, jax.local_devices()[0])  # committed, as a loader may leave it
     run(graphdef, base, optimizer, state, windows(4, 2, 2))
     assert train_step._cache_size() == 1
 
