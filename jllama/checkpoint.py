@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,25 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     return blocks | {"head": head}
 
 
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C takes effect after the body.
+
+    Orbax's own threads would go on writing into a folder that is being removed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    received: list[tuple] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received and callable(handler):
+        handler(*received[0])
+
+
 class ModelWriter:
     """Writes a model folder block by block; used inside `whole_folder`."""
 
@@ -133,10 +153,8 @@ class ModelWriter:
                 "sha256": tensor_sha256(tensor),
             }
         item = (self._folder / BLOCKS / block).absolute()
-        # In a thread, so that Ctrl-C waits for the block: else Orbax's own threads would go on
-        # writing into the folder that is being removed.
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(self._orbax.save, item, dict(tensors)).result()
+        with _interrupt_waits():
+            self._orbax.save(item, dict(tensors))
 
     def finish(self, tokenizer: bytes | None, source: str) -> None:
         """Writes the config, the tokenizer and the manifest."""
