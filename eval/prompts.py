@@ -18,7 +18,7 @@ from rich.table import Table
 
 import jllama
 from jllama.adapter import PEFT_CONFIG, read_passport
-from jllama.checkpoint import manifest_sha256, read_json
+from jllama.checkpoint import manifest_sha256, read_json, write_json_lines
 from jllama.cli import Progress, run_command, settings_from_run
 from jllama.config import PrecisionName
 from jllama.errors import InputError
@@ -120,12 +120,7 @@ def answer_prompts(config: PromptsConfig) -> None:
         if expected is not None:
             generation["expected"] = expected
         generations.append(generation | references.get(generation["prompt"].strip(), {}))
-    whole = output.with_name(output.name + ".new")
-    whole.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations),
-        encoding="utf-8",
-    )
-    whole.replace(output)
+    write_json_lines(output, generations)
     show(generations, list(scales))
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
 

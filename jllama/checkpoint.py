@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ def whole_folder(destination: str | Path) -> Iterator[Path]:
 def write_json(path: Path, content: object) -> None:
     """Indented JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, lines: Iterable[object]) -> None:
+    """One JSON value a line; the file takes its name when it is whole."""
+    whole = path.with_name(path.name + ".new")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
 
 
 def read_json(path: Path) -> dict:

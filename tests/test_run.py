@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from meta_files import BASE, random_tensors, write_meta
+from meta_files import BASE, model_folder
 
 from convert.from_meta import FromMeta, convert
 from jllama.checkpoint import (
@@ -44,8 +44,7 @@ WORDS = ("red", "green", "blue", "seven", "eight", "a much longer answer than th
 def place(tmp_path_factory):
     """A folder with a tiny model and thirty rows of uneven length."""
     root = tmp_path_factory.mktemp("place")
-    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
-    convert(FromMeta(root / "meta", root / "model"))
+    model_folder(root, PARAMS)
     rows = [{"prompt": f"Say {WORDS[i % 6]} {i}.", "completion": WORDS[i % 6]} for i in range(30)]
     (root / "rows.json").write_text(json.dumps(rows))
     return root

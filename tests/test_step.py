@@ -10,9 +10,8 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference
 
-from convert.from_meta import FromMeta, convert
 from jllama.adapter import save_adapter
 from jllama.checkpoint import abstract_model, load_model
 from jllama.config import PRECISIONS, LoraConfig
@@ -27,10 +26,7 @@ LENGTH = 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
-    convert(FromMeta(root / "meta", root / "model"))
-    return root / "model"
+    return model_folder(tmp_path_factory.mktemp("place"), PARAMS)
 
 
 def build(folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, remat="none"):

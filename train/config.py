@@ -10,7 +10,7 @@ import tyro
 import yaml
 
 from jllama.cli import settings_from_yaml
-from jllama.config import LoraConfig, PrecisionName, linear_names
+from jllama.config import LoraConfig, PrecisionName
 from jllama.errors import InputError
 from jllama.model import Remat
 from jllama.prompt import PromptStyle
@@ -136,7 +136,7 @@ class TrainConfig:
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
-            targets=linear_names(self.lora_targets),
+            targets=tuple(self.lora_targets.split(",")),
             rslora=self.rslora,
             dora=self.dora,
         )

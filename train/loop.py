@@ -111,21 +111,19 @@ def fit(
             state, measured = train_step(
                 state, base, next(windows), key, graphdef=graphdef, optimizer=optimizer
             )
-            if waiting is not None:
-                report(*waiting)
-            waiting = step, measured
-            if not lags:
-                report(*waiting)
-                waiting = None
             ends_epoch = step in batches.epoch_ends or step == steps
             asked = step % config.eval_steps == 0 if config.eval_steps else ends_epoch
             evaluates = asked or step == steps
             saves = ends_epoch or (config.save_steps > 0 and step % config.save_steps == 0)
-            if not (evaluates or saves or stop.number):
-                continue
+            pauses = evaluates or saves or stop.number
             if waiting is not None:
                 report(*waiting)
+            waiting = step, measured
+            if pauses or not lags:
+                report(*waiting)
                 waiting = None
+            if not pauses:
+                continue
             if ends_epoch:
                 metrics.end_epoch(step)
             if evaluates:

@@ -5,6 +5,8 @@ run.json        command, versions, hashes of base and data
 metrics.jsonl   one line per optimizer step, evaluation and epoch
 state/          adapters, moments, accumulator and step (Orbax)
 adapter/        the result: a PEFT adapter
+best/           the adapter of the lowest held-out loss
+tensorboard/    the figures of metrics.jsonl
 """
 
 import contextlib
