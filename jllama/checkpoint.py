@@ -37,9 +37,10 @@ from jllama.config import (
     RopeScaling,
     linear_shapes,
 )
+from jllama.disk import room_for
 from jllama.errors import InputError
 from jllama.lora import attach
-from jllama.model import Llama, Remat, map_named
+from jllama.model import Llama, Remat, map_named, named_arrays
 
 CONFIG, MANIFEST, BLOCKS = "config.json", "manifest.json", "blocks"
 
@@ -175,6 +176,25 @@ class ModelWriter:
             (self._folder / "tokenizer.model").write_bytes(tokenizer)
         write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
         write_json(self._folder / MANIFEST, {"source": source, "tensors": self._tensors})
+
+
+def save_model(
+    path: str | Path, model: Llama, dtype: Any, tokenizer: bytes | None, source: str
+) -> None:
+    """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
+
+    Raises:
+        InputError: if the folder exists or the disk is full.
+    """
+    arrays = named_arrays(nnx.state(model))
+    size = model.config.parameter_count * np.dtype(dtype).itemsize
+    with room_for(size, Path(path)), whole_folder(path) as folder:
+        writer = ModelWriter(folder, model.config)
+        for block, names in tensor_shapes(model.config).items():
+            writer.write_block(
+                block, {name: np.asarray(arrays[name].astype(dtype)) for name in names}
+            )
+        writer.finish(tokenizer, source)
 
 
 def tensor_sha256(tensor: np.ndarray) -> str:

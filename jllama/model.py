@@ -192,7 +192,7 @@ class Llama(nnx.Module):
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, accumulated and kept in fp32."""
         with _matmul_precision(x.dtype):
-            weight = self.head_weight[...]
+            weight = self.head_weight[...].astype(x.dtype)
             return jnp.einsum("BTD,VD->BTV", x, weight, preferred_element_type=jnp.float32)
 
     @property
