@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         query, keys, values = self._project(x, rotary, key)
         seen = causal_attention(query, keys, values, segments, self.implementation)
         seen = checkpoint_name(seen, _ATTENTION)
-        return self.wo(seen.reshape(x.shape), _fold(key, 3))
+        return self.wo(seen.reshape(x.shape), _at(key, 1))
 
     def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
         """Writes the new keys and values into the cache at `positions`, then attends to it."""
@@ -79,9 +79,9 @@ class Attention(nnx.Module):
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
-        query = rotate(heads(self.wq(x, _fold(key, 0))), rotary)
-        keys = rotate(heads(self.wk(x, _fold(key, 1))), rotary)
-        return query, keys, heads(self.wv(x, _fold(key, 2)))
+        key = _at(key, 0)  # adapters that read the same x drop the same of it
+        query = rotate(heads(self.wq(x, key)), rotary)
+        return query, rotate(heads(self.wk(x, key)), rotary), heads(self.wv(x, key))
 
 
 class FeedForward(nnx.Module):
@@ -93,8 +93,8 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias, **init)
 
     def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None):
-        gate = jax.nn.silu(self.w1(x, _fold(key, 4)))
-        return self.w2(gate * self.w3(x, _fold(key, 5)), _fold(key, 6))
+        gate = jax.nn.silu(self.w1(x, _at(key, 2)))
+        return self.w2(gate * self.w3(x, _at(key, 2)), _at(key, 3))
 
 
 class Block(nnx.Module):
@@ -168,12 +168,14 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         x = self.tok_embeddings(tokens)
         rotary = rotation(positions, rotary_frequencies(self.config))
+        # One draw of all keys, [L, 4]: the inputs of wq wk wv, of wo, of w1 w3 and of w2.
+        keys = None if key is None else jax.random.split(key, (len(self.layers), 4))
         with _matmul_precision(x.dtype):
             for index, block in enumerate(self.layers):
                 run = Block.__call__
                 if self.remat in _POLICIES:
                     run = jax.checkpoint(run, static_argnums=5, policy=_POLICIES[self.remat])
-                x = run(block, x, rotary, segments, _fold(key, index), self.remat)
+                x = run(block, x, rotary, segments, _at(keys, index), self.remat)
         return self.norm(x)
 
     def decode(
@@ -227,8 +229,8 @@ def named_arrays(state: nnx.State) -> dict[str, Any]:
     return found
 
 
-def _fold(key: Key[Array, ""] | None, data: int) -> Key[Array, ""] | None:
-    return None if key is None else jax.random.fold_in(key, data)
+def _at(keys: Key[Array, "..."] | None, index: int) -> Key[Array, "..."] | None:
+    return None if keys is None else keys[index]
 
 
 def _matmul_precision(dtype: jnp.dtype):

@@ -189,9 +189,9 @@ def test_dropout_is_a_function_of_seed_and_step(folder):
     assert any(not np.array_equal(first[name], other[name]) for name in first)
 
 
-def test_every_adapted_linear_draws_a_dropout_of_its_own(folder, monkeypatch):
+def test_adapters_that_read_the_same_input_drop_the_same_of_it(folder, monkeypatch):
     model = load_model(folder, "fp32")
-    attach(model, LoraConfig(rank=4, dropout=0.3, targets=("wq", "wv", "w2")), jax.random.key(0))
+    attach(model, LoraConfig(rank=4, dropout=0.3, targets=("all",)), jax.random.key(0))
     drawn, bernoulli = [], jax.random.bernoulli
 
     def record(key, *args):
@@ -200,7 +200,13 @@ def test_every_adapted_linear_draws_a_dropout_of_its_own(folder, monkeypatch):
 
     monkeypatch.setattr(jax.random, "bernoulli", record)
     model(next(windows(1, 1, 2)).tokens[0], key=jax.random.key(1))
-    assert len(set(drawn)) == len(drawn) == 3 * PARAMS["n_layers"]
+    inputs = [drawn[i : i + 7] for i in range(0, len(drawn), 7)]
+    assert len(inputs) == PARAMS["n_layers"]
+    for wq, wk, wv, wo, w1, w3, w2 in inputs:
+        assert wq == wk == wv
+        assert w1 == w3
+        assert len({wq, wo, w1, w2}) == 4
+    assert len(set(drawn)) == 4 * PARAMS["n_layers"]
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing(folder):  # lesson 23
