@@ -3,6 +3,7 @@
 A command is a frozen dataclass (one field a flag) and a function; `run_command` does the rest.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -17,6 +18,7 @@ from jllama.errors import InputError
 COMMANDS = {
     "convert": "convert.from_meta",
     "export": "convert.to_meta",
+    "plan": "train.plan",
     "train": "train.lora",
     "sample": "train.sample",
     "lint": "train.lint",
@@ -104,19 +106,27 @@ def settings_from_run(run: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror}; expected a run of train.lora") from error
 
 
+def user_cache(name: str) -> Path:
+    """A folder in the user's cache that only the user may enter (mode 0700).
+
+    Raises:
+        OSError: if it cannot be made, or belongs to somebody else.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = home / "jllama" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    folder.chmod(0o700)
+    return folder
+
+
 def use_private_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache; mode 0700, for they are executable code."""
+    """Keeps compiled programs in the user's cache; private, for they are executable code."""
     import jax
 
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    cache = home / "jllama" / "xla"
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if cache.stat().st_uid == os.getuid():
-            cache.chmod(0o700)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-    except OSError:
-        pass  # a read-only home costs a compilation, not the run
+    with contextlib.suppress(OSError):  # a read-only home costs a compilation, not the run
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
 
 
 class Progress:

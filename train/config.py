@@ -9,11 +9,14 @@ from typing import Annotated
 import tyro
 import yaml
 
+import jllama
+from jllama.checkpoint import read_config, read_json
 from jllama.cli import settings_from_yaml
-from jllama.config import LoraConfig, PrecisionName
+from jllama.config import PRESETS, LlamaConfig, LoraConfig, PrecisionName, config_from_meta
 from jllama.errors import InputError
 from jllama.model import Remat
 from jllama.prompt import PromptStyle
+from jllama.tokenizer import load_tokenizer
 from train.optimizer import OptimizerName, Scheduler, Tune
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -156,6 +159,24 @@ class TrainConfig:
             rslora=self.rslora,
             dora=self.dora,
         )
+
+
+def model_sizes(model: str) -> LlamaConfig:
+    """Of a preset, the bundled sample (converted or not) or a model folder.
+
+    Raises:
+        InputError: if it is none of them.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    if not Path(model).exists() and "/" not in model:
+        raise InputError(
+            f"{model!r} is neither a model folder nor a preset; presets: {', '.join(PRESETS)}"
+        )
+    if model == TrainConfig.model and not Path(model).exists():
+        params = read_json(jllama.SAMPLE / "params.json")
+        return config_from_meta(params, load_tokenizer(jllama.SAMPLE).vocab_size, tied=False)
+    return read_config(model)
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

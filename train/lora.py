@@ -16,16 +16,15 @@ from jllama.checkpoint import (
     load_model,
     manifest_sha256,
     read_config,
-    read_json,
     save_model,
     write_json,
 )
 from jllama.cli import run_command
-from jllama.config import PRECISIONS, PRESETS, LlamaConfig, LoraConfig, config_from_meta
+from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
 from jllama.lora import attach
 from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
-from train.config import TrainConfig, read_defaults
+from train.config import TrainConfig, model_sizes, read_defaults
 from train.data import Batches, Example, hold_out, make_examples, read_rows
 from train.loop import fit
 from train.metrics import peak_memory_mib
@@ -130,16 +129,6 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     if not config.init_adapter:
         return config.lora
     return dataclasses.replace(read_lora_config(config.init_adapter), dropout=config.lora_dropout)
-
-
-def model_sizes(model: str) -> LlamaConfig:
-    """Of a preset, the bundled sample (converted or not) or a model folder."""
-    if model in PRESETS:
-        return PRESETS[model]
-    if model == TrainConfig.model and not Path(model).exists():
-        params = read_json(jllama.SAMPLE / "params.json")
-        return config_from_meta(params, load_tokenizer(jllama.SAMPLE).vocab_size, tied=False)
-    return read_config(model)
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:

@@ -59,14 +59,21 @@ def summed_loss(
     return cross_entropy(x, model.head_weight[...], rows.targets, rows.mask, head_learns)
 
 
-def initial_state(
+def start_state(
     learned: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Step 0, with zero moments and an empty accumulator."""
     # bf16 weights would lose small updates: what learns is an fp32 master of them.
     learned = jax.tree.map(lambda x: x.astype(jnp.float32), learned)
     moments = optimizer.init({"learned": learned, "frozen": frozen})
-    return on_device(TrainState(jnp.zeros((), jnp.int32), learned, moments))
+    return TrainState(jnp.zeros((), jnp.int32), learned, moments)
+
+
+def initial_state(
+    learned: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """`start_state`, on the device."""
+    return on_device(start_state(learned, frozen, optimizer))
 
 
 def on_device(state: TrainState) -> TrainState:

@@ -1,0 +1,184 @@
+"""Plans: what a step needs on a card, compiled in a child process, remembered, and chosen from."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from jllama.checkpoint import write_json
+from jllama.cli import user_cache
+from jllama.errors import InputError
+from jllama.model import Remat
+from train import arithmetic
+from train.arithmetic import Step
+from train.compiled import Program, Request
+from train.gpus import Gpu
+
+# What a process takes beside the step, and what allocation in blocks leaves unused.
+CONTEXT_MIB = 700  # CUDA context, cuBLAS and cuDNN workspaces
+FRAGMENTATION = 0.03  # of the card's memory
+EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
+NO_EXTRA = (
+    "the packages to compile for a GPU are missing: pip install 'jllama[plan]' (from a checkout: "
+    "pip install -e '.[plan]'). The figures below are a closed-form estimate"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by class on one device; `compiled` tells a compiled step from an estimate."""
+
+    step: Step
+    gpu: Gpu
+    classes: dict[str, int]
+    compiled: bool
+    program: Program = "train"
+    compile_seconds: float = 0.0
+    host: int = 0  # bytes in the host's memory
+
+    @property
+    def peak(self) -> int:
+        return sum(self.classes.values())
+
+    @property
+    def margin(self) -> int:
+        """Bytes of the card that are left out: context and fragmentation."""
+        return int(CONTEXT_MIB * 2**20 + FRAGMENTATION * self.gpu.memory_mib * 2**20)
+
+    @property
+    def free(self) -> int:
+        """Bytes of the card beyond peak and margin; negative if it does not fit."""
+        return self.gpu.memory_mib * 2**20 - self.margin - self.peak
+
+    @property
+    def bound(self) -> float:
+        """Tokens a second that this card cannot pass."""
+        return arithmetic.bound_tokens_per_second(
+            self.step, self.gpu.flops(self.step.precision), self.gpu.bandwidth_gb * 1e9
+        )
+
+
+def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) -> list[Plan]:
+    """A plan for each request, from the user's cache where the same was asked before.
+
+    Args:
+        gpu: whose memory counts; with `present` the step is compiled for this machine's devices,
+            else for the card as it is described.
+
+    Without the packages of the `plan` extra the plans are closed-form estimates.
+
+    Raises:
+        InputError: if a step cannot be compiled.
+    """
+    gpu.check_precision(requests[0].step.precision)
+    requests = [replace(request, gpu=None if present else gpu) for request in requests]
+    if not present and not can_compile():
+        return [estimate(request.step, gpu) for request in requests]
+    answers = [_remembered(request) for request in requests]
+    missing = [i for i, found in enumerate(answers) if found is None]
+    for i, found in zip(missing, _compile([requests[i] for i in missing]), strict=True):
+        answers[i] = found
+        _remember(requests[i], found)
+    return [
+        Plan(
+            request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
+            found["host"],
+        )
+        for request, found in zip(requests, answers, strict=True)
+        if found is not None
+    ]  # fmt: skip
+
+
+def can_compile() -> bool:
+    """Whether the `plan` extra (or a GPU's own packages) is installed."""
+    return all(_version(name) for name in EXTRA)
+
+
+def _version(distribution: str) -> str:
+    """The installed version; empty if there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def estimate(step: Step, gpu: Gpu) -> Plan:
+    """Closed formulas only; the activations and temporaries are rough."""
+    classes = arithmetic.memory_classes(step) | {
+        "saved_activations": arithmetic.saved_activations(step),
+        "temporaries": arithmetic.working_memory(step),
+    }
+    return Plan(step, gpu, classes, compiled=False)
+
+
+def fastest_first(steps: Sequence[Step], gpu: Gpu) -> list[Step]:
+    """By the bound on this card; of equally fast ones first the one that needs least memory."""
+
+    def order(step: Step) -> tuple[float, int]:
+        plan = estimate(step, gpu)
+        return -round(plan.bound, 1), plan.peak
+
+    return sorted(steps, key=order)
+
+
+def remats(step: Step) -> Iterator[Step]:
+    """The step with every remat that stays on the device."""
+    return (replace(step, remat=remat) for remat in get_args(Remat) if remat != "offload")
+
+
+def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Runs the child; on this machine's devices if a request's `gpu` is None."""
+    if not requests:
+        return []
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    flags = environment.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+    if requests[0].gpu is not None:
+        environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
+    done = subprocess.run(
+        [sys.executable, "-m", "train.compiled"], input=pickle.dumps(list(requests)),
+        env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise InputError(f"the step could not be compiled: {said[-1][:500]}")
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+def _cache_file(request: Request) -> Path:
+    """Named by content: the request, the versions that compile it, and the code of the step."""
+    known = [repr(request), sys.version]
+    known += [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "flax", "optax", *EXTRA)]
+    here = Path(__file__).parent
+    for file in sorted([*(here.parent / "jllama").glob("*.py"), *here.glob("*.py")]):
+        known.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    if request.gpu is None:
+        known.append(os.environ.get("JAX_PLATFORMS", ""))
+    content = hashlib.sha256("\n".join(known).encode()).hexdigest()
+    return user_cache("plans") / f"{content}.json"
+
+
+def _remembered(request: Request) -> dict[str, Any] | None:
+    if request.text:
+        return None
+    try:
+        return json.loads(_cache_file(request).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remember(request: Request, found: dict[str, Any]) -> None:
+    try:
+        file = _cache_file(request)
+        new = file.with_suffix(f".{os.getpid()}")
+        write_json(new, found)
+        new.replace(file)
+    except OSError:
+        pass  # a read-only home costs the next plan a compilation
