@@ -21,7 +21,7 @@ from train.show import console
 
 LENGTHS = (512, 1024, 2048, 4096)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-MEASURED_LENGTH, MEASURED_BATCHES = 1024, (1, 8)
+MEASURED_LENGTH, MEASURED_BATCHES = 1024, (1, 2, 8)
 MIB = 2**20
 
 
@@ -168,10 +168,11 @@ def fit_card(asked: Step, gpu: Gpu, *, present: bool = False) -> Ladder:
 
 
 def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterator[Plan]:
-    """Plans for cells on the line through two compiled micro-batches of each remat.
+    """Plans for cells on the lines through three compiled micro-batches of each remat.
 
-    cuDNN's attention takes memory for tokens alone, so one length stands for all of them; XLA's
-    holds all pairs of tokens, so each length is compiled.
+    The peak is the greatest of several moments, each linear in the tokens. cuDNN's attention takes
+    memory for tokens alone, so one length stands for all of them; XLA's holds all pairs of tokens,
+    so each length is compiled.
     """
     dtype = PRECISIONS[asked.precision]
     platform = "gpu" if gpu.bf16_tflops or present else "cpu"
@@ -187,11 +188,10 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
     plans = make_plans([Request(step, gpu, whole=False) for step in wanted], gpu, present=present)
     known = {plan.step: plan.classes for plan in plans}
     for cell in cells:
-        few, many = measured(cell)
-        tokens = cell.micro_batch_size * cell.max_seq_len
-        share = (tokens / few.max_seq_len - MEASURED_BATCHES[0]) / (
-            MEASURED_BATCHES[1] - MEASURED_BATCHES[0]
-        )
+        points = measured(cell)
+        batch = cell.micro_batch_size * cell.max_seq_len / points[0].max_seq_len
+        few, many = points[:2] if batch <= MEASURED_BATCHES[1] else points[1:]
+        share = (batch - few.micro_batch_size) / (many.micro_batch_size - few.micro_batch_size)
         classes = {
             name: max(0, round(size + share * (known[many][name] - size)))
             for name, size in known[few].items()

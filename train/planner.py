@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from train.gpus import Gpu
 # What a process takes beside the step, and what allocation in blocks leaves unused.
 CONTEXT_MIB = 700  # CUDA context, cuBLAS and cuDNN workspaces
 FRAGMENTATION = 0.03  # of the card's memory
+CHILDREN = 2  # compilations at a time; each takes a core and a gigabyte or two
 EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 NO_EXTRA = (
     "the packages to compile for a GPU are missing: pip install 'jllama[plan]' (from a checkout: "
@@ -134,7 +136,7 @@ def remats(step: Step) -> Iterator[Step]:
 
 
 def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Runs the child; on this machine's devices if a request's `gpu` is None."""
+    """Runs the children; on this machine's devices if a request's `gpu` is None."""
     if not requests:
         return []
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -142,14 +144,23 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
     environment["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     if requests[0].gpu is not None:
         environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
-    done = subprocess.run(
-        [sys.executable, "-m", "train.compiled"], input=pickle.dumps(list(requests)),
-        env=environment, capture_output=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise InputError(f"the step could not be compiled: {said[-1][:500]}")
-    return json.loads(done.stdout.decode().splitlines()[-1])
+
+    def child(some: Sequence[Request]) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "train.compiled"], input=pickle.dumps(some),
+            env=environment, capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+            raise InputError(f"the step could not be compiled: {said[-1][:500]}")
+        return json.loads(done.stdout.decode().splitlines()[-1])
+
+    answers: list[dict[str, Any]] = [{} for _ in requests]
+    with ThreadPoolExecutor(CHILDREN) as pool:
+        parts = [requests[first::CHILDREN] for first in range(min(CHILDREN, len(requests)))]
+        for first, found in enumerate(pool.map(child, parts)):
+            answers[first::CHILDREN] = found
+    return answers
 
 
 def _cache_file(request: Request) -> Path:
