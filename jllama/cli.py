@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from jllama.errors import InputError
 
@@ -81,7 +81,11 @@ def settings_from_yaml(settings: type[Settings], path: str | Path) -> Settings:
 def _typed(settings: type, content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Values in the types of the defaults; YAML reads 5e-5 as text and 1 as a whole number."""
     typed, wrong = {}, []
+    hints = get_type_hints(settings)
     for name, value in content.items():
+        if value == "auto" and "'auto'" in str(hints[name]):
+            typed[name] = value
+            continue
         kind = type(getattr(settings, name))
         try:
             typed[name] = float(value) if kind is float and not isinstance(value, bool) else value

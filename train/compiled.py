@@ -28,7 +28,7 @@ from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
 from train.arithmetic import Step
 from train.gpus import Gpu, target_config
 from train.optimizer import make_optimizer, split_learned
-from train.step import Window, start_state, train_step
+from train.step import Window, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
 SMALL = (2, 4)  # layers of the models whose difference is what each further layer adds
@@ -89,8 +89,10 @@ def compile_and_weigh(lowered: Any, text: str = "") -> tuple[int, int]:
     if text:
         Path(text).write_text(compiled.as_text(), encoding="utf-8")
     memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes  # not in a donated argument
-    return memory.temp_size_in_bytes + fresh, memory.host_temp_size_in_bytes
+    return (
+        planned_bytes(memory) - memory.argument_size_in_bytes,
+        memory.host_temp_size_in_bytes,
+    )
 
 
 def with_layers(step: Step, layers: int) -> Step:

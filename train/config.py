@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 import yaml
@@ -97,13 +97,15 @@ class TrainConfig:
     """Passes over the data."""
     max_steps: int = 0
     """Optimizer steps to stop after; 0 runs all epochs."""
-    micro_batch_size: int = 4
-    """Sequences in one forward pass."""
+    micro_batch_size: int | Literal["auto"] = 4
+    """Sequences in one forward pass; auto: the fastest that is planned to fit the device, with
+    --gradient-accumulation-steps as the number of sequences of a step."""
     gradient_accumulation_steps: int = 4
     """Micro-batches in one optimizer step."""
-    remat: Remat = "block"
+    remat: Remat | Literal["auto"] = "block"
     """What the backward pass recomputes: nothing; all but matmuls (dots), which may wait in the
-    host's memory (offload); ffn_norm + feed_forward (ffn); or whole blocks."""
+    host's memory (offload); ffn_norm + feed_forward (ffn); or whole blocks. auto: the least that
+    is planned to fit."""
 
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before the first and after each epoch."""
@@ -131,8 +133,8 @@ class TrainConfig:
             "skip_bad_rows", "val_size", "warmup_ratio", "weight_decay", "max_grad_norm",
             "max_steps", "eval_steps", "save_steps", "patience", "seed",
         )  # fmt: skip
-        wrong = [f"{name} {getattr(self, name)}, expected above 0"
-                 for name in positive if getattr(self, name) <= 0]  # fmt: skip
+        wrong = [f"{name} {getattr(self, name)}, expected above 0" for name in positive
+                 if getattr(self, name) != "auto" and getattr(self, name) <= 0]  # fmt: skip
         wrong += [f"{name} {getattr(self, name)}, expected 0 or more"
                   for name in not_negative if getattr(self, name) < 0]  # fmt: skip
         if self.warmup_ratio >= 1:

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,15 @@ from train.optimizer import learning_rate_schedule, make_optimizer, split_learne
 from train.run import StopSignal
 from train.show import console
 from train.state import Checkpoints
-from train.step import StepMetrics, compilations, eval_step, initial_state, train_step
+from train.step import (
+    StepMetrics,
+    TrainState,
+    Window,
+    eval_step,
+    evaluations_compiled,
+    initial_state,
+    train_step,
+)
 
 SKIPPED_IN_A_ROW = 5  # steps without a finite gradient after which a run gives up
 
@@ -92,7 +101,7 @@ def fit(
                 learning_rate=float(schedule(step - 1)),
                 padding_share=batches.padding_share(step - 1),
                 rows=batches.rows(step - 1),
-                compilations=compilations(),
+                compilations=len(programs) + evaluations_compiled(),
             )
             loss = "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"
             progress.advance(f"{loss}  {line['tokens_per_second']:,.0f} tokens/s")
@@ -103,6 +112,19 @@ def fit(
                     "or train with --precision fp32"
                 )
 
+        # One program for each length of sequences, compiled here and never again: other shapes or
+        # placements are an error.
+        programs: dict[tuple[int, ...], Any] = {}
+
+        def run_step(window: Window) -> tuple[TrainState, StepMetrics]:
+            shape = window.tokens.shape
+            if shape not in programs:
+                programs[shape] = train_step.lower(
+                    state, frozen, window, key, graphdef=graphdef, optimizer=optimizer
+                ).compile()
+                metrics.planned(programs[shape].memory_analysis())
+            return programs[shape](state, frozen, window, key)
+
         if start == 0:
             evaluate(0)
         metrics.restart_clock()
@@ -112,9 +134,7 @@ def fit(
         waiting: tuple[int, StepMetrics] | None = None
         step = start
         for step in range(start + 1, steps + 1):
-            state, measured = train_step(
-                state, frozen, next(windows), key, graphdef=graphdef, optimizer=optimizer
-            )
+            state, measured = run_step(next(windows))
             ends_epoch = step in batches.epoch_ends or step == steps
             asked = step % config.eval_steps == 0 if config.eval_steps else ends_epoch
             evaluates = asked or step == steps

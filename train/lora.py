@@ -24,8 +24,16 @@ from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
 from jllama.lora import attach
 from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from train.auto import choose, out_of_memory_explained, step_of
 from train.config import TrainConfig, model_sizes, read_defaults
-from train.data import Batches, Example, hold_out, make_examples, read_rows
+from train.data import (
+    Batches,
+    Example,
+    bucket_lengths,
+    hold_out,
+    make_examples,
+    read_rows,
+)
 from train.loop import fit
 from train.metrics import peak_memory_mib
 from train.run import RESULTS, run_folder
@@ -44,11 +52,31 @@ def train(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
+    rows = [len(example.ids) - 1 for example in training]
+    longest = (
+        config.max_seq_len if config.packing else bucket_lengths(rows, 1, config.max_seq_len)[0]
+    )
+    config, reason = choose(config, llama, lora, longest)
+    if reason:
+        console.print(reason)
     batches, evaluation = plan_batches(config, training, held_out)
     steps = min(config.max_steps or len(batches.windows), len(batches.windows))
     show_plan(config, batches, training, held_out, steps)
     show_row(training[0], tokenizer)
 
+    with out_of_memory_explained(step_of(config, llama, lora, longest)):
+        run_steps(config, lora, batches, evaluation, steps)
+
+
+def run_steps(
+    config: TrainConfig,
+    lora: LoraConfig | None,
+    batches: Batches,
+    evaluation: Batches | None,
+    steps: int,
+) -> None:
+    """Loads the model, trains it, and fills the run folder."""
+    assert config.remat != "auto"  # `choose` was asked before
     model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
     if config.init_adapter:
         load_adapter(model, config.init_adapter)
@@ -75,8 +103,14 @@ def train(config: TrainConfig) -> None:
 
         metrics = fit(config, model, batches, evaluation, steps, run, lambda: save("best"))
         save(RESULTS[config.tune])
-        cost = f"{metrics.seconds:,.0f} s, peak memory {peak_memory_mib():,.0f} MiB measured"
-        show_end(run, metrics.epoch_losses, metrics.eval_losses, cost)
+        of = "the device" if jax.default_backend() == "gpu" else "the whole process"
+        show_end(
+            run,
+            metrics.epoch_losses,
+            metrics.eval_losses,
+            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for the "
+            f"step, {peak_memory_mib():,.0f} measured for {of}",
+        )
 
 
 def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:

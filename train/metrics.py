@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from jllama.checkpoint import write_json_lines
 from jllama.errors import InputError
 from train.show import console
-from train.step import StepMetrics
+from train.step import StepMetrics, planned_bytes
 
 FILE = "metrics.jsonl"
 
@@ -38,6 +38,7 @@ class Metrics:
         self.epoch_losses = [line["epoch_loss"] for line in kept if "epoch_loss" in line]
         self.eval_losses = [line["eval_loss"] for line in kept if "eval_loss" in line]
         self.skipped_in_a_row = 0
+        self.planned_mib = 0.0
         ended = max((line["step"] for line in kept if "epoch_loss" in line), default=0)
         self._epoch = [
             line for line in kept if line.get("loss_sum") is not None and line["step"] > ended
@@ -74,6 +75,7 @@ class Metrics:
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "peak_memory_mib": peak_memory_mib(),
+            "planned_memory_mib": self.planned_mib,
             **more,
         }
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if line["skipped"] else 0
@@ -81,6 +83,10 @@ class Metrics:
             self._epoch.append(line)
         self._write(line)
         return line
+
+    def planned(self, memory: Any) -> None:
+        """Takes note of what XLA's buffer assignment of a compiled step says."""
+        self.planned_mib = max(self.planned_mib, planned_bytes(memory) / 2**20)
 
     def end_epoch(self, step: int) -> None:
         """Records and prints the average loss of the epoch that ends with `step`."""

@@ -81,13 +81,14 @@ def show_row(example: Example, tokenizer: Tokenizer) -> None:
 def show_end(
     run: Path, epoch_losses: Sequence[float], eval_losses: Sequence[float], cost: str
 ) -> None:
-    """The loss of every epoch, what it cost, what was written, and the next command."""
+    """The loss of every epoch, what was written, the next command, and what it all cost."""
     table = Table("epoch", "average loss")
     for epoch, loss in enumerate(epoch_losses, start=1):
         table.add_row(str(epoch), f"{loss:.4f}")
     console.print(table)
     best = f"best/ (held-out loss {min(eval_losses):.4f}), " if (run / "best").is_dir() else ""
+    result = "adapter/ (PEFT)" if (run / "adapter").is_dir() else "model/ (every weight)"
     console.print(
-        f"{cost}\nwrote {run}/: adapter/ (PEFT), {best}state/, metrics.jsonl, tensorboard/, "
-        f"config.yaml, run.json\nnext: python -m eval.prompts --run {run}",
+        f"wrote {run}/: {result}, {best}state/, metrics.jsonl, tensorboard/, config.yaml, run.json\n"
+        f"next: python -m eval.prompts --run {run}\n{cost}",
     )

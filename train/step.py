@@ -1,7 +1,7 @@
 """One compiled call per optimizer step."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,12 @@ def eval_step(
     return total, jnp.sum(window.mask)
 
 
-def compilations() -> int:
-    """How often the two steps have been compiled in this process; a run needs one of each."""
-    return train_step._cache_size() + eval_step._cache_size()  # type: ignore[attr-defined]
+def evaluations_compiled() -> int:
+    """How often `eval_step` has been compiled in this process; a run needs one."""
+    return eval_step._cache_size()  # type: ignore[attr-defined]
+
+
+def planned_bytes(memory: Any) -> int:
+    """Arguments, temporaries and what is put out beside donated arguments, on one device."""
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh
