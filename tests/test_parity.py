@@ -132,12 +132,27 @@ def test_packed_documents_have_the_logits_they_have_alone(model):
     np.testing.assert_allclose(together, alone.reshape(together.shape), rtol=0, atol=TOLERANCE)
 
 
-def test_a_packed_document_does_not_see_another_one_change(model):
+def check_packed_documents_are_apart(model):
+    """Lesson 18: a change of document 1 changes no bit of document 2."""
     first, second = tokens(2, 8)
     before = logits(model, *packed(first, second))[0]
     after = logits(model, *packed((first + 1) % VOCABULARY, second))[0]
     assert (before[8:] == after[8:]).all()
     assert (before[:8] != after[:8]).any()
+
+
+def test_a_packed_document_does_not_see_another_one_change(model):
+    assert model.layers[0].attention.implementation == "xla"
+    check_packed_documents_are_apart(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu'", reason="cuDNN's attention needs a GPU")
+def test_a_packed_document_does_not_see_another_one_change_in_cudnn(tmp_path):
+    path, _ = converted(tmp_path, BASE | {"dim": 128})  # heads of 32, the smallest for cuDNN
+    model = load_model(path, "bf16")
+    assert model.layers[0].attention.implementation == "cudnn"
+    check_packed_documents_are_apart(model)
 
 
 def test_feed_forward_biases_are_zero_and_change_no_logit(model, model_folder):
