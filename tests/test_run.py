@@ -65,7 +65,8 @@ def flags(place, output, **more):
 
 
 def start(arguments, cwd, **more):
-    environment = os.environ | {"XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
+    root = str(Path(__file__).parents[1])  # this copy of the code, not the installed one
+    environment = os.environ | {"XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": root}
     return subprocess.Popen(
         [sys.executable, "-m", "train.lora", *arguments], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
@@ -159,9 +160,16 @@ def die_after(monkeypatch, step):
     monkeypatch.setattr(Metrics, "step", record)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_resumed_runs_equal_the_whole_one_bit_by_bit(place, tmp_path, monkeypatch, packing):
-    more = {"save_steps": 1, "lora_dropout": 0.2} | ({"packing": True} if packing else {})
+def record(run):
+    """All that two equal runs have in common, to the bit."""
+    lines = Metrics.read(run)
+    names = ("step", "rows", "loss_sum", "tokens", "grad_norm", "eval_loss", "epoch_loss")
+    figures = [{name: line[name] for name in names if name in line} for line in lines]
+    return {"adapter": adapter(run), "figures": figures} | state_bytes(run)
+
+
+def test_resumed_runs_equal_the_whole_one_bit_by_bit(place, tmp_path, monkeypatch):  # lesson 14
+    more = {"save_steps": 1, "lora_dropout": 0.2}
     main(flags(place, tmp_path / "whole", **more))
     total = len(steps(tmp_path / "whole"))
     for number, cut in enumerate((3, total // 2 + 1, total - 1)):  # across the epoch's border
@@ -171,16 +179,34 @@ def test_resumed_runs_equal_the_whole_one_bit_by_bit(place, tmp_path, monkeypatc
             main(again if number else flags(place, tmp_path / "cut", **more))
         monkeypatch.undo()
     main(["--resume", str(tmp_path / "cut")])
-    assert adapter(tmp_path / "whole") == adapter(tmp_path / "cut")
-    assert [x["rows"] for x in steps(tmp_path / "whole")] == [
-        x["rows"] for x in steps(tmp_path / "cut")
-    ]
-    held = [
-        [line["eval_loss"] for line in Metrics.read(tmp_path / name) if "eval_loss" in line]
-        for name in ("whole", "cut")
-    ]
-    assert held[0] == held[1]
-    assert state_bytes(tmp_path / "whole") == state_bytes(tmp_path / "cut")
+    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+
+
+def test_100_steps_are_50_and_50_are_10_times_10_bit_by_bit(place, tmp_path, monkeypatch, capsys):
+    """Reliability 2: packed, with dropout, accumulation, epochs' ends and evaluations between."""
+    more = {
+        "max_steps": 100, "epochs": 40, "save_steps": 10, "eval_steps": 15, "packing": True,
+        "lora_dropout": 0.2, "micro_batch_size": 1,
+    }  # fmt: skip
+    main(flags(place, tmp_path / "whole", **more))
+    whole = record(tmp_path / "whole")
+    assert [line["step"] for line in steps(tmp_path / "whole")] == list(range(1, 101))
+    ends = {line["step"] for line in Metrics.read(tmp_path / "whole") if "epoch_loss" in line}
+    assert len(ends - {*range(0, 101, 10)}) > 5  # most epochs end inside a part
+    for part in (50, 10):
+        run = tmp_path / str(part)
+        arguments = flags(place, run, **more)
+        for cut in range(part, 100, part):
+            die_after(monkeypatch, cut + 1)  # the state after step `cut` is the newest
+            with pytest.raises(Killed):
+                main(arguments)
+            monkeypatch.undo()
+            arguments = ["--resume", str(run)]
+            assert max(int(path.name) for path in (run / "state").iterdir()) == cut
+        capsys.readouterr()
+        main(arguments)
+        assert f"resumed after step {cut}\n" in capsys.readouterr().out
+        assert record(run) == whole
 
 
 def state_bytes(run):
