@@ -341,23 +341,40 @@ def test_a_full_disk_keeps_the_last_state_and_exits_with_a_message(place, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_steps_without_a_finite_gradient_are_counted_and_end_the_run(place, tmp_path):
-    """Reliability 7: a base with a NaN in its last norm."""
+def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, capsys):
+    """Reliability 7, lesson 23: the embedding of `~` is NaN, and only the last rows hold one."""
     config = read_model_config(place / "model")
     with whole_folder(tmp_path / "model") as folder:
         writer = ModelWriter(folder, config)
         for block in tensor_shapes(config):
             tensors = {k: np.array(x) for k, x in read_block(place / "model", block).items()}
-            if block == "head":
-                tensors["norm.weight"][0] = np.nan
+            if block == "embeddings":
+                tensors["tok_embeddings.weight"][ord("~")] = np.nan  # byte b is token b
             writer.write_block(block, tensors)
         writer.finish((place / "model" / "tokenizer.model").read_bytes(), "a test")
-    with pytest.raises(SystemExit) as ended:
-        main(flags(place, tmp_path / "run", model=tmp_path / "model", val_size=0))
-    assert ended.value.code == 2
-    lines = steps(tmp_path / "run")
-    assert [line["skipped"] for line in lines] == [True] * 5
-    assert lines[0]["loss"] is None
+    rows = json.loads((place / "rows.json").read_text())
+    bad = [*rows[:12], *({"prompt": "~", "completion": "x"} for _ in rows)]
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    more = {
+        "model": tmp_path / "model", "val_size": 0, "no-shuffle": True, "save_steps": 1,
+        "lr_scheduler": "constant", "warmup_ratio": 0,
+    }  # fmt: skip
+    main(flags(place, tmp_path / "good", max_steps=3, **more))
+
+    run, message = tmp_path / "run", "no finite gradient in steps 4 to 8 (rows [28, 29, 30, 31])"
+    for arguments in (flags(place, run, data=tmp_path / "bad.json", **more), ["--resume", run]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in arguments])
+        said = capsys.readouterr()
+        assert ended.value.code == 2
+        assert f"{message}; the state before them is kept" in said.err
+        lines = steps(run)
+        assert [line["skipped"] for line in lines] == [False] * 3 + [True] * 5
+        assert lines[3]["loss"] is None
+        assert {path.name for path in (run / "state").iterdir()} == {"2", "3"}
+        assert state_bytes(run) == state_bytes(tmp_path / "good")
+    assert "resumed after step 3\n" in said.out
 
 
 @pytest.mark.parametrize(
@@ -381,6 +398,59 @@ def test_wrong_arguments_end_in_one_message_and_code_2(place, tmp_path, capsys, 
     assert message in said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "run").exists()
+
+
+GOOD = {"prompt": "Say red.", "completion": "red"}
+LONG = {"prompt": "x" * 99, "completion": "never reached"}
+BAD_ROWS = [GOOD, {"text": "?"}, {"prompt": "a", "completion": " "}, LONG, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        ("[\n  {\n]", ["line 3: invalid JSON"]),
+        (
+            '{"prompt": "a"}\n{"prompt"\n{}\n{bad\n',
+            ["line 2: invalid JSON", "line 4: invalid JSON"],
+        ),
+        ("", ["empty; expected a JSON list or one JSON object a line"]),
+        (b'[{"prompt": "\xff"}]', ["byte 13 is not UTF-8"]),
+        (
+            json.dumps(BAD_ROWS),
+            [
+                "3 unusable of 5 rows",
+                "--skip-bad-rows 3",
+                "row 1: keys ['text']; expected instruction/input/output",
+                "row 2: the answer is empty",
+                "row 3: its prompt fills all 64 tokens",
+            ],
+        ),
+    ],
+)
+def test_bad_data_ends_in_one_message_that_lists_all(place, tmp_path, capsys, content, messages):
+    """Reliability 8."""
+    data = tmp_path / "rows.json"
+    data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as ended:
+        main(flags(place, tmp_path / "run", data=data, skip_bad_rows=2))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith(f"python -m train.lora: {data}: ")
+    for message in messages:
+        assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_tolerated_rows_are_named_and_not_trained_on(place, tmp_path, capsys):
+    """Reliability 8, lesson 10: rows that teach nothing, and one that loses its end."""
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([*BAD_ROWS, {"prompt": "Count.", "completion": "1 2 " * 99}]))
+    main(flags(place, tmp_path / "run", data=data, skip_bad_rows=3, val_size=0))
+    said = capsys.readouterr().out
+    for row, reason in ((1, "keys ['text']"), (2, "the answer is empty"), (3, "its prompt fills")):
+        assert f"left out: row {row}: {reason}" in said
+    assert "1 rows are longer than 64 tokens and lose their end" in said
+    assert [sorted(line["rows"]) for line in steps(tmp_path / "run")] == [[0, 4, 5]] * 2
 
 
 def test_a_run_is_never_overwritten(place, tmp_path):
