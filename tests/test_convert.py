@@ -112,7 +112,7 @@ def test_round_trip_gives_back_every_byte_and_the_same_config(params, tied, tmp_
     assert manifest(tmp_path / "model2") == manifest(tmp_path / "model")
 
 
-def test_no_more_than_two_blocks_are_ever_held(tmp_path):
+def test_no_more_than_two_blocks_are_ever_held(tmp_path):  # lesson 20
     params = BASE | {"dim": 128, "n_layers": 16}
     tensors = random_tensors(params)
     src = write_meta(tmp_path / "meta", tensors, params, shards=2)  # two, or nothing is joined

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -116,6 +117,7 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     assert "2 sequences x 2 micro-batches = 4; 14 optimizer steps in 2 epochs" in said
     assert "row 0: " in said or "row 1: " in said
     assert "⟦" in said  # lesson 11
+    assert re.search(r"peak memory [1-9][\d,]* MiB measured", said)  # lesson 15
     assert f"next: python -m eval.prompts --run {run}" in said
     tensors = safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)
@@ -144,7 +146,18 @@ def test_training_and_evaluation_are_compiled_once_each(place, tmp_path, packing
     assert [line["compilations"] for line in steps(tmp_path / "run")][-1] == 2
 
 
-def test_patience_ends_a_run_and_the_best_adapter_is_kept(place, tmp_path, capsys):
+def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch(place, tmp_path):  # lesson 17
+    found = []
+    for batch in (1, 6):
+        run = tmp_path / str(batch)
+        main(flags(place, run, micro_batch_size=batch, max_steps=1, val_size=6))
+        found += [line for line in Metrics.read(run) if line.get("eval_tokens")][:1]
+    assert [line["step"] for line in found] == [0, 0]
+    assert found[0]["eval_tokens"] == found[1]["eval_tokens"]
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-6)
+
+
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(place, tmp_path, capsys):  # lesson 17
     more = {"learning_rate": 0.3, "epochs": 20, "eval_steps": 2, "patience": 3, "val_size": 6}
     main(flags(place, tmp_path / "run", **more))
     losses = [line["eval_loss"] for line in Metrics.read(tmp_path / "run") if "eval_loss" in line]
