@@ -1,11 +1,13 @@
 """`python -m eval.prompts`: answers prompts with the base and the tuned model, side by side.
 
-Both come from one load and one compilation: the adapter's scale is an argument, 0 or 1. Writes
+Both come from one load and one compilation: the adapter's scale is an argument, 0 or 1. (A run that
+tuned every weight left a second model, which is loaded after the first has answered.) Writes
 `generations.jsonl`, one object a prompt:
 
     {"prompt": "...", "base": "...", "tuned": "...", "base_ids": [...], "tuned_ids": [...]}
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from rich.table import Table
 
 import jllama
 from jllama.adapter import PEFT_CONFIG, read_passport
-from jllama.checkpoint import manifest_sha256, read_json
+from jllama.checkpoint import manifest_sha256, read_json, write_json_lines
 from jllama.cli import Progress, run_command, settings_from_run
 from jllama.config import PrecisionName
 from jllama.errors import InputError
@@ -44,7 +46,10 @@ class PromptsConfig:
     model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Model folder, instead of a run."""
     adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """PEFT adapter folder for --model; without one only the base answers."""
+    """PEFT adapter folder for --model."""
+    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder to compare with --model, instead of an adapter; without either only the base
+    answers."""
     prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
     reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
@@ -73,6 +78,8 @@ class PromptsConfig:
     def __post_init__(self):
         if self.batch_size < 1 or self.limit < 0:
             raise InputError(f"batch_size {self.batch_size}, limit {self.limit}; expected >= 1, 0")
+        if self.adapter and self.tuned:
+            raise InputError("--adapter and --tuned; expected one of them")
 
 
 def answer_prompts(config: PromptsConfig) -> None:
@@ -83,22 +90,26 @@ def answer_prompts(config: PromptsConfig) -> None:
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     rows, decoding = read_prompts(config)
     references = read_references(config.reference) if config.reference else {}
-    style = config.prompt_style or read_style(config.adapter)
+    style = config.prompt_style or read_style(config.adapter or config.tuned)
     check_base(config)
-    model = jllama.load_model(config.model, config.precision or "bf16")
     tokenizer = jllama.load_tokenizer(config.model)
-    if config.adapter:
-        jllama.load_adapter(model, config.adapter)
-
     ids = [prompt_ids(style, row, tokenizer) for row in rows]
     budgets = [budget(row, len(prompt), config) for row, prompt in zip(rows, ids, strict=True)]
-    scales = {"base": 0.0, "tuned": 1.0} if config.adapter else {"base": 0.0}
-    answers: dict[str, list[list[int]]] = {name: [] for name in scales}
+    # Model folders to load, one after the other, and the adapter's scale for each name.
+    loads: list[tuple[str, dict[str, float]]] = [(config.model, {"base": 0.0})]
+    if config.adapter:
+        loads[0][1]["tuned"] = 1.0
+    if config.tuned:
+        loads.append((config.tuned, {"tuned": 1.0}))
+    answers: dict[str, list[list[int]]] = {name: [] for _, scales in loads for name in scales}
     starts = range(0, len(ids), config.batch_size)
-    with Progress("answer", len(starts) * len(scales), "batches") as progress:
-        for start in starts:
-            chosen = slice(start, start + config.batch_size)
-            for name, scale in scales.items():
+    with Progress("answer", len(starts) * len(answers), "batches") as progress:
+        for folder, scales in loads:
+            model = jllama.load_model(folder, config.precision or "bf16")
+            if config.adapter:
+                jllama.load_adapter(model, config.adapter)
+            for start, (name, scale) in itertools.product(starts, scales.items()):
+                chosen = slice(start, start + config.batch_size)
                 answers[name] += jllama.generate(
                     model,
                     ids[chosen],
@@ -109,6 +120,7 @@ def answer_prompts(config: PromptsConfig) -> None:
                     **decoding,
                 )
                 progress.advance()
+            del model  # before the next one is loaded
 
     generations = []
     for index, row in enumerate(rows):
@@ -120,13 +132,8 @@ def answer_prompts(config: PromptsConfig) -> None:
         if expected is not None:
             generation["expected"] = expected
         generations.append(generation | references.get(generation["prompt"].strip(), {}))
-    whole = output.with_name(output.name + ".new")
-    whole.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations),
-        encoding="utf-8",
-    )
-    whole.replace(output)
-    show(generations, list(scales))
+    write_json_lines(output, generations)
+    show(generations, list(answers))
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
@@ -140,14 +147,17 @@ def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:
     if not run.is_dir():
         raise InputError(f"{run}: no run folder; make one with: python -m train.lora")
     settings = settings_from_run(run)
-    if not (run / "adapter" / PEFT_CONFIG).is_file():
-        raise InputError(f"{run}: no adapter/ yet; the run has not finished")
+    result = run / {"lora": "adapter", "full": "model"}[settings["tune"]]
+    if not result.is_dir():
+        raise InputError(f"{run}: no {result.name}/ yet; the run has not finished")
     found = replace(
         config,
         model=settings["model"],
-        adapter=config.adapter or str(run / "adapter"),
         precision=config.precision or settings["precision"],
     )
+    if not (config.adapter or config.tuned):
+        lora = settings["tune"] == "lora"
+        found = replace(found, adapter=str(result)) if lora else replace(found, tuned=str(result))
     sample = Path(settings["data"]) == jllama.SAMPLE / "train.json"
     if not config.prompts and sample:
         found = replace(
@@ -199,9 +209,9 @@ def read_references(path: str) -> dict[str, dict[str, str]]:
     }
 
 
-def read_style(adapter: str) -> PromptStyle:
-    """The prompt style in the adapter's passport; `plain` where there is none."""
-    return read_passport(adapter).get("prompt_style", "plain") if adapter else "plain"
+def read_style(tuned: str) -> PromptStyle:
+    """The prompt style in the passport of what was tuned; `plain` where there is none."""
+    return read_passport(tuned).get("prompt_style", "plain") if tuned else "plain"
 
 
 def check_base(config: PromptsConfig) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from jllama.checkpoint import write_json
+from jllama.checkpoint import read_json, write_json
 from jllama.cli import run_command
 from jllama.config import PrecisionName
 from jllama.errors import InputError
@@ -118,7 +118,7 @@ def run_variant(config: SpeedConfig, flags: Sequence[str]) -> dict:
         if done.returncode:
             raise InputError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
         lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-        versions = json.loads((run / "run.json").read_text())["versions"]
+        versions = read_json(run / "run.json")["versions"]
     steps = [x for x in lines if "step_seconds" in x and x["step"] > config.warmup_steps]
     # Every step does the same work, so the median step stands for all; the rows in it differ.
     seconds = statistics.median(x["step_seconds"] for x in steps)

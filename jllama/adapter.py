@@ -20,12 +20,12 @@ import safetensors.numpy
 from flax import nnx
 
 from jllama.checkpoint import read_json, whole_folder, write_json
-from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig, linear_names
+from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig
 from jllama.disk import room_for
 from jllama.errors import InputError
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
-from jllama.model import Llama, map_named
+from jllama.model import Llama, map_named, named_arrays
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
 
@@ -67,18 +67,16 @@ def save_adapter(
     path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: dict[str, Any]
 ) -> None:
     """Writes the model's adapters as a PEFT folder; `passport` becomes `jllama.json`."""
-    lengths = {name: row_lengths(linear) for name, linear in adapted_linears(model).items()}
-    tensors = {}
-
-    def keep(name, array):
+    linears, tensors = adapted_linears(model), {}
+    for name, stored in named_arrays(nnx.state(model, nnx.LoRAParam)).items():
         linear, _, part = name.partition(".lora.")
-        array = np.asarray(array) + (lengths[linear] if part == "magnitude" else 0)
+        array = np.asarray(stored)
+        if part == "magnitude":
+            array = array + row_lengths(linears[linear])
         heads = rotary_heads(model.config, linear)
-        tensors[peft_key(name)] = (
-            array if part == "a" or not heads else to_half_rotated(array, heads)
-        )
-
-    map_named(keep, nnx.state(model, nnx.LoRAParam))
+        if part != "a" and heads:
+            array = to_half_rotated(array, heads)
+        tensors[peft_key(name)] = array
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -202,5 +200,5 @@ def read_lora_config(path: str | Path) -> LoraConfig:
         dropout=config.get("lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
-        targets=linear_names(",".join(name.rpartition(".")[2] for name in targets)),
+        targets=tuple(name.rpartition(".")[2] for name in targets),
     )

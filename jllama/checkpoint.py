@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ from jllama.config import (
     RopeScaling,
     linear_shapes,
 )
+from jllama.disk import room_for
 from jllama.errors import InputError
 from jllama.lora import attach
-from jllama.model import Llama, Remat, map_named
+from jllama.model import Llama, Remat, map_named, named_arrays
 
 CONFIG, MANIFEST, BLOCKS = "config.json", "manifest.json", "blocks"
 
@@ -69,6 +70,14 @@ def whole_folder(destination: str | Path) -> Iterator[Path]:
 def write_json(path: Path, content: object) -> None:
     """Indented JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, lines: Iterable[object]) -> None:
+    """One JSON value a line; the file takes its name when it is whole."""
+    whole = path.with_name(path.name + ".new")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
 
 
 def read_json(path: Path) -> dict:
@@ -167,6 +176,25 @@ class ModelWriter:
             (self._folder / "tokenizer.model").write_bytes(tokenizer)
         write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
         write_json(self._folder / MANIFEST, {"source": source, "tensors": self._tensors})
+
+
+def save_model(
+    path: str | Path, model: Llama, dtype: Any, tokenizer: bytes | None, source: str
+) -> None:
+    """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
+
+    Raises:
+        InputError: if the folder exists or the disk is full.
+    """
+    arrays = named_arrays(nnx.state(model))
+    size = model.config.parameter_count * np.dtype(dtype).itemsize
+    with room_for(size, Path(path)), whole_folder(path) as folder:
+        writer = ModelWriter(folder, model.config)
+        for block, names in tensor_shapes(model.config).items():
+            writer.write_block(
+                block, {name: np.asarray(arrays[name].astype(dtype)) for name in names}
+            )
+        writer.finish(tokenizer, source)
 
 
 def tensor_sha256(tensor: np.ndarray) -> str:

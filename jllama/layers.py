@@ -14,7 +14,10 @@ INITIAL_STD = 0.02
 
 
 class Linear(nnx.Module):
-    """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached."""
+    """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached.
+
+    A weight that learns is fp32 and is cast to x's dtype here; a frozen one has it already.
+    """
 
     def __init__(
         self,
@@ -32,23 +35,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None = None):
         """`[B, T, in]` -> `[B, T, out]`; with a key, the adapter's input is dropped out."""
-        y = jnp.einsum("BTi,oi->BTo", x, self.weight[...])
+        weight = self.weight[...].astype(x.dtype)
+        y = jnp.einsum("BTi,oi->BTo", x, weight)
         if self.lora is not None:
-            y = self.lora(x, y, self.weight[...], key)
+            y = self.lora(x, y, weight, key)
         if self.bias is not None:
-            y = y + self.bias[...][None, None, :]
+            y = y + self.bias[...].astype(x.dtype)[None, None, :]
         return y
 
 
 class Embedding(nnx.Module):
-    """A table `[V, D]`; the dtype of its rows is the dtype of the whole network."""
+    """A table `[V, D]`; the dtype of the rows it gives is the dtype of the whole network."""
 
     def __init__(self, vocab_size: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         initial = INITIAL_STD * jax.random.normal(rngs.params(), (vocab_size, dim))
         self.weight = nnx.Param(initial.astype(dtype))
+        self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens]
+        return self.weight[...][tokens].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -61,7 +66,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = x.astype(jnp.float32)  # the mean of squares needs more than 8 bits
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight[...][None, None, :]
+        return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)[None, None, :]
 
 
 def rotary_frequencies(config: LlamaConfig) -> np.ndarray:

@@ -30,7 +30,7 @@ from jllama.layers import (
 # What is recomputed in the backward pass:
 #   none     nothing
 #   dots     all but the results of matmuls and of attention
-#   offload  as dots, and the matmuls' results wait in the host's memory
+#   offload  all but the results of matmuls, which wait in the host's memory
 #   ffn      ffn_norm + feed_forward
 #   block    whole blocks
 Remat = Literal["none", "dots", "offload", "ffn", "block"]
@@ -192,7 +192,7 @@ class Llama(nnx.Module):
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, accumulated and kept in fp32."""
         with _matmul_precision(x.dtype):
-            weight = self.head_weight[...]
+            weight = self.head_weight[...].astype(x.dtype)
             return jnp.einsum("BTD,VD->BTV", x, weight, preferred_element_type=jnp.float32)
 
     @property
@@ -218,6 +218,13 @@ def map_named(function: Callable[[str, Any], Any], state: nnx.State) -> nnx.Stat
         return function(".".join(str(entry.key) for entry in path[:-1]), leaf)
 
     return jax.tree_util.tree_map_with_path(call, state)
+
+
+def named_arrays(state: nnx.State) -> dict[str, Any]:
+    """The arrays of a state by Meta's names."""
+    found: dict[str, Any] = {}
+    map_named(found.__setitem__, state)
+    return found
 
 
 def _fold(key: Key[Array, ""] | None, data: int) -> Key[Array, ""] | None:

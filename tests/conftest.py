@@ -1,6 +1,7 @@
 """What every test shares: CPU by default, strict shapes, and the folder of real weights."""
 
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the commands that tests sta
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from meta_files import GROUPED, random_tensors, write_meta  # noqa: E402
+
 ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """One good checkpoint of two shards; tests damage copies of it."""
+    return write_meta(
+        tmp_path_factory.mktemp("meta") / "a", random_tensors(GROUPED), GROUPED, shards=2
+    )
+
+
+@pytest.fixture
+def meta(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "meta"))
 
 
 @pytest.fixture(scope="session")

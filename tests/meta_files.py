@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from convert.from_meta import FromMeta, convert
+
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
+GROUPED = BASE | {"n_kv_heads": 2}
 VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
 TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
 
@@ -85,6 +88,13 @@ def write_meta(
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model").write_bytes(TOKENIZER)
     return folder
+
+
+def model_folder(root: Path, params: dict, *, name: str = "model", seed: int = 0) -> Path:
+    """A random model in Meta's files, through the real converter, as `root / name`."""
+    meta = write_meta(root / f"{name}-meta", random_tensors(params, seed=seed), params)
+    convert(FromMeta(meta, root / name))
+    return root / name
 
 
 def reference(params: dict, tensors: Tensors, rope_factor: float = 8.0):

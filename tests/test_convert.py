@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, TOKENIZER, VOCABULARY, random_tensors, write_meta
+from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, write_meta
 
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
@@ -28,21 +28,7 @@ from jllama.checkpoint import ModelWriter, load_model, read_block, read_config
 from jllama.errors import InputError
 from jllama.tokenizer import load_tokenizer
 
-GROUPED = BASE | {"n_kv_heads": 2}
 SCALED = BASE | {"n_kv_heads": 2, "rope_theta": 500000.0, "use_scaled_rope": True}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """One good checkpoint of two shards; tests damage copies of it."""
-    return write_meta(
-        tmp_path_factory.mktemp("meta") / "a", random_tensors(GROUPED), GROUPED, shards=2
-    )
-
-
-@pytest.fixture
-def meta(original, tmp_path):
-    return Path(shutil.copytree(original, tmp_path / "meta"))
 
 
 def manifest(model: Path) -> dict:

@@ -9,26 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_files import BASE, TOKENIZER, random_tensors, write_meta
+from meta_files import GROUPED, TOKENIZER, random_tensors, write_meta
 
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
 from jllama.errors import InputError
-
-GROUPED = BASE | {"n_kv_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """One good checkpoint of two shards; tests damage copies of it."""
-    return write_meta(
-        tmp_path_factory.mktemp("meta") / "a", random_tensors(GROUPED), GROUPED, shards=2
-    )
-
-
-@pytest.fixture
-def meta(original, tmp_path):
-    return Path(shutil.copytree(original, tmp_path / "meta"))
 
 
 def load(file: Path) -> dict[str, torch.Tensor]:

@@ -141,13 +141,13 @@ def made(lengths):
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     k=st.integers(1, 4),
     batch=st.integers(1, 4),
-    packing=st.booleans(),
+    plan=st.sampled_from([{"packing": True}] + [{"length_buckets": n} for n in (1, 2, 5)]),
     seed=st.integers(0, 5),
 )
-def test_every_row_is_trained_on_exactly_once_an_epoch(lengths, k, batch, packing, seed):
+def test_every_row_is_trained_on_exactly_once_an_epoch(lengths, k, batch, plan, seed):
     batches = Batches(
-        made(lengths), accumulation=k, batch=batch, max_seq_len=40, packing=packing,
-        shuffle=True, seed=seed, epochs=2,
+        made(lengths), accumulation=k, batch=batch, max_seq_len=40, shuffle=True, seed=seed,
+        epochs=2, **{"packing": False} | plan,
     )  # fmt: skip
     border = batches.epoch_ends[0]
     first = [row for step in range(border) for row in batches.rows(step)]
@@ -180,6 +180,25 @@ def test_padding_is_masked_by_length_and_never_by_id(packing):  # lesson 8
     assert window.targets[0, 0, :4].tolist() == [7, 0, 0, 0]
     assert window.mask[0, 0, :4].tolist() == [False, True, True, True]
     assert window.mask.sum() == 5
+
+
+def test_length_buckets_pad_less_and_give_one_shape_each():
+    lengths = [5, 9, 20, 40, 90, 100] * 10
+    shapes, shares = {}, {}
+    for buckets in (1, 2, 3):
+        batches = Batches(
+            made(lengths), accumulation=2, batch=2, max_seq_len=512, packing=False,
+            length_buckets=buckets, shuffle=True, seed=0, epochs=1,
+        )  # fmt: skip
+        windows = [batches.window(step) for step in range(len(batches.windows))]
+        shapes[buckets] = {window.tokens.shape for window in windows}
+        places = sum(window.tokens.size for window in windows)
+        assert batches.padding_share() == pytest.approx(1 - sum(lengths) / places)
+        shares[buckets] = batches.padding_share()
+    assert shapes[1] == {(2, 2, 128)}
+    assert shapes[2] == {(2, 2, 32), (2, 2, 128)}
+    assert shapes[3] == {(2, 2, 32), (2, 2, 64), (2, 2, 128)}
+    assert shares[3] < shares[2] < shares[1]
 
 
 def test_packing_fills_the_fullest_sequence_that_has_room():

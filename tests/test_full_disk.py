@@ -93,7 +93,7 @@ def state(step):
 
 
 def test_a_disk_that_fills_during_a_save_keeps_the_state_before_it(small, monkeypatch):
-    checkpoints = Checkpoints(small / "state")
+    checkpoints = Checkpoints(small / "state", keep=2)
     checkpoints.save(state(1))
     checkpoints.close()
     fill(small)
@@ -101,17 +101,17 @@ def test_a_disk_that_fills_during_a_save_keeps_the_state_before_it(small, monkey
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda x: plenty.pop() if plenty else real(x))
     with (
         pytest.raises(InputError, match=MISSING),
-        contextlib.closing(Checkpoints(small / "state")) as checkpoints,
+        contextlib.closing(Checkpoints(small / "state", keep=2)) as checkpoints,
     ):
         checkpoints.save(state(2))  # there was room when it was asked
     assert not plenty
     assert not (small / "state" / "2").exists()
     (small / "ballast").unlink()
-    checkpoints = Checkpoints(small / "state")
+    checkpoints = Checkpoints(small / "state", keep=2)
     restored = checkpoints.restore(state(0))
     checkpoints.close()
     assert int(restored.step) == 1
-    np.testing.assert_array_equal(restored.adapters["a"], state(1).adapters["a"])
+    np.testing.assert_array_equal(restored.learned["a"], state(1).learned["a"])
 
 
 def test_an_adapter_that_finds_no_room_is_written_by_resume(small, tmp_path, monkeypatch, capsys):

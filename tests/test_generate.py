@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference
 from scipy import stats
 
 import jllama
@@ -20,10 +20,7 @@ PROMPTS = [[1, 5, 9], [2], [7] * 40, [3, 4, 5, 6, 7]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
-    convert(FromMeta(root / "meta", root / "model"))
-    return root / "model"
+    return model_folder(tmp_path_factory.mktemp("place"), PARAMS)
 
 
 @pytest.fixture(scope="module")

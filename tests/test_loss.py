@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jllama.loss import frozen_head_loss
+from jllama.loss import cross_entropy
 
 B, T, D, V = 3, 11, 16, 53
 
@@ -26,17 +26,26 @@ def plain(x, head, targets, mask):
 @pytest.mark.parametrize("chunk", [None, 1, 4, 33, 64])
 def test_chunked_loss_and_gradient_equal_the_plain_ones(chunk):
     x, head, targets, mask = case()
-    loss, slope = jax.value_and_grad(frozen_head_loss)(x, head, targets, mask, chunk)
+    loss, slope = jax.value_and_grad(cross_entropy)(x, head, targets, mask, False, chunk)
     expected, expected_slope = jax.value_and_grad(plain)(x, head, targets, mask)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(slope, expected_slope, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_a_head_that_learns_gets_the_plain_gradient(chunk):
+    x, head, targets, mask = case()
+    slopes = jax.grad(cross_entropy, argnums=(0, 1))(x, head, targets, mask, True, chunk)
+    expected = jax.grad(plain, argnums=(0, 1))(x, head, targets, mask)
+    for found, wanted in zip(slopes, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
 def test_unsupervised_positions_get_no_gradient_and_cost_no_loss():
     x, head, targets, mask = case()
-    slope = jax.grad(frozen_head_loss)(x, head, targets, mask, 4)
+    slope = jax.grad(cross_entropy)(x, head, targets, mask, False, 4)
     assert np.all(np.asarray(slope)[~mask] == 0)
-    assert float(frozen_head_loss(x, head, targets, np.zeros_like(mask), 4)) == 0
+    assert float(cross_entropy(x, head, targets, np.zeros_like(mask), False, 4)) == 0
 
 
 def test_peak_memory_does_not_grow_with_positions_times_vocabulary():  # lesson 16
@@ -47,7 +56,7 @@ def test_peak_memory_does_not_grow_with_positions_times_vocabulary():  # lesson 
             jax.ShapeDtypeStruct((1, positions), jnp.int32),
             jax.ShapeDtypeStruct((1, positions), jnp.bool_),
         )
-        loss = jax.jit(jax.grad(lambda *args: frozen_head_loss(*args, 64)))
+        loss = jax.jit(jax.grad(lambda *args: cross_entropy(*args, False, 64)))
         return loss.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4096 * 4000 * 4

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from meta_files import BASE, random_tensors, write_meta
+from meta_files import BASE, model_folder
 
-from convert.from_meta import FromMeta, convert
 from eval.prompts import REPORT_PROMPTS, main
 from jllama.generate import decode, prefill
 from train.lora import main as train
@@ -15,8 +14,7 @@ from train.lora import main as train
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     for name, seed in (("model", 0), ("other", 1)):
-        write_meta(root / f"{name}-meta", random_tensors(BASE, seed=seed), BASE)
-        convert(FromMeta(root / f"{name}-meta", root / name))
+        model_folder(root, BASE, name=name, seed=seed)
     rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(8)]
     (root / "rows.json").write_text(json.dumps(rows))
     train([

@@ -19,12 +19,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from meta_files import BASE, random_tensors, write_meta
+from flax import nnx
+from meta_files import BASE, model_folder
 
 from convert.from_meta import FromMeta, convert
+from eval.prompts import main as answer
 from jllama.checkpoint import (
     MANIFEST,
     ModelWriter,
+    load_model,
     read_block,
     read_json,
     tensor_sha256,
@@ -33,6 +36,7 @@ from jllama.checkpoint import (
 )
 from jllama.checkpoint import read_config as read_model_config
 from jllama.errors import InputError
+from jllama.model import named_arrays
 from train.config import TrainConfig, read_defaults
 from train.lora import main, train
 from train.metrics import Metrics
@@ -47,8 +51,7 @@ WORDS = ("red", "green", "blue", "seven", "eight", "a much longer answer than th
 def place(tmp_path_factory):
     """A folder with a tiny model and thirty rows of uneven length."""
     root = tmp_path_factory.mktemp("place")
-    write_meta(root / "meta", random_tensors(PARAMS), PARAMS)
-    convert(FromMeta(root / "meta", root / "model"))
+    model_folder(root, PARAMS)
     rows = [{"prompt": f"Say {WORDS[i % 6]} {i}.", "completion": WORDS[i % 6]} for i in range(30)]
     (root / "rows.json").write_text(json.dumps(rows))
     return root
@@ -144,6 +147,39 @@ def test_training_and_evaluation_are_compiled_once_each(place, tmp_path, packing
     eval_step.clear_cache()
     main(flags(place, tmp_path / "run", **{"packing": True} if packing else {}))
     assert [line["compilations"] for line in steps(tmp_path / "run")][-1] == 2
+
+
+def test_each_length_bucket_is_compiled_once(place, tmp_path):
+    train_step.clear_cache()
+    eval_step.clear_cache()
+    main(flags(place, tmp_path / "run", length_buckets=2))
+    assert [line["compilations"] for line in steps(tmp_path / "run")][-1] == 2 + 1
+
+
+def test_full_tuning_leaves_a_model_folder(place, tmp_path, capsys):
+    more = {"tune": "full", "learning_rate": 1e-3}
+    main(flags(place, tmp_path / "run", **more))
+    assert "(100.00 %)" in capsys.readouterr().out
+    losses = [line["loss"] for line in steps(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    base, tuned = (load_model(x, "fp32") for x in (place / "model", tmp_path / "run" / "model"))
+    assert base.config == tuned.config
+    for name, x in named_arrays(nnx.state(tuned)).items():
+        assert np.any(x != named_arrays(nnx.state(base))[name]), name
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"prompt": "Say red 0."}]))
+    arguments = ["--run", str(tmp_path / "run"), "--prompts", str(prompts), "--temperature", "0"]
+    answer(arguments)
+    (line,) = (tmp_path / "run" / "generations.jsonl").read_text().splitlines()
+    assert json.loads(line)["tuned_ids"] != json.loads(line)["base_ids"]
+    with pytest.raises(SystemExit):
+        main(["--resume", str(tmp_path / "run")])
+    assert f"its result is in {tmp_path / 'run' / 'model'}" in capsys.readouterr().err
+
+
+def test_full_tuning_refuses_what_only_adapters_have():
+    with pytest.raises(InputError, match=r"tune full and ffn_bias.*tune full and lora_plus_ratio"):
+        TrainConfig(tune="full", ffn_bias=True, lora_plus_ratio=2.0)
 
 
 def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch(place, tmp_path):  # lesson 17

@@ -1,16 +1,15 @@
 import json
 
 import pytest
-from meta_files import BASE, random_tensors, write_meta
+from meta_files import BASE, model_folder
 
-from convert.from_meta import FromMeta, convert
 from eval.speed import main
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
-    convert(FromMeta(write_meta(root / "meta", random_tensors(BASE), BASE), root / "model"))
+    model_folder(root, BASE)
     rows = [{"prompt": f"Say {i}.", "completion": "x" * (1 + 7 * (i % 9))} for i in range(40)]
     (root / "rows.json").write_text(json.dumps(rows))
     return root

@@ -10,11 +10,11 @@ import tyro
 import yaml
 
 from jllama.cli import settings_from_yaml
-from jllama.config import LoraConfig, PrecisionName, linear_names
+from jllama.config import LoraConfig, PrecisionName
 from jllama.errors import InputError
 from jllama.model import Remat
 from jllama.prompt import PromptStyle
-from train.optimizer import OptimizerName, Scheduler
+from train.optimizer import OptimizerName, Scheduler, Tune
 
 RECIPES = Path(__file__).parent / "recipes"
 LATEST = Path("runs/latest")
@@ -35,7 +35,7 @@ class TrainConfig:
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: PrecisionName = "bf16"
-    """Of the frozen weights and activations; adapters, moments and loss are fp32."""
+    """Of frozen weights and activations; what learns, its moments and the loss are fp32."""
 
     prompt_style: PromptStyle = "plain"
     """How a row becomes text; saved with the adapter."""
@@ -45,6 +45,9 @@ class TrainConfig:
     """Learn the prompt as well as the answer."""
     packing: bool = False
     """Put several rows into one sequence; they do not see each other."""
+    length_buckets: int = 1
+    """Without --packing: lengths to which rows are padded, each compiled once; a step's rows are
+    of one of them."""
     shuffle: bool = True
     """A new order every epoch, a function of seed and epoch."""
     skip_bad_rows: int = 0
@@ -52,6 +55,8 @@ class TrainConfig:
     val_size: float = 0.0
     """Rows held out for evaluation: a share below 1, or a number."""
 
+    tune: Tune = "lora"
+    """What learns: adapters, or every weight (full); the result is then a model folder."""
     lora_rank: int = 16
     """Rank R of the adapters."""
     lora_alpha: float = 32.0
@@ -103,6 +108,8 @@ class TrainConfig:
     """Evaluations without a lower held-out loss after which a run ends; 0 never ends it."""
     save_steps: int = 0
     """Optimizer steps between saves of the state; 0 saves after each epoch."""
+    save_total_limit: int = 2
+    """Newest states that are kept."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project, if wandb is installed."""
     seed: int = 0
@@ -114,8 +121,8 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = (
-            "max_seq_len", "epochs", "micro_batch_size", "gradient_accumulation_steps",
-            "learning_rate", "lora_plus_ratio",
+            "max_seq_len", "length_buckets", "epochs", "micro_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "lora_plus_ratio", "save_total_limit",
         )  # fmt: skip
         not_negative = (
             "skip_bad_rows", "val_size", "warmup_ratio", "weight_decay", "max_grad_norm",
@@ -127,16 +134,25 @@ class TrainConfig:
                   for name in not_negative if getattr(self, name) < 0]  # fmt: skip
         if self.warmup_ratio >= 1:
             wrong.append(f"warmup_ratio {self.warmup_ratio}, expected below 1")
+        if self.packing and self.length_buckets > 1:
+            wrong.append("packing and length_buckets, expected one of them")
+        if self.tune == "full":
+            only_lora = ("init_adapter", "ffn_bias", "rslora", "dora")
+            wrong += [f"tune full and {name}, which is for adapters"
+                      for name in only_lora if getattr(self, name)]  # fmt: skip
+            if self.lora_plus_ratio != 1:
+                wrong.append("tune full and lora_plus_ratio, which is for adapters")
         if wrong:
             raise InputError("; ".join(wrong))
 
     @property
     def lora(self) -> LoraConfig:
+        """The flags' adapter; an initial adapter brings its own."""
         return LoraConfig(
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
-            targets=linear_names(self.lora_targets),
+            targets=tuple(self.lora_targets.split(",")),
             rslora=self.rslora,
             dora=self.dora,
         )

@@ -179,6 +179,16 @@ def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[li
     return done + [rows for _, rows in bins]
 
 
+def bucket_lengths(lengths: Sequence[int], buckets: int, max_seq_len: int) -> list[int]:
+    """At most `buckets` lengths, multiples of 32 or `max_seq_len`, that hold equal shares of rows.
+
+    lengths 5 9 20 40 90 100, 2 buckets, 512 at most  ->  [32, 128]
+    """
+    ordered = sorted(lengths)
+    longest = (ordered[len(ordered) * (i + 1) // buckets - 1] for i in range(buckets))
+    return sorted({min(max_seq_len, -(-length // 32) * 32) for length in longest})
+
+
 class Batches:
     """The windows of a run, addressed by optimizer step.
 
@@ -194,6 +204,7 @@ class Batches:
         batch: int,
         max_seq_len: int,
         packing: bool,
+        length_buckets: int = 1,
         shuffle: bool,
         seed: int,
         epochs: int,
@@ -201,17 +212,33 @@ class Batches:
         self._examples = examples
         self._shape = (accumulation, batch)
         self._packing = packing
-        lengths = [len(example.ids) - 1 for example in examples]
-        longest = -(-max(lengths) // 32) * 32
-        self.length = max_seq_len if packing else min(max_seq_len, longest)
+        used = [len(example.ids) - 1 for example in examples]
+        # The lengths that sequences are padded to, ascending; each is compiled once.
+        self.lengths = (
+            [max_seq_len] if packing else bucket_lengths(used, length_buckets, max_seq_len)
+        )
         self.windows: list[list[list[int]]] = []
         self.epoch_ends: list[int] = []  # step after which each epoch is over
         for epoch in range(epochs):
             order = shuffled(len(examples), seed, epoch) if shuffle else range(len(examples))
-            rows = pack(order, lengths, self.length) if packing else [[i] for i in order]
-            size = accumulation * batch
-            self.windows += [rows[i : i + size] for i in range(0, len(rows), size)]
+            sequences = pack(order, used, max_seq_len) if packing else [[i] for i in order]
+            filling: dict[int, list[list[int]]] = {length: [] for length in self.lengths}
+            for sequence in sequences:
+                window = filling[self._length([sequence])]
+                window.append(sequence)
+                if len(window) == accumulation * batch:
+                    self.windows.append(window.copy())
+                    window.clear()
+            self.windows += [window for window in filling.values() if window]
             self.epoch_ends.append(len(self.windows))
+
+    def _length(self, window: list[list[int]]) -> int:
+        """The shortest length that holds every sequence of a window."""
+        longest = max(self._used(sequence) for sequence in window)
+        return next(length for length in self.lengths if length >= longest)
+
+    def _used(self, sequence: list[int]) -> int:
+        return sum(len(self._examples[i].ids) - 1 for i in sequence)
 
     def rows(self, step: int) -> list[int]:
         """Row numbers (in the file) that a step trains on."""
@@ -220,17 +247,13 @@ class Batches:
     def padding_share(self, step: int | None = None) -> float:
         """Share of the positions of a step, or of the whole run, that hold no token."""
         windows = self.windows if step is None else [self.windows[step]]
-        used = sum(
-            len(self._examples[i].ids) - 1
-            for window in windows
-            for sequence in window
-            for i in sequence
-        )
-        return 1 - used / (len(windows) * self._shape[0] * self._shape[1] * self.length)
+        used = sum(self._used(sequence) for window in windows for sequence in window)
+        size = self._shape[0] * self._shape[1]
+        return 1 - used / (size * sum(self._length(window) for window in windows))
 
     def window(self, step: int) -> Window:
         """The arrays of one step, `[k, B, T]`; segment 0 is padding."""
-        shape = (*self._shape, self.length)
+        shape = (*self._shape, self._length(self.windows[step]))
         flat = [np.zeros((shape[0] * shape[1], shape[2]), np.int32) for _ in range(5)]
         tokens, targets, mask, segments, positions = flat
         for line, sequence in enumerate(self.windows[step]):

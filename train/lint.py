@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
@@ -101,15 +101,21 @@ def show_lengths(examples: Sequence[Example]) -> None:
 
 
 def show_plans(examples: Sequence[Example], max_seq_len: int, seed: int) -> None:
-    """How much of an epoch is padding, row by row and packed."""
-    for packing in (False, True):
+    """How much of an epoch is padding, row by row, in three lengths, and packed."""
+    plans: dict[str, dict[str, Any]] = {
+        "padded": {"packing": False},
+        "--length-buckets 3": {"packing": False, "length_buckets": 3},
+        "--packing": {"packing": True},
+    }
+    for name, plan in plans.items():
         batches = Batches(
-            examples, accumulation=1, batch=1, max_seq_len=max_seq_len, packing=packing,
-            shuffle=True, seed=seed, epochs=1,
+            examples, accumulation=1, batch=1, max_seq_len=max_seq_len, shuffle=True, seed=seed,
+            epochs=1, **plan,
         )  # fmt: skip
         console.print(
-            f"{'packed' if packing else 'padded'}: {len(batches.windows):,} sequences of "
-            f"{batches.length} tokens, {100 * batches.padding_share():.0f} % padding"
+            f"{name}: {len(batches.windows):,} sequences of "
+            f"{' or '.join(map(str, batches.lengths))} tokens, "
+            f"{100 * batches.padding_share():.0f} % padding"
         )
 
 

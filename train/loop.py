@@ -12,12 +12,12 @@ from flax import nnx
 
 from jllama.cli import Progress
 from jllama.errors import InputError
-from jllama.lora import adapted_linears, split
+from jllama.lora import adapted_linears
 from jllama.model import Llama
 from train.config import TrainConfig
 from train.data import Batches
 from train.metrics import Metrics
-from train.optimizer import learning_rate_schedule, make_optimizer
+from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
 from train.run import StopSignal
 from train.show import console
 from train.state import Checkpoints
@@ -35,21 +35,21 @@ def fit(
     run: Path,
     save_best: Callable[[], None],
 ) -> Metrics:
-    """Trains from the newest saved state on, and leaves the adapters in `model`.
+    """Trains from the newest saved state on, and leaves what was learned in `model`.
 
     Args:
         steps: optimizer steps of the whole run.
-        save_best: called when `model` holds the adapters of the lowest held-out loss so far.
+        save_best: called when `model` holds what gave the lowest held-out loss so far.
 
     Raises:
         InputError: if steps in a row have no finite gradient, or training moved nothing.
     """
-    graphdef, adapters, base = split(model)
+    graphdef, learned, frozen = split_learned(model, config.tune)
     schedule = learning_rate_schedule(
         config.lr_scheduler, config.learning_rate, config.warmup_ratio, steps
     )
     optimizer = make_optimizer(
-        {"adapters": adapters, "base": base},
+        {"learned": learned, "frozen": frozen},
         schedule,
         name=config.optimizer,
         b_rate_ratio=config.lora_plus_ratio,
@@ -58,9 +58,13 @@ def fit(
         accumulation=config.gradient_accumulation_steps,
     )
     key = jax.random.key(config.seed)
-    state = initial_state(adapters, base, optimizer)
+    state = initial_state(learned, frozen, optimizer)
+    del learned
+    nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run / "state")))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(run / "state", config.save_total_limit))
+        )
         saved = checkpoints.restore(state)
         if saved is not None:
             state = saved
@@ -75,10 +79,10 @@ def fit(
                 return
             loss_sum, tokens = 0.0, 0
             for window in evaluation.from_step(0):
-                more = eval_step(state.adapters, base, window, graphdef=graphdef)
+                more = eval_step(state.learned, frozen, window, graphdef=graphdef)
                 loss_sum, tokens = loss_sum + float(more[0]), tokens + int(more[1])
             if metrics.evaluation(step, loss_sum / max(1, tokens), tokens):
-                nnx.update(model, state.adapters)
+                nnx.update(model, state.learned)
                 save_best()
 
         def report(step: int, measured: StepMetrics) -> None:
@@ -109,23 +113,21 @@ def fit(
         step = start
         for step in range(start + 1, steps + 1):
             state, measured = train_step(
-                state, base, next(windows), key, graphdef=graphdef, optimizer=optimizer
+                state, frozen, next(windows), key, graphdef=graphdef, optimizer=optimizer
             )
-            if waiting is not None:
-                report(*waiting)
-            waiting = step, measured
-            if not lags:
-                report(*waiting)
-                waiting = None
             ends_epoch = step in batches.epoch_ends or step == steps
             asked = step % config.eval_steps == 0 if config.eval_steps else ends_epoch
             evaluates = asked or step == steps
             saves = ends_epoch or (config.save_steps > 0 and step % config.save_steps == 0)
-            if not (evaluates or saves or stop.number):
-                continue
+            pauses = evaluates or saves or stop.number
             if waiting is not None:
                 report(*waiting)
+            waiting = step, measured
+            if pauses or not lags:
+                report(*waiting)
                 waiting = None
+            if not pauses:
+                continue
             if ends_epoch:
                 metrics.end_epoch(step)
             if evaluates:
@@ -142,7 +144,7 @@ def fit(
         name = signal.Signals(stop.number).name
         console.print(f"{name}: stopped after step {step}; continue with --resume {run}")
         sys.exit(128 + stop.number)
-    nnx.update(model, state.adapters)
+    nnx.update(model, state.learned)
     check_moved(model)
     return metrics
 

@@ -11,24 +11,31 @@ from typing import Any
 import jax
 
 import jllama
-from jllama.adapter import load_adapter, read_lora_config, save_adapter
-from jllama.checkpoint import load_model, manifest_sha256, read_config, read_json
+from jllama.adapter import PASSPORT, load_adapter, read_lora_config, save_adapter
+from jllama.checkpoint import (
+    load_model,
+    manifest_sha256,
+    read_config,
+    read_json,
+    save_model,
+    write_json,
+)
 from jllama.cli import run_command
-from jllama.config import PRESETS, LlamaConfig, LoraConfig, config_from_meta
+from jllama.config import PRECISIONS, PRESETS, LlamaConfig, LoraConfig, config_from_meta
 from jllama.errors import InputError
 from jllama.lora import attach
-from jllama.tokenizer import Tokenizer, load_tokenizer
+from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.config import TrainConfig, read_defaults
 from train.data import Batches, Example, hold_out, make_examples, read_rows
 from train.loop import fit
 from train.metrics import peak_memory_mib
-from train.run import run_folder
+from train.run import RESULTS, run_folder
 from train.show import console, show_end, show_plan, show_row, show_settings
 
 
 def train(config: TrainConfig) -> None:
     """One run, from the model folder to the adapter folder."""
-    lora = lora_config(config)
+    lora = lora_config(config) if config.tune == "lora" else None
     if config.dry_run:
         show_settings(config, model_sizes(config.model), lora)
         console.print("dry run: nothing was loaded, allocated or written")
@@ -46,7 +53,7 @@ def train(config: TrainConfig) -> None:
     model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
     if config.init_adapter:
         load_adapter(model, config.init_adapter)
-    else:
+    elif lora:
         attach(model, lora, jax.random.key(config.seed))
     with run_folder(config) as run:
         passport = {
@@ -57,12 +64,18 @@ def train(config: TrainConfig) -> None:
         def save(name: str) -> None:
             new = run / f"{name}.new"
             shutil.rmtree(new, ignore_errors=True)
-            save_adapter(new, model, lora, config.model, passport)
+            if lora:
+                save_adapter(new, model, lora, config.model, passport)
+            else:
+                dtype = PRECISIONS[config.precision]
+                words = (Path(config.model) / FILE_NAME).read_bytes()
+                save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
+                write_json(new / PASSPORT, passport)
             shutil.rmtree(run / name, ignore_errors=True)
             new.replace(run / name)
 
         metrics = fit(config, model, batches, evaluation, steps, run, lambda: save("best"))
-        save("adapter")
+        save(RESULTS[config.tune])
         cost = f"{metrics.seconds:,.0f} s, peak memory {peak_memory_mib():,.0f} MiB measured"
         show_end(run, metrics.epoch_losses, metrics.eval_losses, cost)
 
@@ -96,6 +109,7 @@ def plan_batches(
         "batch": config.micro_batch_size,
         "max_seq_len": config.max_seq_len,
         "packing": config.packing,
+        "length_buckets": config.length_buckets,
         "seed": config.seed,
     }
     batches = Batches(
@@ -107,6 +121,7 @@ def plan_batches(
     )
     if not held_out:
         return batches, None
+    shape["length_buckets"] = 1
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
 
 

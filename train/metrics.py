@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from jllama.checkpoint import write_json_lines
 from jllama.errors import InputError
 from train.show import console
 from train.step import StepMetrics
@@ -31,9 +32,7 @@ class Metrics:
         old = self.read(folder) if resumed_step else []  # step 0 is evaluated again, too
         kept = [line for line in old if line["step"] <= resumed_step]
         path = folder / FILE
-        whole = path.with_suffix(".new")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        whole.replace(path)
+        write_json_lines(path, kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         self._wandb = _wandb_run(wandb_project, folder)

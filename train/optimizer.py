@@ -3,20 +3,30 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jllama.lora import split
+from jllama.model import Llama
+
 Scheduler = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "lion"]
-Parameters = dict[str, nnx.State]  # {"adapters": ..., "base": ...}
+Tune = Literal["lora", "full"]
+Parameters = dict[str, nnx.State]  # {"learned": ..., "frozen": ...}
+
+
+def split_learned(model: Llama, tune: Tune) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model as (structure, what learns, what is frozen): adapters and base, or all and none."""
+    if tune == "lora":
+        return split(model)
+    graphdef, learned, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return graphdef, learned, frozen
 
 
 def labels(parameters: Parameters) -> dict[str, nnx.State]:
-    """A label for every parameter of the model, base weights included."""
-    return {
-        "adapters": jax.tree.map(lambda _: "lora", parameters["adapters"]),
-        "base": jax.tree.map(lambda _: "frozen", parameters["base"]),
-    }
+    """A label for every parameter of the model, frozen weights included."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, parameters)
 
 
 def adapter_labels(parameters: Parameters) -> Parameters:
@@ -28,7 +38,7 @@ def adapter_labels(parameters: Parameters) -> Parameters:
 
 def count(parameters: Parameters) -> dict[str, int]:
     """Number of parameters under each label."""
-    totals = {"lora": 0, "frozen": 0}
+    totals = {"learned": 0, "frozen": 0}
     pairs = zip(jax.tree.leaves(parameters), jax.tree.leaves(labels(parameters)), strict=True)
     for leaf, label in pairs:
         totals[label] += leaf.size
@@ -66,11 +76,11 @@ def make_optimizer(
     accumulation: int,
     b_rate_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """A rule for the adapters, after summing `accumulation` gradients; nothing for the base.
+    """A rule for what learns, after summing `accumulation` gradients; nothing for the rest.
 
-    The accumulator is inside the `lora` label: around the whole tree it would be as large as
+    The accumulator is inside the `learned` label: around the whole tree it would be as large as
     the model. Gradients are added, not averaged, because each micro-batch's loss is already
-    divided by the tokens of the whole window.
+    divided by the tokens of the whole window. A sum that is not finite changes nothing.
 
     Args:
         max_grad_norm: clips the global norm of the window's gradient; 0 does not clip.
@@ -95,8 +105,36 @@ def make_optimizer(
         rule = optax.multi_transform({"a": rule, "b": faster}, adapter_labels)
     if max_grad_norm > 0:
         rule = optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
-    accumulated = optax.MultiSteps(rule, accumulation, use_grad_mean=False)
     return optax.multi_transform(
-        {"lora": accumulated.gradient_transformation(), "frozen": optax.set_to_zero()},
+        {"learned": accumulate(rule, accumulation), "frozen": optax.set_to_zero()},
         labels(parameters),
     )
+
+
+def accumulate(
+    rule: optax.GradientTransformation, accumulation: int
+) -> optax.GradientTransformation:
+    """MultiSteps that adds gradients, and passes over a sum that is not finite."""
+
+    def guarded(gradient, state, parameters=None):
+        finite = jnp.isfinite(optax.global_norm(gradient))
+        updates, moved = rule.update(gradient, state, parameters)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+    multi = optax.MultiSteps(
+        optax.GradientTransformation(rule.init, guarded), accumulation, use_grad_mean=False
+    )
+
+    def update(gradient, state, parameters=None):
+        updates, state = multi.update(gradient, state, parameters)
+        # MultiSteps empties its sum by a product with 0, which leaves what is not finite.
+        emptied = jax.tree.map(lambda x: jnp.where(state.mini_step == 0, 0.0, x), state.acc_grads)
+        return updates, state._replace(acc_grads=emptied)
+
+    return optax.GradientTransformation(multi.init, update)
+
+
+def accumulated(state: optax.OptState) -> nnx.State:
+    """The sum of gradients that `make_optimizer`'s rule holds so far."""
+    return optax.tree.get(state, "acc_grads")["learned"]

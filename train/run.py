@@ -4,7 +4,9 @@ config.yaml     the resolved settings; `--config` reads them back
 run.json        command, versions, hashes of base and data
 metrics.jsonl   one line per optimizer step, evaluation and epoch
 state/          adapters, moments, accumulator and step (Orbax)
-adapter/        the result: a PEFT adapter
+adapter/        the result: a PEFT adapter; with full tuning model/, a model folder
+best/           the same, of the lowest held-out loss
+tensorboard/    the figures of metrics.jsonl
 """
 
 import contextlib
@@ -24,12 +26,12 @@ from typing import Any
 
 import jax
 
-from jllama.adapter import PEFT_CONFIG
 from jllama.checkpoint import manifest_sha256, read_json, write_json
 from jllama.errors import InputError
 from train.config import LATEST, TrainConfig, write_config
 
 IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged
+RESULTS = {"lora": "adapter", "full": "model"}  # --tune -> folder in the run, whole once it exists
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -104,8 +106,9 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def _check_unchanged(run: Path, found: dict) -> None:
-    if (run / "adapter" / PEFT_CONFIG).is_file():
-        raise InputError(f"{run} is finished; its adapter is in {run / 'adapter'}")
+    for result in RESULTS.values():
+        if (run / result).is_dir():
+            raise InputError(f"{run} is finished; its result is in {run / result}")
     saved = read_json(run / "run.json")
     changed = [name for name in IDENTITY if saved.get(name) != found[name]]
     if changed:

@@ -33,7 +33,7 @@ from jllama.checkpoint import ModelWriter, read_json, tensor_shapes, whole_folde
 from jllama.cli import Progress, run_command
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.model import Llama, map_named
+from jllama.model import Llama, named_arrays
 from jllama.tokenizer import FILE_NAME, SentencePieceTokenizer, Tokenizer
 from train import world
 from train.optimizer import learning_rate_schedule
@@ -234,11 +234,10 @@ def write_meta(model: Llama, tokenizer_model: bytes, folder: Path) -> None:
 
     The conversion is a process of its own: `train` imports neither `convert` nor torch.
     """
-    tensors: dict[str, np.ndarray] = {}
-    map_named(
-        lambda name, leaf: tensors.update({name: np.asarray(leaf.astype(jnp.bfloat16))}),
-        nnx.split(model)[1],
-    )
+    tensors = {
+        name: np.asarray(leaf.astype(jnp.bfloat16))
+        for name, leaf in named_arrays(nnx.state(model)).items()
+    }
     with tempfile.TemporaryDirectory() as scratch:
         source, meta = Path(scratch) / "model", Path(scratch) / "meta"
         source.mkdir()

@@ -10,17 +10,16 @@ from rich.text import Text
 
 from jllama.checkpoint import abstract_model
 from jllama.config import LlamaConfig, LoraConfig
-from jllama.lora import split
 from jllama.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.data import Batches, Example
-from train.optimizer import count
+from train.optimizer import count, split_learned
 
 # Plain output keeps its lines whole: what reads it is a file or another program.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig) -> None:
+def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None) -> None:
     """Every setting, and how many parameters learn."""
     table = Table(title="settings", show_header=False, title_justify="left")
     for name, value in dataclasses.asdict(config).items():
@@ -30,13 +29,15 @@ def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig) -> 
 
     for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
         sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
-        _, adapters, base = split(abstract_model(sizes, config.precision, lora=lora))
-        counts = count({"adapters": adapters, "base": base})
+        _, learned, frozen = split_learned(
+            abstract_model(sizes, config.precision, lora=lora), config.tune
+        )
+        counts = count({"learned": learned, "frozen": frozen})
         total = sum(counts.values())
         note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
         console.print(
-            f"parameters: {counts['lora']:,} trainable of {total:,} "
-            f"({100 * counts['lora'] / total:.2f} %){note}",
+            f"parameters: {counts['learned']:,} trainable of {total:,} "
+            f"({100 * counts['learned'] / total:.2f} %){note}",
         )
 
 
@@ -50,9 +51,10 @@ def show_plan(
     """The arithmetic of the run."""
     part = f"{steps} of " if steps < len(batches.windows) else ""
     effective = config.micro_batch_size * config.gradient_accumulation_steps
+    lengths = " or ".join(map(str, batches.lengths))
     console.print(
         f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
-        f"{batches.length} tokens, {100 * batches.padding_share():.0f} % padding\n"
+        f"{lengths} tokens, {100 * batches.padding_share():.0f} % padding\n"
         f"effective batch: {config.micro_batch_size} sequences x "
         f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
         f"{part}{len(batches.windows)} optimizer steps in {config.epochs} epochs",

@@ -14,18 +14,16 @@ from jllama.errors import InputError
 from train.show import console
 from train.step import TrainState, on_device
 
-KEPT = 2
-
 
 class Checkpoints:
     """Saves in the background; a step counts only when Orbax has committed it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, keep: int):
         self._folder = folder
         self._size = 0  # bytes of what is being written
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 
     def save(self, state: TrainState) -> None:

@@ -10,7 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jllama.loss import frozen_head_loss
+from jllama.loss import cross_entropy
+from train.optimizer import accumulated
 
 
 class Window(NamedTuple):
@@ -27,42 +28,45 @@ class TrainState(NamedTuple):
     """Everything that changes; what a resume needs."""
 
     step: Int[Array, ""]
-    adapters: nnx.State
+    learned: nnx.State  # the adapters, or with full tuning every weight; fp32
     optimizer: optax.OptState
 
 
 class StepMetrics(NamedTuple):
     """Of one window: summed cross-entropy (nats), supervised tokens, norm of the gradient.
 
-    `skipped` is True where loss or gradient was not finite and the step changed nothing.
+    `skipped` is True where the gradient was not finite and the step changed nothing.
     """
 
     loss_sum: Float[Array, ""]
     tokens: Int[Array, ""]
     grad_norm: Float[Array, ""]
-    update_ratio: Float[Array, ""]  # norm of the update over norm of the adapters
+    update_ratio: Float[Array, ""]  # norm of the update over norm of what learns
     skipped: Bool[Array, ""]
 
 
 def summed_loss(
-    adapters: nnx.State,
-    base: nnx.State,
+    learned: nnx.State,
+    frozen: nnx.State,
     rows: Window,
     key: Key[Array, ""] | None,
     graphdef: nnx.GraphDef,
 ) -> Float[Array, ""]:
     """Cross-entropy of one micro-batch (arrays `[B, T]`), summed over its supervised tokens."""
-    model = nnx.merge(graphdef, adapters, base, copy=True)
+    model = nnx.merge(graphdef, learned, frozen, copy=True)
     x = model.hidden(rows.tokens, rows.positions, rows.segments, key)
-    return frozen_head_loss(x, model.head_weight[...], rows.targets, rows.mask)
+    head_learns = not jax.tree.leaves(frozen)
+    return cross_entropy(x, model.head_weight[...], rows.targets, rows.mask, head_learns)
 
 
 def initial_state(
-    adapters: nnx.State, base: nnx.State, optimizer: optax.GradientTransformation
+    learned: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Step 0, with zero moments and an empty accumulator."""
-    moments = optimizer.init({"adapters": adapters, "base": base})
-    return on_device(TrainState(jnp.zeros((), jnp.int32), adapters, moments))
+    # bf16 weights would lose small updates: what learns is an fp32 master of them.
+    learned = jax.tree.map(lambda x: x.astype(jnp.float32), learned)
+    moments = optimizer.init({"learned": learned, "frozen": frozen})
+    return on_device(TrainState(jnp.zeros((), jnp.int32), learned, moments))
 
 
 def on_device(state: TrainState) -> TrainState:
@@ -73,7 +77,7 @@ def on_device(state: TrainState) -> TrainState:
 @functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames=("state",))
 def train_step(
     state: TrainState,
-    base: nnx.State,
+    frozen: nnx.State,
     window: Window,
     key: Key[Array, ""],
     *,
@@ -86,53 +90,47 @@ def train_step(
     window, so the sum of k gradients is the gradient of the big batch, whatever the rows hold.
 
     Args:
-        base: the frozen weights; an argument, never differentiated, donated or copied.
+        frozen: weights that do not learn; an argument, never differentiated, donated or copied.
         key: the run's key; the step's number is folded in here, so a resume needs no generator.
     """
     supervised = jnp.sum(window.mask)
     step_key = jax.random.fold_in(key, state.step)
 
-    def loss(adapters, rows, micro_key):
-        total = summed_loss(adapters, base, rows, micro_key, graphdef)
+    def loss(learned, rows, micro_key):
+        total = summed_loss(learned, frozen, rows, micro_key, graphdef)
         return total / jnp.maximum(supervised, 1), total
 
     def micro_step(carry, rows):
-        adapters, moments, gradient, index = carry
+        learned, moments, index = carry
         micro_key = jax.random.fold_in(step_key, index)
-        grads, total = jax.grad(loss, has_aux=True)(adapters, rows, micro_key)
+        grads, total = jax.grad(loss, has_aux=True)(learned, rows, micro_key)
+        norm = optax.global_norm(jax.tree.map(jnp.add, accumulated(moments), grads))
         # multi_transform takes a whole model; the frozen part is dead code in the compiled step.
-        frozen = jax.tree.map(jnp.zeros_like, base)
+        nothing = jax.tree.map(jnp.zeros_like, frozen)
         updates, moments = optimizer.update(
-            {"adapters": grads, "base": frozen}, moments, {"adapters": adapters, "base": base}
+            {"learned": grads, "frozen": nothing}, moments, {"learned": learned, "frozen": frozen}
         )
-        adapters = optax.apply_updates(adapters, updates["adapters"])
-        gradient = jax.tree.map(jnp.add, gradient, grads)
-        return (adapters, moments, gradient, index + 1), total
+        moved = optax.global_norm(updates["learned"])
+        learned = optax.apply_updates(learned, updates["learned"])
+        return (learned, moments, index + 1), (total, norm, moved)
 
-    nothing = jax.tree.map(jnp.zeros_like, state.adapters)
-    carry = (state.adapters, state.optimizer, nothing, jnp.zeros((), jnp.int32))
-    (adapters, moments, gradient, _), losses = jax.lax.scan(micro_step, carry, window)
-    loss_sum, norm = jnp.sum(losses), optax.global_norm(gradient)
-    skipped = ~jnp.isfinite(loss_sum + norm)
-    kept = jax.tree.map(
-        lambda old, new: jnp.where(skipped, old, new),
-        (state.adapters, state.optimizer),
-        (adapters, moments),
-    )
-    moved = optax.global_norm(jax.tree.map(jnp.subtract, kept[0], state.adapters))
-    ratio = moved / optax.global_norm(state.adapters)
-    metrics = StepMetrics(loss_sum, supervised, norm, ratio, skipped)
-    return TrainState(state.step + 1, *kept), metrics
+    size = optax.global_norm(state.learned)
+    carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
+    (learned, moments, _), (losses, norms, moves) = jax.lax.scan(micro_step, carry, window)
+    # The last micro-step's norm is that of the whole window's gradient, and only it moves anything.
+    skipped = ~jnp.isfinite(norms[-1])
+    metrics = StepMetrics(jnp.sum(losses), supervised, norms[-1], moves[-1] / size, skipped)
+    return TrainState(state.step + 1, learned, moments), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def eval_step(
-    adapters: nnx.State, base: nnx.State, window: Window, *, graphdef: nnx.GraphDef
+    learned: nnx.State, frozen: nnx.State, window: Window, *, graphdef: nnx.GraphDef
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy and supervised tokens of a window, without dropout."""
 
     def micro_step(total, rows):
-        return total + summed_loss(adapters, base, rows, None, graphdef), None
+        return total + summed_loss(learned, frozen, rows, None, graphdef), None
 
     total, _ = jax.lax.scan(micro_step, jnp.zeros(()), window)
     return total, jnp.sum(window.mask)
