@@ -21,6 +21,7 @@ from flax import nnx
 
 from jllama.checkpoint import read_json, whole_folder, write_json
 from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig
+from jllama.disk import room_for
 from jllama.errors import InputError
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
@@ -90,7 +91,8 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with whole_folder(path) as folder:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with room_for(size, Path(path)), whole_folder(path) as folder:
         safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / PEFT_CONFIG, config)
         write_json(folder / PASSPORT, passport)

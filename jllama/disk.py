@@ -18,16 +18,27 @@ def room_for(size: int, folder: Path) -> Iterator[None]:
     Raises:
         InputError: if they do not, or no longer did when writing failed; says how many are missing.
     """
-    needed = size + _OVERHEAD
-    _refuse_if_short(needed, folder)
+    _refuse_if_short(size, folder)
+    with shortage_named(size, folder):
+        yield
+
+
+@contextlib.contextmanager
+def shortage_named(size: int, folder: Path) -> Iterator[None]:
+    """Where the body fails to write `size` bytes and there is no room for them: says so.
+
+    Raises:
+        InputError: in that case; says how many bytes are missing.
+    """
     try:
         yield
-    except (OSError, RuntimeError, ValueError):  # a full disk has a different face in each library
-        _refuse_if_short(needed, folder)
+    except Exception:  # a full disk has a different face in each library
+        _refuse_if_short(size, folder)
         raise
 
 
-def _refuse_if_short(needed: int, folder: Path) -> None:
+def _refuse_if_short(size: int, folder: Path) -> None:
+    needed = size + _OVERHEAD
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

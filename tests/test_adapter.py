@@ -98,7 +98,7 @@ def assert_agree(found, expected):
 @pytest.mark.parametrize("targets", [ALL, ("wq", "wk"), ("wq", "wv")])
 def test_an_adapter_saved_here_gives_the_same_logits_in_peft(
     targets, method, base, tensors, tmp_path
-):
+):  # lesson 12
     config = dataclasses.replace(METHODS[method], targets=targets)
     ours = adapted(base, config)
     save_adapter(tmp_path / "adapter", ours, config, "models/tiny", {})
@@ -142,7 +142,7 @@ def test_save_and_load_give_back_every_bit_and_the_passport(base, folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_merged_weights_give_the_logits_of_base_and_adapter(method, base):
+def test_merged_weights_give_the_logits_of_base_and_adapter(method, base):  # lesson 13
     model = adapted(base, METHODS[method])
     expected = logits(model)
     merge(model)

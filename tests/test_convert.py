@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, GROUPED, TOKENIZER, random_tensors, write_meta
+from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, write_meta
 
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
@@ -98,7 +98,7 @@ def test_round_trip_gives_back_every_byte_and_the_same_config(params, tied, tmp_
     assert manifest(tmp_path / "model2") == manifest(tmp_path / "model")
 
 
-def test_no_more_than_two_blocks_are_ever_held(tmp_path):
+def test_no_more_than_two_blocks_are_ever_held(tmp_path):  # lesson 20
     params = BASE | {"dim": 128, "n_layers": 16}
     tensors = random_tensors(params)
     src = write_meta(tmp_path / "meta", tensors, params, shards=2)  # two, or nothing is joined
@@ -123,6 +123,13 @@ def test_the_tokenizer_is_found_one_folder_above_as_meta_ships_llama_1(meta, tmp
     (meta / "tokenizer.model").rename(tmp_path / "tokenizer.model")
     convert(FromMeta(meta, tmp_path / "model"))
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == TOKENIZER
+
+
+def test_shapes_come_from_the_tensors_where_params_json_is_silent(tmp_path):  # lesson 21
+    params = BASE | {"vocab_size": -1}  # as Meta wrote it, and without n_kv_heads
+    convert(FromMeta(write_meta(tmp_path / "meta", random_tensors(BASE), params), tmp_path / "m"))
+    config = read_config(tmp_path / "m")
+    assert (config.vocab_size, config.n_kv_heads) == (VOCABULARY, BASE["n_heads"])
 
 
 def test_flags_override_what_params_json_does_not_say(tmp_path):

@@ -38,7 +38,7 @@ ROW = {"instruction": "Add.", "input": "2 3", "output": "5"}
 )
 def test_a_row_has_one_bos_ends_in_a_stop_token_and_learns_only_the_answer(
     style, prompt, tokenizer
-):
+):  # lessons 8, 9, 10
     (example,) = examples_of([ROW], tokenizer, style).rows
     assert example.ids.count(tokenizer.bos_id) == 1
     assert example.ids[0] == tokenizer.bos_id
@@ -114,7 +114,7 @@ def test_a_broken_file_is_named_with_its_line(content, message, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_all_bad_rows_are_listed_together_and_tolerated_by_number(tokenizer):
+def test_all_bad_rows_are_listed_together_and_tolerated_by_number(tokenizer):  # lesson 10
     rows = [
         ROW,
         {"instruction": "a", "output": ""},
@@ -166,6 +166,20 @@ def test_packed_rows_have_their_own_segments_and_positions():
     assert window.segments[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0, 0]
     assert window.positions[0, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 0, 0]
     assert window.targets[0, 0].tolist() == [1, 2, 3, 1, 2, 3, 4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_is_masked_by_length_and_never_by_id(packing):  # lesson 8
+    zeros = Example(0, [1, 7, 0, 0, 0], [False, False, True, True, True])  # its end token is 0, too
+    longer = Example(1, [1, *range(2, 9)], [False] * 6 + [True] * 2)
+    batches = Batches(
+        [zeros, longer], accumulation=1, batch=2, max_seq_len=16, packing=packing, shuffle=False,
+        seed=0, epochs=1,
+    )  # fmt: skip
+    window = batches.window(0)
+    assert window.targets[0, 0, :4].tolist() == [7, 0, 0, 0]
+    assert window.mask[0, 0, :4].tolist() == [False, True, True, True]
+    assert window.mask.sum() == 5
 
 
 def test_length_buckets_pad_less_and_give_one_shape_each():

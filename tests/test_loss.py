@@ -48,7 +48,7 @@ def test_unsupervised_positions_get_no_gradient_and_cost_no_loss():
     assert float(cross_entropy(x, head, targets, np.zeros_like(mask), False, 4)) == 0
 
 
-def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
+def test_peak_memory_does_not_grow_with_positions_times_vocabulary():  # lesson 16
     def temporaries(vocabulary, positions):
         shapes = (
             jax.ShapeDtypeStruct((1, positions, D), jnp.float32),

@@ -67,7 +67,9 @@ def model(model_folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_transformers_near_and_past_position_8192(name, tmp_path):
+def test_logits_equal_those_of_transformers_near_and_past_position_8192(
+    name, tmp_path
+):  # lessons 6, 7
     params, tied, shards, embeddings_by, rope_factor = MODELS[name]
     path, tensors = converted(tmp_path, params, tied, shards, embeddings_by)
     ours, theirs = load_model(path, "fp32"), reference(params, tensors, rope_factor)
@@ -88,7 +90,7 @@ def test_logits_equal_those_of_transformers_near_and_past_position_8192(name, tm
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "llama-3.1-8b", "llama-3.2-1b"])
-def test_rotary_frequencies_equal_those_of_transformers(name):
+def test_rotary_frequencies_equal_those_of_transformers(name):  # lesson 7
     config = PRESETS[name]
     params = BASE | {"dim": 4 * config.head_dim, "rope_theta": config.rope_theta, "n_layers": 1}
     params["use_scaled_rope"] = config.rope_scaling is not None
@@ -132,12 +134,27 @@ def test_packed_documents_have_the_logits_they_have_alone(model):
     np.testing.assert_allclose(together, alone.reshape(together.shape), rtol=0, atol=TOLERANCE)
 
 
-def test_a_packed_document_does_not_see_another_one_change(model):
+def check_packed_documents_are_apart(model):  # lesson 18
+    """A change of document 1 changes no bit of document 2."""
     first, second = tokens(2, 8)
     before = logits(model, *packed(first, second))[0]
     after = logits(model, *packed((first + 1) % VOCABULARY, second))[0]
     assert (before[8:] == after[8:]).all()
     assert (before[:8] != after[:8]).any()
+
+
+def test_a_packed_document_does_not_see_another_one_change(model):
+    assert model.layers[0].attention.implementation == "xla"
+    check_packed_documents_are_apart(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu'", reason="cuDNN's attention needs a GPU")
+def test_a_packed_document_does_not_see_another_one_change_in_cudnn(tmp_path):
+    path, _ = converted(tmp_path, BASE | {"dim": 128})  # heads of 32, the smallest for cuDNN
+    model = load_model(path, "bf16")
+    assert model.layers[0].attention.implementation == "cudnn"
+    check_packed_documents_are_apart(model)
 
 
 def test_feed_forward_biases_are_zero_and_change_no_logit(model, model_folder):

@@ -57,6 +57,20 @@ def test_seeds_repeat_and_references_become_columns(place, tmp_path, capsys):
     assert "exact answers, tuned: " in capsys.readouterr().out
 
 
+def test_an_adapter_is_asked_in_the_style_it_was_trained_in(place, tmp_path):  # lesson 22
+    found = {}
+    for style in ("", "report", "plain"):
+        output = tmp_path / f"{style}.jsonl"
+        main([
+            "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
+            "--prompts", str(place / "rows.json"), "--precision", "fp32",
+            "--max-new-tokens", "4", "--output", str(output),
+            *(["--prompt-style", style] if style else []),
+        ])  # fmt: skip
+        found[style] = answers(output)
+    assert found[""] == found["report"] != found["plain"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,15 +8,18 @@ import numpy as np
 import optax
 import peft
 import pytest
+import safetensors.numpy
 import torch
 from flax import nnx
 from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference, write_meta
+from peft.optimizers import create_loraplus_optimizer
 
 from convert.from_meta import FromMeta, convert
 from jllama.adapter import save_adapter
 from jllama.checkpoint import abstract_model, load_model
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.lora import attach, split
+from train.config import TrainConfig
 from train.optimizer import count, learning_rate_schedule, make_optimizer, split_learned
 from train.step import Window, eval_step, initial_state, train_step
 
@@ -30,7 +33,9 @@ def folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("place"), PARAMS)
 
 
-def build(folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, remat="none"):
+def build(
+    folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, remat="none", b_ratio=1.0
+):
     model = load_model(folder, precision, remat=remat)
     attach(model, lora, jax.random.key(3))
     graphdef, adapters, base = split(model)
@@ -40,6 +45,7 @@ def build(folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, rema
         weight_decay=0.01,
         max_grad_norm=clip,
         accumulation=k,
+        b_rate_ratio=b_ratio,
     )
     return model, graphdef, base, optimizer, initial_state(adapters, base, optimizer)
 
@@ -69,6 +75,14 @@ def named(state):
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
 
 
+def peft_model(model, folder):
+    """The same base and adapters in `transformers` and `peft`."""
+    save_adapter(folder, model, LORA, "base", {})
+    return peft.PeftModel.from_pretrained(
+        reference(PARAMS, random_tensors(PARAMS)), folder, is_trainable=True
+    )
+
+
 def peer_step(peer, rule, window):
     """One step of torch on all rows of a window at once; the loss before it."""
     tokens, targets, mask = (torch.from_numpy(x.reshape(-1, LENGTH)) for x in window[:3])
@@ -84,31 +98,55 @@ def peer_step(peer, rule, window):
 
 def test_twenty_steps_equal_transformers_and_peft(folder, tmp_path):
     model, graphdef, base, optimizer, state = build(folder)
-    save_adapter(tmp_path / "initial", model, LORA, "base", {})
+    peer = peft_model(model, tmp_path / "initial")
     rows = list(windows(20, 1, 3))
     _, losses = run(graphdef, base, optimizer, state, rows)
 
-    peer = peft.PeftModel.from_pretrained(
-        reference(PARAMS, random_tensors(PARAMS)), tmp_path / "initial", is_trainable=True
-    )
     learned = [parameter for parameter in peer.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.01, eps=1e-8)
-    peer_losses = [peer_step(peer, adamw, window) for window in rows]
-    np.testing.assert_allclose(losses, peer_losses, atol=1e-4)
+    np.testing.assert_allclose(losses, [peer_step(peer, adamw, row) for row in rows], atol=1e-4)
     assert abs(losses[-1] - losses[0]) > 1e-2  # something was learned, so something was compared
+
+
+def test_lora_plus_gives_the_adapters_of_pefts_own(folder, tmp_path):
+    model, graphdef, base, optimizer, state = build(folder, rate=1e-3, b_ratio=16.0)
+    peer = peft_model(model, tmp_path / "initial")
+    rows = list(windows(5, 1, 3))
+    state, losses = run(graphdef, base, optimizer, state, rows)
+    nnx.update(model, state.learned)
+    save_adapter(tmp_path / "tuned", model, LORA, "base", {})
+
+    rule = create_loraplus_optimizer(
+        peer, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.01,
+        eps=1e-8,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses, [peer_step(peer, rule, row) for row in rows], atol=1e-5)
+    before = safetensors.numpy.load_file(tmp_path / "initial" / "adapter_model.safetensors")
+    tuned = safetensors.numpy.load_file(tmp_path / "tuned" / "adapter_model.safetensors")
+    theirs = peft.get_peft_model_state_dict(peer, save_embedding_layers=False)
+    assert tuned.keys() == theirs.keys()
+    for name, x in tuned.items():
+        moved = np.abs(x - before[name]).max()
+        assert moved > (2e-2 if "lora_B" in name else 1e-3), name
+        np.testing.assert_allclose(x, theirs[name].numpy(), atol=1e-5, err_msg=name)
 
 
 def test_accumulated_step_equals_the_big_batch(folder):  # lesson 1
     rows = list(windows(10, 1, 8))
-    _, graphdef, base, optimizer, state = build(folder, k=1)
+    counts = [row.mask.sum(-1) for row in rows]
+    assert min(x.min() for x in counts) <= 1  # a mean of means would show
+    assert max(x.max() for x in counts) > 16
+    rate = TrainConfig.learning_rate
+    _, graphdef, base, optimizer, state = build(folder, k=1, rate=rate)
+    before = named(state.learned)
     big, big_losses = run(graphdef, base, optimizer, state, rows)
     apart = [Window(*(x.reshape(8, 1, LENGTH) for x in row[:3])) for row in rows]
-    _, graphdef, base, optimizer, state = build(folder, k=8)
+    _, graphdef, base, optimizer, state = build(folder, k=8, rate=rate)
     small, small_losses = run(graphdef, base, optimizer, state, apart)
     np.testing.assert_allclose(small_losses, big_losses, rtol=1e-6)
     for (name, x), y in zip(named(small.learned).items(), named(big.learned).values(), strict=True):
-        # Adam divides by the square root of tiny second moments, which magnifies rounding.
-        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6, err_msg=name)
+        assert np.abs(x - before[name]).max() > 1e-3, name
 
 
 def test_zero_weight_padding_changes_nothing(folder):  # lesson 2

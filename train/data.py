@@ -119,15 +119,15 @@ def make_examples(
         except InputError as error:
             problems.append(f"row {index}: {error}")
             continue
-        if len(ids) > max_seq_len:
-            truncated += 1
-            ids, learned = ids[:max_seq_len], learned[:max_seq_len]
+        too_long = len(ids) > max_seq_len
+        ids, learned = ids[:max_seq_len], learned[:max_seq_len]
         if train_on_prompt:
             learned = [True] * len(ids)
         if not any(learned[1:]):
             problems.append(f"row {index}: its prompt fills all {max_seq_len} tokens")
             continue
         examples.append(Example(index, ids, learned))
+        truncated += too_long
     if len(problems) > skip_bad_rows or not examples:
         raise InputError(
             f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "

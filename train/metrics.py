@@ -29,7 +29,8 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, resumed_step: int = 0, wandb_project: str = ""):
-        kept = [line for line in self.read(folder) if line["step"] <= resumed_step]
+        old = self.read(folder) if resumed_step else []  # step 0 is evaluated again, too
+        kept = [line for line in old if line["step"] <= resumed_step]
         path = folder / FILE
         write_json_lines(path, kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)

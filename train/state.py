@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jllama.checkpoint import tensor_sha256
-from jllama.disk import room_for
+from jllama.disk import room_for, shortage_named
 from jllama.errors import InputError
 from train.show import console
 from train.step import TrainState, on_device
@@ -20,6 +20,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
+        self._size = 0  # bytes of what is being written
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -34,7 +35,8 @@ class Checkpoints:
         # The next step donates these buffers, so Orbax gets copies of its own.
         arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
         hashes = {name: tensor_sha256(array) for name, array in arrays.items()}
-        with self._explained(), room_for(sum(x.nbytes for x in arrays.values()), self._folder):
+        self._size = sum(x.nbytes for x in arrays.values())
+        with self._explained(), room_for(self._size, self._folder):
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
@@ -95,7 +97,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        with self._explained():
+        with self._explained(), shortage_named(self._size, self._folder):
             self._manager.wait_until_finished()
         self._manager.close()
 
