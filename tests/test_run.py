@@ -120,7 +120,7 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     assert "2 sequences x 2 micro-batches = 4; 14 optimizer steps in 2 epochs" in said
     assert "row 0: " in said or "row 1: " in said
     assert "⟦" in said  # lesson 11
-    assert re.search(r"peak memory [1-9][\d,]* MiB measured", said)  # lesson 15
+    assert re.search(r"peak memory: \d+ MiB planned for the step, [1-9][\d,]* measured", said)  # lesson 15
     assert f"next: python -m eval.prompts --run {run}" in said
     tensors = safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)

@@ -52,10 +52,9 @@ def train(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
-    rows = [len(example.ids) - 1 for example in training]
-    longest = (
-        config.max_seq_len if config.packing else bucket_lengths(rows, 1, config.max_seq_len)[0]
-    )
+    used = [len(example.ids) - 1 for example in training]
+    (longest,) = bucket_lengths(used, 1, config.max_seq_len)
+    longest = config.max_seq_len if config.packing else longest
     config, reason = choose(config, llama, lora, longest)
     if reason:
         console.print(reason)
@@ -108,8 +107,8 @@ def run_steps(
             run,
             metrics.epoch_losses,
             metrics.eval_losses,
-            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for the "
-            f"step, {peak_memory_mib():,.0f} measured for {of}",
+            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for "
+            f"the step, {peak_memory_mib():,.0f} measured for {of}",
         )
 
 

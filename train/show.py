@@ -89,6 +89,6 @@ def show_end(
     best = f"best/ (held-out loss {min(eval_losses):.4f}), " if (run / "best").is_dir() else ""
     result = "adapter/ (PEFT)" if (run / "adapter").is_dir() else "model/ (every weight)"
     console.print(
-        f"wrote {run}/: {result}, {best}state/, metrics.jsonl, tensorboard/, config.yaml, run.json\n"
-        f"next: python -m eval.prompts --run {run}\n{cost}",
+        f"wrote {run}/: {result}, {best}state/, metrics.jsonl, tensorboard/, config.yaml, "
+        f"run.json\nnext: python -m eval.prompts --run {run}\n{cost}",
     )
