@@ -20,11 +20,11 @@ import jllama
 from convert.names import EMBEDDINGS
 from convert.params import PARAMS, read_params
 from convert.shards import DTYPES, Shard, checked_config, join_block, open_shards, refuse_if
-from jllama.checkpoint import CONFIG, ModelWriter, manifest_sha256, tensor_shapes, whole_folder
+from jllama.checkpoint import CONFIG, ModelWriter, manifest_sha256, tensor_shapes
 from jllama.cli import Progress, run_command
 from jllama.config import LlamaConfig
-from jllama.disk import room_for
 from jllama.errors import InputError
+from jllama.files import room_for, whole_folder
 from jllama.tokenizer import FILE_NAME, load_tokenizer
 
 PROG = "python -m convert.from_meta"

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama.checkpoint import read_json
 from jllama.config import LlamaConfig, RopeScaling, config_from_meta, hidden_size
 from jllama.errors import InputError
+from jllama.files import read_json
 
 PARAMS = "params.json"
 

@@ -21,18 +21,10 @@ from tyro.conf import Positional, arg
 from convert.names import EMBEDDINGS, OUTPUT
 from convert.params import PARAMS, meta_params
 from convert.shards import DTYPES
-from jllama.checkpoint import (
-    MANIFEST,
-    read_block,
-    read_config,
-    read_json,
-    tensor_shapes,
-    whole_folder,
-    write_json,
-)
+from jllama.checkpoint import MANIFEST, read_block, read_config, tensor_shapes
 from jllama.cli import Progress, run_command
-from jllama.disk import room_for
 from jllama.errors import InputError
+from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.tokenizer import FILE_NAME
 
 PROG = "python -m convert.to_meta"

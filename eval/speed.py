@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from jllama.checkpoint import read_json, write_json
 from jllama.cli import run_command
 from jllama.config import PrecisionName
 from jllama.errors import InputError
+from jllama.files import read_json, write_json
 
 console = Console(highlight=False, soft_wrap=True)
 

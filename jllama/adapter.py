@@ -19,10 +19,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jllama.checkpoint import read_json, whole_folder, write_json
 from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig
-from jllama.disk import room_for
 from jllama.errors import InputError
+from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named, named_arrays

@@ -13,12 +13,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import signal
 import threading
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,60 +34,12 @@ from jllama.config import (
     RopeScaling,
     linear_shapes,
 )
-from jllama.disk import room_for
 from jllama.errors import InputError
+from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.lora import attach
 from jllama.model import Llama, Remat, map_named, named_arrays
 
 CONFIG, MANIFEST, BLOCKS = "config.json", "manifest.json", "blocks"
-
-
-@contextlib.contextmanager
-def whole_folder(destination: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes its final name when the body succeeds, else vanishes.
-
-    Raises:
-        InputError: if the destination exists and is not an empty folder.
-    """
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists; remove it or choose another name")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        if destination.exists():
-            destination.rmdir()
-        os.replace(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_json_lines(path: Path, lines: Iterable[object]) -> None:
-    """One JSON value a line; the file takes its name when it is whole."""
-    whole = path.with_name(path.name + ".new")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    whole.write_text(text, encoding="utf-8")
-    whole.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; InputError with the file's name if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -28,8 +28,8 @@ class Decoding(NamedTuple):
     """Where each row of a batch stands: `token` is its newest, not yet in the cache."""
 
     cache: Cache
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
 
 
 def generate(
@@ -100,7 +100,7 @@ def generate(
 def prefill(
     weights: tuple[nnx.State, nnx.State, Float[Array, ""]],
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     choice: tuple[Key[Array, ""], Float[Array, ""], Float[Array, ""]],
     *,
     graphdef: nnx.GraphDef,
@@ -143,9 +143,9 @@ def decode(
 
 def pick(
     logits: Float[Array, "B V"],
-    positions: Int[Array, "B"],
+    positions: Int[Array, " B"],
     choice: tuple[Key[Array, ""], Float[Array, ""], Float[Array, ""]],
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """The token for each position: the likeliest at temperature 0, else a top-p sample.
 
     Top-p is Meta's rule: sorted down, a token is dropped if those before it already exceed p.

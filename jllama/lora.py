@@ -63,7 +63,7 @@ class Lora(nnx.Module):
         gain = self.gain(weight)[None, None, :]
         return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
 
-    def gain(self, weight: Float[Array, "O I"]) -> Float[Array, "O"]:
+    def gain(self, weight: Float[Array, "O I"]) -> Float[Array, " O"]:
         """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
 
         |W + s B A|^2 = |W|^2 + 2 s W A^T . B + s^2 B A A^T . B, row by row, so that no second

@@ -29,13 +29,12 @@ from jllama.checkpoint import (
     ModelWriter,
     load_model,
     read_block,
-    read_json,
     tensor_sha256,
     tensor_shapes,
-    whole_folder,
 )
 from jllama.checkpoint import read_config as read_model_config
 from jllama.errors import InputError
+from jllama.files import read_json, whole_folder
 from jllama.model import named_arrays
 from train.config import TrainConfig, read_defaults
 from train.lora import main, train
@@ -120,7 +119,9 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     assert "2 sequences x 2 micro-batches = 4; 14 optimizer steps in 2 epochs" in said
     assert "row 0: " in said or "row 1: " in said
     assert "⟦" in said  # lesson 11
-    assert re.search(r"peak memory: \d+ MiB planned for the step, [1-9][\d,]* measured", said)  # lesson 15
+    assert re.search(
+        r"peak memory: \d+ MiB planned for the step, [1-9][\d,]* measured", said
+    )  # lesson 15
     assert f"next: python -m eval.prompts --run {run}" in said
     tensors = safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)

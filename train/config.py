@@ -10,10 +10,11 @@ import tyro
 import yaml
 
 import jllama
-from jllama.checkpoint import read_config, read_json
+from jllama.checkpoint import read_config
 from jllama.cli import settings_from_yaml
 from jllama.config import PRESETS, LlamaConfig, LoraConfig, PrecisionName, config_from_meta
 from jllama.errors import InputError
+from jllama.files import read_json
 from jllama.model import Remat
 from jllama.prompt import PromptStyle
 from jllama.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from jllama.checkpoint import write_json_lines
 from jllama.errors import InputError
+from jllama.files import write_json_lines
 from train.show import console
 from train.step import StepMetrics, planned_bytes
 

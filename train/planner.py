@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jllama.checkpoint import write_json
 from jllama.cli import user_cache
 from jllama.errors import InputError
+from jllama.files import write_json
 from jllama.model import Remat
 from train import arithmetic
 from train.arithmetic import Step

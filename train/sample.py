@@ -29,10 +29,11 @@ import sentencepiece
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jllama.checkpoint import ModelWriter, read_json, tensor_shapes, whole_folder, write_json
+from jllama.checkpoint import ModelWriter, tensor_shapes
 from jllama.cli import Progress, run_command
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
+from jllama.files import read_json, whole_folder, write_json
 from jllama.model import Llama, named_arrays
 from jllama.tokenizer import FILE_NAME, SentencePieceTokenizer, Tokenizer
 from train import world

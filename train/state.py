@@ -9,8 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jllama.checkpoint import tensor_sha256
-from jllama.disk import room_for, shortage_named
 from jllama.errors import InputError
+from jllama.files import room_for, shortage_named
 from train.show import console
 from train.step import TrainState, on_device
 

@@ -1,0 +1,369 @@
+"""Plans: against closed formulas, against what the step may need, and as a user asks for them.
+
+The 7B tests compile for an H200 that is not there; they need the packages of the `plan` extra.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+from meta_files import BASE, model_folder
+
+from jllama.config import PRESETS, LlamaConfig, LoraConfig
+from jllama.errors import InputError
+from train import arithmetic, auto, ladder, planner
+from train.arithmetic import Step
+from train.compiled import Request, answer
+from train.gpus import GPUS, find_gpu, target_config
+from train.lora import main as train
+from train.metrics import Metrics
+from train.plan import PlanConfig, main
+from train.planner import can_compile, make_plans
+
+MIB = 2**20
+SEVEN = PRESETS["llama-2-7b"]
+H200 = GPUS["h200"]
+needs_extra = pytest.mark.skipif(
+    not can_compile(), reason="the packages of jllama[plan] are not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def seven(**more):
+    settings = {"precision": "bf16", "remat": "block", "micro_batch_size": 1, "max_seq_len": 512}
+    return Step(SEVEN, LoraConfig(), **settings | more)
+
+
+def asked(capsys, *words):
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+@needs_extra
+def test_7b_plans_what_the_weights_take_and_little_more(tmp_path):
+    text = tmp_path / "step.txt"
+    (plan,) = make_plans([Request(seven(), H200, text=str(text))], H200)
+    assert plan.compiled
+    assert plan.peak <= 13_300 * MIB
+    adapters = 8_388_608 * 4
+    assert plan.classes["base_weights"] == 6_738_415_616 * 2
+    assert plan.classes["adapters"] == adapters
+    assert plan.classes["accumulator"] == adapters
+    moments = plan.classes["optimizer_state"]
+    assert 2 * adapters <= moments <= 2 * adapters + 64  # and a few counters
+    assert plan.classes["saved_activations"] == pytest.approx(32 * 512 * 4096 * 2, rel=0.01)
+    holds_no_copy_of_a_frozen_weight(text.read_text())
+
+
+def holds_no_copy_of_a_frozen_weight(text):
+    """No gradient, accumulator, cast, slice or copy: such a shape is only ever passed on."""
+    shapes = ("4096,4096", "11008,4096", "4096,11008", "32000,4096", "4096,32000")
+    made, kept = [], 0
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        if found and found[2] in shapes:
+            kept += 1
+            if found[3] not in ("parameter", "get-tuple-element", "bitcast"):
+                made.append(line.strip()[:160])
+    assert not made
+    assert kept >= 32 * 7 + 2  # the net is not empty
+
+
+@needs_extra
+def test_7b_at_8_by_1024_needs_three_gigabytes_more():
+    (plan,) = make_plans([Request(seven(micro_batch_size=8, max_seq_len=1024), H200)], H200)
+    assert plan.peak <= 16_100 * MIB
+
+
+@needs_extra
+def test_the_reports_own_setting_plans_27_gigabytes():
+    step = seven(precision="fp32", remat="ffn", max_seq_len=256)
+    step = replace(step, model=replace(SEVEN, ffn_bias=True))
+    (plan,) = make_plans([Request(step, H200)], H200)
+    assert plan.peak / MIB == pytest.approx(27_174, rel=0.03)
+
+
+@needs_extra
+def test_small_models_extended_are_the_whole():
+    wide = LlamaConfig(1024, 9, 8, 8, 2816, 32000)
+    step = replace(seven(remat="none", micro_batch_size=8), model=wide)
+    requests = [Request(step, H200, whole=whole) for whole in (True, False)]
+    whole, extended = make_plans(requests, H200)
+    assert extended.peak == pytest.approx(whole.peak, rel=0.002)
+    assert whole.classes["temporaries"] > 0
+
+
+@needs_extra
+@pytest.mark.slow
+def test_every_known_card_compiles():
+    tiny = replace(seven(max_seq_len=64), model=LlamaConfig(256, 5, 2, 2, 512, 512))
+    for gpu in GPUS.values():
+        step = tiny if gpu.capability >= (8, 0) else replace(tiny, precision="fp32")
+        (plan,) = make_plans([Request(step, gpu, whole=False)], gpu)
+        assert plan.classes["temporaries"] > 0, gpu.name
+
+
+@needs_extra
+def test_weights_lie_cut_over_several_gpus():
+    model = LlamaConfig(512, 5, 8, 8, 1536, 1024)
+    one = replace(seven(), model=model)
+    plans = make_plans([Request(step, H200) for step in (one, replace(one, gpus=4))], H200)
+    sizes = [plan.classes["base_weights"] for plan in plans]
+    assert sizes[0] == model.parameter_count * 2
+    assert sizes[1] == sizes[0] / 4
+    assert plans[0].classes["adapters"] == plans[1].classes["adapters"]
+
+
+def test_the_split_adds_up_to_what_xla_says():
+    """On this machine's own processor, in this process."""
+    model = LlamaConfig(64, 5, 4, 2, 160, 128)
+    step = replace(seven(precision="fp32", max_seq_len=32), model=model)
+    found = answer(Request(step, None))
+    assert found["peak"] == sum(found["classes"].values())
+    for name, size in arithmetic.memory_classes(step).items():
+        assert found["classes"][name] == pytest.approx(size, abs=64), name  # counters
+
+
+def test_operations_are_those_of_the_arithmetic():
+    """gpu.md's terms for 7B at 4096 tokens, r 16 on all linears, counted by hand."""
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    adapters = 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    attended = 4096 * 4096 * 32
+    step = replace(seven(remat="none", max_seq_len=4096), lora=LoraConfig(targets=("all",)))
+    assert arithmetic.flops_per_token(step) == 4 * weights + 7 * attended + 6 * adapters
+    again = 2 * (weights - 32000 * 4096) + 2 * attended
+    block = replace(step, remat="block")
+    assert arithmetic.flops_per_token(block) == arithmetic.flops_per_token(step) + again
+    full = replace(step, lora=None)
+    assert arithmetic.flops_per_token(full) == 6 * weights + 7 * attended
+
+
+# MiB compiled for an H200 and an A100, jax 0.10.2: docs/results/plans.json
+COMPILED = [
+    (seven(), 13_215),
+    (seven(micro_batch_size=8, max_seq_len=1024), 16_095),
+    (seven(remat="ffn", micro_batch_size=8, max_seq_len=1024), 28_895),
+    (seven(remat="none", micro_batch_size=8, max_seq_len=1024), 39_689),
+    (seven(precision="fp32", remat="ffn", max_seq_len=256), 27_350),
+]
+
+
+@pytest.mark.parametrize(("step", "mib"), COMPILED, ids=lambda x: getattr(x, "remat", x))
+def test_the_estimate_is_near_the_compiled_step(step, mib):
+    assert planner.estimate(step, H200).peak / MIB == pytest.approx(mib, rel=0.1)
+
+
+def test_without_the_extra_an_estimate_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(planner, "can_compile", lambda: False)
+    said = asked(capsys, "--model", "llama-2-7b", "--gpu", "rtx-4090")
+    assert "pip install 'jllama[plan]'" in said
+    assert "(estimated)" in said
+    found = json.loads(asked(capsys, "--json"))
+    assert found["compiled"] is False
+    assert found["peak_mib"] == pytest.approx(sum(found["classes_mib"].values()))
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    for module in (planner, ladder):
+        monkeypatch.setattr(module, "can_compile", lambda: False)
+
+
+def test_fit_names_a_bf16_setting_of_7b_for_24_gigabytes(estimated, capsys, tmp_path):
+    picture = tmp_path / "fit.svg"
+    said = asked(capsys, "--fit", "--gpu", "rtx-4090", "--picture", picture)
+    assert "next: python -m train.lora --model DIR --data FILE --precision bf16" in said
+    assert picture.read_text().count("<path") > 10
+    found = json.loads(asked(capsys, "--fit", "--gpu", "rtx-4090", "--json"))
+    best = found["best"]
+    assert best["free_mib"] >= 0
+    assert best["max_seq_len"] == 512
+    fitting = [x for x in found["plans"] if x["free_mib"] >= 0 and x["max_seq_len"] == 512]
+    fastest = max(x["bound_tokens_per_second"] for x in fitting)
+    assert best["bound_tokens_per_second"] == pytest.approx(fastest, rel=0.01)
+
+
+def test_fit_says_what_misses_where_nothing_fits(estimated, capsys):
+    said = asked(capsys, "--fit", "--gpu", "rtx-3060", "--model", "llama-2-13b")
+    assert re.search(r"nothing fits: .* misses [\d,]+ MiB", said)
+
+
+def test_the_reports_situation_fits_40_gigabytes(estimated, capsys):
+    words = ["--gpu", "a100-40gb", "--precision", "fp32", "--max-seq-len", "256"]
+    found = json.loads(asked(capsys, "--fit", *words, "--json"))
+    wanted = {"remat": "ffn", "micro_batch_size": 1, "max_seq_len": 256}
+    (own,) = (x for x in found["plans"] if wanted.items() <= x.items())
+    assert own["peak_mib"] == pytest.approx(27_350, rel=0.05)
+    assert own["free_mib"] > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "llama-9"], "presets: llama-7b, llama-13b"),
+        (["--gpu", "rtx-9090"], "unknown GPU 'rtx-9090'; choose from rtx-3060"),
+        (["--gpu", "t4"], "t4 (compute capability 7.5) has no bf16 arithmetic"),
+        (["--micro-batch-size", "-1"], "micro_batch_size -1; expected at least 1"),
+        (["--gpu-memory", "-4"], "expected above 0"),
+        (["--gpu", "present"], "no GPU here"),
+        (["--fit", "--gpus", "2"], "--fit plans training on one GPU"),
+        (["--tune", "full", "--dora"], "--tune full has no adapters"),
+    ],
+)
+def test_wrong_questions_are_answered_with_the_choices(capsys, words, message, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi, wherever this runs
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_card_of_other_memory_is_another_card():
+    card = find_gpu("rtx-4090", 48)
+    assert card.memory_mib == 48 * 1024
+    assert f"device_memory_size: {48 * 2**30}" in target_config(card)
+
+
+def test_asking_twice_compiles_once(monkeypatch):
+    request = Request(replace(seven(max_seq_len=32), model=LlamaConfig(32, 2, 2, 2, 64, 64)), None)
+    gpu = planner.replace(H200, memory_mib=1000)
+    (first,) = make_plans([request], gpu, present=True)
+    monkeypatch.setattr(subprocess, "run", None)
+    (again,) = make_plans([request], gpu, present=True)
+    assert again == first
+
+
+# --- in train.lora ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    model_folder(root, BASE | {"n_layers": 1})
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(16)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def flags(place, output, *more):
+    return [
+        "--model", str(place / "model"), "--data", str(place / "rows.json"), "--output-dir",
+        str(output), "--precision", "fp32", "--epochs", "1", "--max-seq-len", "32", *more,
+    ]  # fmt: skip
+
+
+AUTO = ("--remat", "auto", "--micro-batch-size", "auto", "--gradient-accumulation-steps", "8")
+
+
+def test_auto_takes_the_least_remat_and_keeps_the_effective_batch(place, tmp_path, capsys):
+    train(flags(place, tmp_path / "run", *AUTO))
+    said = capsys.readouterr().out
+    assert "chosen for this machine's CPU: none remat, 8 sequences x 1 micro-batches" in said
+    assert "effective batch: 8 sequences x 1 micro-batches = 8; 2 optimizer steps" in said
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert "remat: none\n" in text
+    assert "micro_batch_size: 8\n" in text
+    (line, *_) = [line for line in Metrics.read(tmp_path / "run") if "rows" in line]
+    assert line["planned_memory_mib"] > 0
+
+
+def test_auto_recomputes_where_memory_is_short(place, tmp_path, capsys, monkeypatch):
+    """On a card where only whole blocks, and of them only two sequences, fit."""
+    needs = {"none": 3, "dots": 3, "ffn": 3, "block": 1}
+
+    def planned(requests, gpu, present):
+        step = requests[0].step
+        size = needs[step.remat] * step.micro_batch_size * 100 * MIB
+        return [planner.Plan(step, gpu, {"temporaries": size}, compiled=True)]
+
+    margin = planner.CONTEXT_MIB
+    small = replace(H200, name="a small card", memory_mib=round((margin + 299) / 0.97))
+    monkeypatch.setattr(auto, "make_plans", planned)
+    monkeypatch.setattr(auto, "this_device", lambda: small)
+    train(flags(place, tmp_path / "run", *AUTO))
+    said = capsys.readouterr().out
+    assert "chosen for a small card: block remat, 2 sequences x 4 micro-batches" in said
+    assert "block remat at 4 sequences would miss 1" in said  # MiB, of 400
+
+
+def test_running_out_of_memory_is_answered_with_what_needs_less(
+    place, tmp_path, capsys, monkeypatch
+):  # reliability 11
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr("train.lora.fit", full)
+    with pytest.raises(SystemExit) as ended:
+        train(flags(place, tmp_path / "run", "--remat", "none", "--micro-batch-size", "4"))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes" in said
+    assert re.search(r"\d MiB  --remat block --micro-batch-size 1", said)
+
+
+def test_other_errors_of_xla_are_not_taken_for_a_lack_of_memory():
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        auto.out_of_memory_explained(seven()),
+    ):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_auto_in_a_recipe_is_read(tmp_path):
+    from train.config import read_defaults
+
+    (tmp_path / "a.yaml").write_text("remat: auto\nmicro_batch_size: auto\n")
+    config, _ = read_defaults(["--config", str(tmp_path / "a.yaml")])
+    assert config is not None
+    assert (config.remat, config.micro_batch_size) == ("auto", "auto")
+    (tmp_path / "b.yaml").write_text("epochs: auto\n")
+    with pytest.raises(InputError, match="epochs 'auto', expected int"):
+        read_defaults(["--config", str(tmp_path / "b.yaml")])
+
+
+def test_a_plan_starts_without_allocating_anything():
+    """The command's own process never starts JAX's backend."""
+    script = (
+        "import sys; from train import planner, plan; planner.can_compile = lambda: False;"
+        "plan.main(['--json']);"
+        "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.gpu
+def test_planned_and_measured_peaks_agree_within_5_percent(tmp_path):
+    """Each setting trains two steps in a process of its own, so that peaks do not mix."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    model_folder(
+        tmp_path, {"dim": 2048, "n_layers": 8, "n_heads": 16, "multiple_of": 256, "norm_eps": 1e-5}
+    )
+    rows = [{"prompt": "x" * 500, "completion": "y" * 500}] * 64
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for remat, batch in (("none", 4), ("dots", 4), ("ffn", 8), ("block", 8), ("block", 32)):
+        run = tmp_path / f"{remat}-{batch}"
+        words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.json"),
+                 "--max-seq-len", "1024", "--remat", remat, "--micro-batch-size", str(batch),
+                 "--gradient-accumulation-steps", "1", "--max-steps", "2",
+                 "--output-dir", str(run)]  # fmt: skip
+        subprocess.run([sys.executable, "-m", "train.lora", *words], check=True)
+        line = next(x for x in Metrics.read(run) if "planned_memory_mib" in x)
+        assert line["peak_memory_mib"] == pytest.approx(line["planned_memory_mib"], rel=0.05), run
+
+
+def test_the_config_describes_the_step():
+    step = PlanConfig(model="llama-2-7b", lora_targets="all", packing=True).step
+    assert step.learned == step.lora.parameter_count(SEVEN)
+    assert (step.packing, step.remat) == (True, "block")
