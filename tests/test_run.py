@@ -659,7 +659,7 @@ def test_ten_thousand_steps_keep_memory_descriptors_and_buffers_flat(place, tmp_
     record = Metrics.step
 
     def sample(self, step, *args, **more):
-        if step % 1000 == 0:
+        if step % 1000 == 250:  # half-way between two saves
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
             descriptors = len(list(Path("/proc/self/fd").iterdir()))
             samples.append((resident, descriptors, len(jax.live_arrays())))
@@ -670,6 +670,6 @@ def test_ten_thousand_steps_keep_memory_descriptors_and_buffers_flat(place, tmp_
     main(flags(place, tmp_path / "run", **more))
     assert len(samples) == 10
     early, late = samples[2], samples[-1]
-    assert late[0] - early[0] < 30e6
-    assert late[1] <= early[1] + 2  # a save may be under way
+    assert late[0] - early[0] < 30e6, samples
+    assert late[1] <= early[1], samples
     assert late[2] <= early[2]

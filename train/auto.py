@@ -125,11 +125,9 @@ def out_of_memory_explained(step: Step) -> Iterator[None]:
 def alternatives(step: Step) -> str:
     """Settings that need less than a step, most first, with what they are planned to take."""
     gpu = this_device()
-    smaller = [
-        replace(other, micro_batch_size=batch)
-        for other in remats(step)
-        for batch in {step.micro_batch_size, max(1, step.micro_batch_size // 2), 1}
-    ]
+    half = max(1, step.micro_batch_size // 2)
+    smaller = [replace(other, micro_batch_size=half) for other in remats(step)]
+    smaller += [replace(step, remat="block"), replace(step, remat="block", micro_batch_size=1)]
     requests = [Request(other, gpu, whole=False) for other in [step, *smaller]]
     here, *others = make_plans(requests, gpu, present=True)
     less = sorted((p for p in others if p.peak < here.peak), key=lambda p: -p.peak)
