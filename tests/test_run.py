@@ -671,7 +671,7 @@ def test_ten_thousand_steps_keep_memory_descriptors_and_buffers_flat(place, tmp_
     assert len(samples) == 10
     early, late = samples[2], samples[-1]
     assert late[0] - early[0] < 30e6, samples
-    # Orbax's threads hold a few more now and then; a leak would lift the least of them, by 20 saves.
+    # Orbax's threads hold a few more now and then; a leak of 20 saves would lift the least of them.
     descriptors = [sample[1] for sample in samples]
     assert min(descriptors[5:]) <= max(descriptors[:5]), samples
     assert late[2] <= early[2]
