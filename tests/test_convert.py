@@ -23,7 +23,7 @@ from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, wri
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
-from jllama import disk
+from jllama import files
 from jllama.checkpoint import ModelWriter, load_model, read_block, read_config
 from jllama.errors import InputError
 from jllama.tokenizer import load_tokenizer
@@ -146,7 +146,7 @@ def test_flags_override_what_params_json_does_not_say(tmp_path):
 def free_space(monkeypatch, *answers: int) -> None:
     remaining = list(answers)
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(remaining.pop(0)))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(remaining.pop(0)))
 
 
 def test_a_small_disk_is_refused_before_writing_and_says_what_is_missing(

@@ -12,7 +12,7 @@ import pytest
 from meta_files import BASE, random_tensors, write_meta
 
 from convert import from_meta
-from jllama import disk
+from jllama import files
 from jllama.checkpoint import ModelWriter, manifest_sha256
 from jllama.errors import InputError
 from train import lora
@@ -46,7 +46,7 @@ def small(tmp_path):
 
 
 def fill(folder, leave=0):
-    rest = disk.shutil.disk_usage(folder).free - leave
+    rest = files.shutil.disk_usage(folder).free - leave
     with (folder / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while rest > 0:
             rest -= file.write(bytes(min(rest, 2**20)))
@@ -97,8 +97,8 @@ def test_a_disk_that_fills_during_a_save_keeps_the_state_before_it(small, monkey
     checkpoints.save(state(1))
     checkpoints.close()
     fill(small)
-    plenty, real = [namedtuple("usage", "free")(10**12)], disk.shutil.disk_usage
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda x: plenty.pop() if plenty else real(x))
+    plenty, real = [namedtuple("usage", "free")(10**12)], files.shutil.disk_usage
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda x: plenty.pop() if plenty else real(x))
     with (
         pytest.raises(InputError, match=MISSING),
         contextlib.closing(Checkpoints(small / "state", keep=2)) as checkpoints,
