@@ -115,10 +115,10 @@ def answer_prompts(config: PromptsConfig) -> None:
                     model,
                     ids[chosen],
                     budgets[chosen],
+                    jllama.Sampling(**decoding),
                     seed=config.seed,
                     stop_ids=tokenizer.stop_ids,
                     adapter_scale=scale,
-                    **decoding,
                 )
                 progress.advance()
             del model  # before the next one is loaded
@@ -170,7 +170,7 @@ def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:
     return found, run
 
 
-def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, float]]:
+def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, Any]]:
     """The prompts and how to decode them: flags first, then the file, then 0.6 and 0.9."""
     path = Path(config.prompts) if config.prompts else REPORT_PROMPTS
     content = read_rows_or_object(path)
@@ -179,7 +179,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, float]]:
     if not usable:
         raise InputError(f'{path}: expected a list of rows, or {{"prompts": [rows]}}')
     settings = content if isinstance(content, dict) else {}
-    decoding = {}
+    decoding: dict[str, Any] = {}
     for name, fallback in (("temperature", 0.6), ("top_p", 0.9)):
         asked = getattr(config, name)
         decoding[name] = settings.get(name, fallback) if asked is None else asked

@@ -13,8 +13,9 @@ from jllama.adapter import load_adapter, save_adapter
 from jllama.checkpoint import load_model
 from jllama.config import PRESETS, LlamaConfig, LoraConfig, RopeScaling
 from jllama.errors import InputError
-from jllama.generate import generate
+from jllama.generate import generate, generate_with_logprobs, stream
 from jllama.model import Llama
+from jllama.sampling import Sampling
 from jllama.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE = Path(__file__).parent / "sample"  # a small LLaMA in Meta's files, with instructions
@@ -27,10 +28,13 @@ __all__ = [
     "LlamaConfig",
     "LoraConfig",
     "RopeScaling",
+    "Sampling",
     "Tokenizer",
     "generate",
+    "generate_with_logprobs",
     "load_adapter",
     "load_model",
     "load_tokenizer",
     "save_adapter",
+    "stream",
 ]

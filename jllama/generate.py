@@ -6,22 +6,26 @@ short prompt is overwritten before anything can see it.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from jllama.errors import InputError
 from jllama.lora import scaled, split
 from jllama.model import Cache, Llama
+from jllama.sampling import Choice, Sampling, make_choice, pick
+from jllama.tokenizer import Tokenizer
 
 CHUNK = 32  # tokens decoded between two looks at who has stopped
 PROMPT_BUCKET = 32  # lengths are rounded up to these, so that few shapes are compiled
 CACHE_BUCKET = 128
+
+Weights = tuple[nnx.State, nnx.State, Float[Array, ""]]  # adapters, base, the adapters' scale
 
 
 class Decoding(NamedTuple):
@@ -30,147 +34,226 @@ class Decoding(NamedTuple):
     cache: Cache
     token: Int[Array, " B"]
     position: Int[Array, " B"]
+    seen: Bool[Array, "B V"]  # tokens of the prompt and the answer
+
+
+class Answer(NamedTuple):
+    """New tokens, without the prompt, and the log-probability that the model gave to each."""
+
+    ids: list[int]
+    logprobs: list[float]
 
 
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    seed: int = 0,
-    *,
-    stop_ids: Sequence[int] = (),
-    adapter_scale: float = 1.0,
+    sampling: Sampling | None = None,
+    **more,
 ) -> list[list[int]]:
-    """New token ids for each prompt, without the prompt, up to and with the first stop token.
+    """The ids of `generate_with_logprobs`, which takes the same arguments."""
+    answers = generate_with_logprobs(model, prompts, max_new_tokens, sampling, **more)
+    return [answer.ids for answer in answers]
+
+
+def generate_with_logprobs(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    adapter_scale: float = 1.0,
+) -> list[Answer]:
+    """An answer to each prompt, up to and with the first stop token.
 
     Args:
         prompts: token ids, beginning with the tokenizer's BOS.
         max_new_tokens: for all prompts, or one for each; cut where the context ends.
-        temperature: 0 takes the likeliest token.
-        top_p: samples from the likeliest tokens that together have this probability.
-        seed: fixes the sample of a prompt, whichever batch it is in; other samples of the same
-            prompt need other seeds.
+        sampling: by default Meta's for LLaMA 2 and 3, temperature 0.6 and top-p 0.9.
+        seed: for all prompts, or one for each; fixes the sample of a prompt, whichever batch it
+            is in.
+        samples: answers to every prompt; those of one prompt follow each other.
         stop_ids: a row ends with the first of these.
+        stop_strings: a row also ends with the token that completes one of these; needs
+            `tokenizer`.
         adapter_scale: 1 answers with the adapter, 0 as the base model; both from one compilation.
 
     Raises:
         InputError: for an empty prompt, one that fills the context or holds an id out of range,
             and if the model's logits are not finite.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), lengths.shape)
-    _check(model, prompts, budgets, temperature, top_p)
-    budgets = np.minimum(budgets, model.config.max_seq_len - lengths)
-    if not len(prompts) or budgets.max() == 0:
-        return [[] for _ in prompts]
+    if stop_strings and tokenizer is None:
+        raise InputError("stop_strings need the tokenizer")
+    seeds = np.broadcast_to(np.asarray(seed), (len(prompts),))
+    budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (len(prompts),))
+    check_prompts(model, prompts, budgets)
+    budgets = np.repeat(
+        np.minimum(budgets, [model.config.max_seq_len - len(prompt) for prompt in prompts]), samples
+    )
+    found: list[Answer] = [Answer([], []) for _ in budgets]
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    if not len(budgets) or budgets.max() == 0:
+        return found
+    choice = make_choice(
+        sampling or Sampling(),
+        np.repeat(seeds, samples).tolist(),
+        list(range(samples)) * len(prompts),
+    )
+    ends = [0 if budget == 0 else None for budget in budgets]
+    for tokens, logprobs in decode_chunks(model, rows, int(budgets.max()), choice, adapter_scale):
+        for row, answer in enumerate(found):
+            if ends[row] is None:
+                answer.ids.extend(tokens[row].tolist())
+                answer.logprobs.extend(logprobs[row].tolist())
+                ends[row] = _end(answer.ids, int(budgets[row]), stop_ids, stop_strings, tokenizer)
+        if None not in ends:
+            break
+    return [Answer(x.ids[:end], x.logprobs[:end]) for x, end in zip(found, ends, strict=True)]
 
+
+def stream(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
+    stop_strings: Sequence[str] = (),
+    adapter_scale: float = 1.0,
+    chunk: int = 8,
+) -> Iterator[str]:
+    """The answer to one prompt as pieces of text, which end at whole characters.
+
+    A stop string and what follows it are not given out; errors as for `generate_with_logprobs`.
+    """
+    check_prompts(model, [prompt], np.array([max_new_tokens]))
+    budget = min(max_new_tokens, model.config.max_seq_len - len(prompt))
+    choice = make_choice(sampling or Sampling(), [seed], [0])
+    ids: list[int] = []
+    sent = ""
+    steps = decode_chunks(model, [prompt], budget, choice, adapter_scale, chunk) if budget else ()
+    for tokens, _ in steps:
+        ids += tokens[0].tolist()
+        end = _end(ids, budget, tokenizer.stop_ids, (), None)
+        text = tokenizer.decode([i for i in ids[:end] if i not in tokenizer.stop_ids])
+        stops = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
+        if stops:
+            text, end = text[: min(stops)], len(ids)
+        whole = text if end is not None else _whole(text, stop_strings)
+        if len(whole) > len(sent):
+            yield whole[len(sent) :]
+            sent = whole
+        if end is not None:
+            return
+
+
+def _whole(text: str, stop_strings: Sequence[str]) -> str:
+    """Text without an unfinished character, and without what may be the start of a stop string."""
+    text = text.rstrip("\ufffd")
+    longest = max(
+        (n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )
+    return text[: len(text) - longest]
+
+
+def decode_chunks(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    budget: int,
+    choice: Choice,
+    adapter_scale: float,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """New ids and their log-probabilities `[B, n]`: first one of each row, then chunks of them.
+
+    It ends when every row has `budget` tokens; a reader that has enough may stop before.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Decoding runs on until the last row is done: the cache has room for whole chunks.
-    chunks = -(-(int(budgets.max()) - 1) // CHUNK)
-    slots = _round_up(int(lengths.max()) + 1 + chunks * CHUNK, CACHE_BUCKET)
+    chunks = -(-(budget - 1) // chunk)
+    slots = _round_up(int(lengths.max()) + 1 + chunks * chunk, CACHE_BUCKET)
     tokens = np.zeros((len(prompts), _round_up(int(lengths.max()), PROMPT_BUCKET)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-
     graphdef, adapters, base = split(model)
     weights = (adapters, base, jnp.float32(adapter_scale))
-    choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
-    state, finite = prefill(weights, tokens, lengths, choice, graphdef=graphdef, slots=slots)
-    if not finite:
-        raise InputError("the model's logits are not finite; its weights or adapter are damaged")
-    answers = [[int(token)] for token in state.token]
-    stops = set(stop_ids)
-    while True:
-        open_rows = [
-            row
-            for row, answer in enumerate(answers)
-            if len(answer) < budgets[row] and not stops.intersection(answer)
-        ]
-        if not open_rows:
-            break
-        state, new = decode(weights, state, choice, graphdef=graphdef)
-        new = np.asarray(new)
-        for row in open_rows:
-            answers[row] += new[row].tolist()
-    return [_cut(answer, budget, stops) for answer, budget in zip(answers, budgets, strict=True)]
+    state, first = prefill(weights, tokens, lengths, choice, graphdef=graphdef, slots=slots)
+    yield _checked(state.token[:, None], first[:, None])
+    for _ in range(chunks):
+        state, *new = decode(weights, state, choice, graphdef=graphdef, chunk=chunk)
+        yield _checked(*new)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
 def prefill(
-    weights: tuple[nnx.State, nnx.State, Float[Array, ""]],
+    weights: Weights,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    choice: tuple[Key[Array, ""], Float[Array, ""], Float[Array, ""]],
+    choice: Choice,
     *,
     graphdef: nnx.GraphDef,
     slots: int,
-) -> tuple[Decoding, Bool[Array, ""]]:
-    """Reads the prompts; returns the first new token of each, and whether its logits are finite."""
+) -> tuple[Decoding, Float[Array, " B"]]:
+    """Reads the prompts; chooses the first new token of each, and gives its log-probability."""
     model = _model(graphdef, weights)
-    config = model.config
     B, T = tokens.shape
-    shape = (B, slots, config.n_kv_heads, config.head_dim)
-    dtype = model.tok_embeddings.weight.dtype
-    cache = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
-    positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    x, cache = model.decode(tokens, positions, cache)
+    x, read = model.prefill(tokens)
+    room = ((0, 0), (0, max(0, slots - T)), (0, 0), (0, 0))
+    cache = [
+        (jnp.pad(keys[:, :slots], room), jnp.pad(values[:, :slots], room)) for keys, values in read
+    ]
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = model.head(last)[:, 0]
-    return Decoding(cache, pick(logits, lengths, choice), lengths), jnp.all(jnp.isfinite(logits))
+    rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+    inside = jnp.arange(T)[None] < lengths[:, None]
+    seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(inside)
+    token, logprob = pick(logits, lengths, seen, choice)
+    return Decoding(cache, token, lengths, _with(seen, token)), logprob
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames=("state",))
 def decode(
-    weights: tuple[nnx.State, nnx.State, Float[Array, ""]],
+    weights: Weights,
     state: Decoding,
-    choice: tuple[Key[Array, ""], Float[Array, ""], Float[Array, ""]],
+    choice: Choice,
     *,
     graphdef: nnx.GraphDef,
-) -> tuple[Decoding, Int[Array, "B CHUNK"]]:
-    """The next CHUNK tokens of every row; the cache is updated in place."""
+    chunk: int = CHUNK,
+) -> tuple[Decoding, Int[Array, "B C"], Float[Array, "B C"]]:
+    """The next `chunk` tokens of every row; the cache is updated in place."""
     model = _model(graphdef, weights)
 
     def one_token(state, _):
         x, cache = model.decode(state.token[:, None], state.position[:, None], state.cache)
         logits = model.head(x)[:, 0]
-        token = pick(logits, state.position + 1, choice)
-        return Decoding(cache, token, state.position + 1), token
+        token, logprob = pick(logits, state.position + 1, state.seen, choice)
+        state = Decoding(cache, token, state.position + 1, _with(state.seen, token))
+        return state, (token, logprob)
 
-    state, tokens = jax.lax.scan(one_token, state, length=CHUNK)
-    return state, tokens.T
+    state, (tokens, logprobs) = jax.lax.scan(one_token, state, length=chunk)
+    return state, tokens.T, logprobs.T
 
 
-def pick(
-    logits: Float[Array, "B V"],
-    positions: Int[Array, " B"],
-    choice: tuple[Key[Array, ""], Float[Array, ""], Float[Array, ""]],
-) -> Int[Array, " B"]:
-    """The token for each position: the likeliest at temperature 0, else a top-p sample.
+def meta_budgets(lengths: Sequence[int], max_gen_len: int | None, max_seq_len: int) -> list[int]:
+    """New tokens for prompts of these lengths as Meta's code counts them.
 
-    Top-p is Meta's rule: sorted down, a token is dropped if those before it already exceed p.
+    All rows end at one total, min(max_seq_len, max_gen_len + the longest prompt), so shorter
+    prompts get longer answers; no `max_gen_len` is max_seq_len - 1.
     """
-    key, temperature, top_p = choice
-
-    def sample(row, position):
-        probabilities, ids = jax.lax.top_k(jax.nn.softmax(row / temperature), row.size)
-        before = jnp.cumsum(probabilities) - probabilities
-        kept = jnp.where(before > top_p, 0.0, probabilities)
-        return ids[jax.random.categorical(jax.random.fold_in(key, position), jnp.log(kept))]
-
-    return jax.lax.cond(
-        temperature > 0,
-        lambda: jax.vmap(sample)(logits, positions).astype(jnp.int32),
-        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-    )
+    asked = max_seq_len - 1 if max_gen_len is None else max_gen_len
+    total = min(max_seq_len, asked + max(lengths))
+    return [total - length for length in lengths]
 
 
-def _model(graphdef, weights) -> Llama:
-    adapters, base, adapter_scale = weights
-    return nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
-
-
-def _check(model, prompts, budgets, temperature, top_p) -> None:
+def check_prompts(model: Llama, prompts: Sequence[Sequence[int]], budgets: np.ndarray) -> None:
+    """Raises InputError with everything that is wrong with the prompts."""
     context, vocabulary = model.config.max_seq_len, model.config.vocab_size
     problems = []
     for row, prompt in enumerate(prompts):
@@ -182,21 +265,47 @@ def _check(model, prompts, budgets, temperature, top_p) -> None:
             problems.append(f"prompt {row} holds ids outside 0..{vocabulary - 1}")
     if budgets.size and budgets.min() < 0:
         problems.append(f"max_new_tokens {budgets.min()} is below 0")
-    if temperature < 0 or not 0 < top_p <= 1:
-        problems.append(
-            f"temperature {temperature}, top_p {top_p}; expected temperature >= 0 and "
-            "0 < top_p <= 1"
-        )
     if problems:
         raise InputError("; ".join(problems))
 
 
-def _cut(answer: list[int], budget: int, stops: set[int]) -> list[int]:
-    answer = answer[:budget]
-    for index, token in enumerate(answer):
-        if token in stops:
-            return answer[: index + 1]
-    return answer
+def _model(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
+    adapters, base, adapter_scale = weights
+    return nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
+
+
+def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    return seen.at[jnp.arange(token.size), token].set(True)
+
+
+def _checked(tokens: Array, logprobs: Array) -> tuple[np.ndarray, np.ndarray]:
+    found = np.asarray(logprobs)
+    if not np.all(np.isfinite(found)):
+        raise InputError("the model's logits are not finite; its weights or adapter are damaged")
+    return np.asarray(tokens), found
+
+
+def _end(
+    ids: list[int],
+    budget: int,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str],
+    tokenizer: Tokenizer | None,
+) -> int | None:
+    """How many of the ids are the answer; None if it goes on."""
+    ids = ids[:budget]
+    ends = [index + 1 for index, token in enumerate(ids) if token in stop_ids][:1]
+    if stop_strings and tokenizer:
+
+        def stopped(n: int) -> bool:
+            text = tokenizer.decode(ids[:n])
+            return any(stop in text for stop in stop_strings)
+
+        if stopped(len(ids)):
+            ends.append(next(n for n in range(1, len(ids) + 1) if stopped(n)))
+    if len(ids) == budget:
+        ends.append(budget)
+    return min(ends, default=None)
 
 
 def _round_up(length: int, multiple: int) -> int:

@@ -67,13 +67,21 @@ class Attention(nnx.Module):
         seen = checkpoint_name(seen, _ATTENTION)
         return self.wo(seen.reshape(x.shape), _at(key, 1))
 
-    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
-        """Writes the new keys and values into the cache at `positions`, then attends to it."""
+    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache):
+        """Writes the new keys and values into the cache at `positions`, then attends to it.
+
+        Without a cache x is a whole prompt, and its keys and values become the cache.
+        """
         query, keys, values = self._project(x, rotary, None)
+        if cache is None:
+            seen = causal_attention(query, keys, values, None, self.implementation)
+            return self.wo(seen.reshape(x.shape)), (keys, values)
         rows = jnp.arange(x.shape[0])[:, None]
-        cache = (cache[0].at[rows, positions].set(keys), cache[1].at[rows, positions].set(values))
-        seen = cached_attention(query, *cache, positions)
-        return self.wo(seen.reshape(x.shape)), cache
+        old_keys, old_values = cache
+        keys = old_keys.at[rows, positions].set(keys)
+        values = old_values.at[rows, positions].set(values)
+        seen = cached_attention(query, keys, values, positions)
+        return self.wo(seen.reshape(x.shape)), (keys, values)
 
     def _project(self, x, rotary, key):
         def heads(y):
@@ -111,7 +119,7 @@ class Block(nnx.Module):
         feed = jax.checkpoint(Block._feed) if remat == "ffn" else Block._feed
         return x + feed(self, x, key)
 
-    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache: LayerCache):
+    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache):
         seen, cache = self.attention.decode(self.attention_norm(x), rotary, positions, cache)
         x = x + seen
         return x + self._feed(x, None), cache
@@ -178,8 +186,16 @@ class Llama(nnx.Module):
                 x = run(block, x, rotary, segments, _at(keys, index), self.remat)
         return self.norm(x)
 
+    def prefill(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Cache]:
+        """`hidden` of prompts, and their keys and values: a cache of T slots."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        return self.decode(tokens, positions, [None] * len(self.layers))
+
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache | list[None],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """`hidden` of new tokens that see the cache, and the cache with them written in."""
         x = self.tok_embeddings(tokens)

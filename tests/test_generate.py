@@ -1,20 +1,25 @@
 import json
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference
+from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference, write_meta
 from scipy import stats
 
 import jllama
 from convert.from_meta import FromMeta, convert
 from jllama.config import LoraConfig
 from jllama.errors import InputError
-from jllama.generate import decode, pick, prefill
+from jllama.generate import decode, meta_budgets, prefill
 from jllama.lora import attach
+from jllama.sampling import Sampling, make_choice, pick
 
 PARAMS = BASE | {"n_kv_heads": 2}
+GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 5, 9], [2], [7] * 40, [3, 4, 5, 6, 7]]
 
 
@@ -28,20 +33,33 @@ def model(folder):
     return jllama.load_model(folder, "fp32")
 
 
-def test_greedy_ids_equal_transformers_alone_and_in_a_batch_of_any_order(model):
-    peer = reference(PARAMS, random_tensors(PARAMS))
+FAMILIES = {
+    "multi-head": (BASE, False),
+    "grouped": (PARAMS, False),
+    "tied": (PARAMS, True),
+    "scaled": (PARAMS | {"rope_theta": 500000.0, "use_scaled_rope": True}, False),
+}
+EIGHT = [*PROMPTS, [8] * 33, [9, 1], [11] * 7, [12, 13]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_equal_transformers_for_256_tokens_in_a_batch_of_any_order(tmp_path, family):
+    params, tied = FAMILIES[family]
+    tensors = random_tensors(params, tied=tied)
+    convert(FromMeta(write_meta(tmp_path / "meta", tensors, params), tmp_path / "model"))
+    model = jllama.load_model(tmp_path / "model", "fp32")
+    peer = reference(params, tensors)
     expected = []
-    for prompt in PROMPTS:
+    for prompt in EIGHT:
         ids = torch.tensor([prompt])
         out = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=70,
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=256,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         expected.append(out[0, len(prompt) :].tolist())
-    alone = [jllama.generate(model, [prompt], 70, temperature=0)[0] for prompt in PROMPTS]
-    assert alone == expected
-    assert jllama.generate(model, PROMPTS, 70, temperature=0) == expected
-    assert jllama.generate(model, PROMPTS[::-1], 70, temperature=0) == expected[::-1]
+    assert jllama.generate(model, EIGHT, 256, GREEDY) == expected
+    assert jllama.generate(model, EIGHT[::-1], 256, GREEDY) == expected[::-1]
+    assert jllama.generate(model, EIGHT[2:3], 256, GREEDY) == expected[2:3]
 
 
 def test_cached_ids_equal_those_without_a_cache(model):
@@ -49,57 +67,159 @@ def test_cached_ids_equal_those_without_a_cache(model):
     for _ in range(12):
         logits = model(np.array([ids], np.int32))
         ids.append(int(logits[0, -1].argmax()))
-    assert jllama.generate(model, [PROMPTS[0]], 12, temperature=0)[0] == ids[3:]
+    assert jllama.generate(model, [PROMPTS[0]], 12, GREEDY)[0] == ids[3:]
 
 
 def test_a_seed_fixes_a_prompts_sample_in_whatever_batch(model):
-    settings = {"temperature": 1.0, "top_p": 0.9, "seed": 4}
-    together = jllama.generate(model, PROMPTS, 40, **settings)
-    assert jllama.generate(model, [PROMPTS[1]], 40, **settings)[0] == together[1]
-    assert jllama.generate(model, PROMPTS, 40, **settings | {"seed": 5}) != together
+    sampling = Sampling(temperature=1.0)
+    together = jllama.generate(model, PROMPTS, 40, sampling, seed=4)
+    assert jllama.generate(model, [PROMPTS[1]], 40, sampling, seed=4)[0] == together[1]
+    assert jllama.generate(model, PROMPTS, 40, sampling, seed=5) != together
+    own = jllama.generate(model, PROMPTS, 40, sampling, seed=[5, 4, 5, 5])
+    assert own[1] == together[1]
+    assert own[0] != together[0]
+
+
+def test_several_samples_of_a_prompt_differ_and_the_first_is_the_only_one(model):
+    sampling = Sampling(temperature=1.0)
+    many = jllama.generate(model, PROMPTS[:2], 20, sampling, samples=3, seed=4)
+    assert len({tuple(ids) for ids in many}) == 6
+    assert many[::3] == jllama.generate(model, PROMPTS[:2], 20, sampling, seed=4)
+
+
+def test_logprobs_are_those_of_the_model(model):
+    for answer, prompt in zip(
+        jllama.generate_with_logprobs(model, PROMPTS, 12, Sampling(temperature=1.0)),
+        PROMPTS, strict=True,
+    ):  # fmt: skip
+        logits = model(np.array([prompt + answer.ids], np.int32))[0]
+        expected = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+        chosen = np.take_along_axis(np.asarray(expected), np.array(answer.ids)[:, None], 1)[:, 0]
+        np.testing.assert_allclose(answer.logprobs, chosen, atol=1e-4)
+
+
+def test_repetition_penalty_is_that_of_transformers(model):
+    peer = reference(PARAMS, random_tensors(PARAMS))
+    ids = torch.tensor([PROMPTS[0]])
+    out = peer.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40,
+        eos_token_id=None, pad_token_id=0, repetition_penalty=1.3,
+    )  # fmt: skip
+    penalised = Sampling(temperature=0, repetition_penalty=1.3)
+    expected = out[0, 3:].tolist()
+    assert jllama.generate(model, [PROMPTS[0]], 40, penalised)[0] == expected
+    assert jllama.generate(model, PROMPTS, 40, penalised)[0] == expected  # padding is not seen
 
 
 def test_stop_tokens_and_budgets_end_each_row_on_its_own(model):
-    free = jllama.generate(model, PROMPTS[:2], 40, temperature=0)
+    free = jllama.generate(model, PROMPTS[:2], 40, GREEDY)
     stop = free[0][3]
-    first, second = jllama.generate(model, PROMPTS[:2], [40, 5], temperature=0, stop_ids=[stop])
+    first, second = jllama.generate(model, PROMPTS[:2], [40, 5], GREEDY, stop_ids=[stop])
     assert first == free[0][: free[0].index(stop) + 1]
     assert second == (free[1][: free[1].index(stop) + 1] if stop in free[1][:5] else free[1][:5])
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_samples_follow_the_softmax_cut_at_top_p(top_p):
-    import jax
-
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.8, top_p=1.0),
+        Sampling(0.8, top_p=0.6),
+        Sampling(0.8, top_k=5, top_p=1.0),
+        Sampling(0.8, top_k=8, top_p=0.7),
+        Sampling(0.8, top_p=1.0, min_p=0.3),
+    ],
+)
+def test_samples_follow_the_softmax_as_it_is_cut(sampling):
     logits = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
-    n, temperature = 20_000, 0.8
-    choice = (jax.random.key(1), np.float32(temperature), np.float32(top_p))
-    drawn = np.asarray(pick(np.tile(logits, (n, 1)), np.arange(n), choice))
-    p = np.exp(logits.astype(float) / temperature)
-    p /= p.sum()
+    n = 20_000
+    choice = make_choice(sampling, [0], [0])
+    choice = choice._replace(keys=jnp.broadcast_to(choice.keys, (n,)))
+    rows, seen = np.tile(logits, (n, 1)), np.zeros((n, 12), bool)
+    drawn = np.asarray(pick(rows, np.arange(n), seen, choice)[0])
+    p = np.exp(logits.astype(float) / sampling.temperature)
     order = np.argsort(-p)
+    if sampling.top_k:
+        p[order[sampling.top_k :]] = 0
+    p /= p.sum()
     before = np.cumsum(p[order]) - p[order]
-    p[order[before > top_p]] = 0
+    p[order[before > sampling.top_p]] = 0
+    p[p < sampling.min_p * p.max()] = 0
     expected = n * p / p.sum()
     counts = np.bincount(drawn, minlength=12)
     kept = expected > 0
+    assert kept.sum() > 1
     assert counts[~kept].sum() == 0
     assert stats.chisquare(counts[kept], expected[kept]).pvalue > 1e-3
 
 
-def test_base_and_tuned_share_one_compilation_and_scale_zero_is_the_base(folder):
-    import jax
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(folder, model):
+    tokenizer = jllama.load_tokenizer(folder)
+    (free,) = jllama.generate(model, [[1]], 60, GREEDY)
+    texts = [tokenizer.decode(free[:n]) for n in range(len(free) + 1)]
+    n = next(
+        n for n in range(10, 60) if (end := texts[n][-2:]).isascii() and end not in texts[n - 1]
+    )
+    stop = [texts[n][-2:]]
+    (cut,) = jllama.generate(model, [[1]], 60, GREEDY, stop_strings=stop, tokenizer=tokenizer)
+    assert cut == free[:n]
+    pieces = list(jllama.stream(model, tokenizer, [1], 60, GREEDY, stop_strings=stop))
+    assert "".join(pieces) == texts[n][:-2]
+    with pytest.raises(InputError, match="need the tokenizer"):
+        jllama.generate(model, [[1]], 5, stop_strings=["a"])
 
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    stop_ids = (0,)
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_a_stream_never_splits_a_character_and_loses_nothing(monkeypatch, model):
+    text = "naïve — 日本語 🙂 end"
+    ids = list(text.encode())
+
+    def chunks(model, prompts, budget, choice, scale, chunk):
+        for start in range(0, len(ids), 3):
+            yield np.array([ids[start : start + 3]]), np.zeros((1, 3))
+        yield np.array([[0, 65, 65]]), np.zeros((1, 3))
+
+    monkeypatch.setattr(sys.modules["jllama.generate"], "decode_chunks", chunks)
+    pieces = list(jllama.stream(model, Bytes(), [1], 1000))
+    assert "".join(pieces) == text
+    assert len(pieces) > 5
+    assert not any("�" in piece for piece in pieces)
+    held = list(jllama.stream(model, Bytes(), [1], 1000, stop_strings=["語 🙂"]))
+    assert "".join(held) == "naïve — 日本"
+
+
+def test_streamed_text_is_the_generated_one(folder, model):
+    tokenizer = jllama.load_tokenizer(folder)
+    (ids,) = jllama.generate(model, [[1, 5]], 50, GREEDY, stop_ids=tokenizer.stop_ids)
+    kept = [token for token in ids if token not in tokenizer.stop_ids]
+    assert "".join(jllama.stream(model, tokenizer, [1, 5], 50, GREEDY)) == tokenizer.decode(kept)
+    assert list(jllama.stream(model, tokenizer, [1, 5], 0, GREEDY)) == []
+
+
+def test_metas_total_length_is_that_of_the_longest_prompt():
+    assert meta_budgets([3, 10], 20, 512) == [27, 20]
+    assert meta_budgets([3, 10], None, 64) == [61, 54]
+    assert meta_budgets([3, 10], 20, 24) == [21, 14]
+
+
+def test_base_and_tuned_share_one_compilation_and_scale_zero_is_the_base(folder):
     model = jllama.load_model(folder, "fp32")
-    base = jllama.generate(model, PROMPTS, 40, temperature=0)
+    base = jllama.generate(model, PROMPTS, 40, GREEDY)
     attach(model, LoraConfig(rank=4), jax.random.key(0))
     for linear in model.linears().values():
         if linear.lora is not None:
             linear.lora.b[...] = jax.random.normal(jax.random.key(1), linear.lora.b.shape)
     prefill.clear_cache()
     decode.clear_cache()
-    assert jllama.generate(model, PROMPTS, 40, temperature=0, adapter_scale=0.0) == base
-    assert jllama.generate(model, PROMPTS, 40, temperature=0) != base
+    assert jllama.generate(model, PROMPTS, 40, GREEDY, adapter_scale=0.0) == base
+    assert jllama.generate(model, PROMPTS, 40, GREEDY) != base
     assert (prefill._cache_size(), decode._cache_size()) == (1, 1)
 
 
@@ -113,7 +233,7 @@ def test_the_context_ends_an_answer(folder):
 
     model = jllama.load_model(folder, "fp32")
     model.config = dataclasses.replace(model.config, max_seq_len=50)
-    assert len(jllama.generate(model, [[1] * 45], 40, temperature=0)[0]) == 5
+    assert len(jllama.generate(model, [[1] * 45], 40, GREEDY)[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -123,13 +243,25 @@ def test_the_context_ends_an_answer(folder):
         (([[1], [VOCABULARY]], 5), "prompt 1 holds ids outside 0..511"),
         (([[1] * 5000], 5), "prompt 0 has 5000 tokens, the context is 4096"),
         (([[1]], -1), "max_new_tokens -1 is below 0"),
-        (([[1]], 5, -0.1), "temperature -0.1"),
-        (([[1]], 5, 1.0, 0.0), "top_p 0.0"),
     ],
 )
 def test_wrong_arguments_are_named(model, arguments, message):
     with pytest.raises(InputError, match=message):
         jllama.generate(model, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1, expected 0 or more"),
+        ({"top_p": 0.0, "top_k": -1}, "top_k -1, expected 0 or more; top_p 0.0, expected above 0"),
+        ({"min_p": 2.0}, "min_p 2.0, expected 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0, expected above 0"),
+    ],
+)
+def test_wrong_sampling_is_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**settings)
 
 
 def test_logits_that_are_not_finite_are_an_error(folder):
@@ -140,11 +272,11 @@ def test_logits_that_are_not_finite_are_an_error(folder):
 
 
 def test_a_model_answers_under_tree_mode_too(folder, model):
-    expected = jllama.generate(model, PROMPTS[:1], 5, temperature=0)
+    expected = jllama.generate(model, PROMPTS[:1], 5, GREEDY)
     nnx.set_graph_mode(False)
     try:
         loaded = jllama.load_model(folder, "fp32")
-        assert jllama.generate(loaded, PROMPTS[:1], 5, temperature=0) == expected
+        assert jllama.generate(loaded, PROMPTS[:1], 5, GREEDY) == expected
     finally:
         nnx.set_graph_mode(True)
 
@@ -155,6 +287,6 @@ def test_stories_prompts_continue_as_the_c_program_says(assets, tmp_path):
     model = jllama.load_model(tmp_path / "model", "fp32")
     expected = json.loads((assets / "stories260K-expected.json").read_text())
     prompts = [expected[f"p{i}_prompt"] for i in range(3)]
-    answers = jllama.generate(model, prompts, [201 - len(p) for p in prompts], temperature=0)
+    answers = jllama.generate(model, prompts, [201 - len(p) for p in prompts], GREEDY)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         assert prompt + answer == expected[f"p{i}_tokens"]

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jllama.checkpoint import abstract_model
 from jllama.generate import decode, prefill
 from jllama.lora import split
+from jllama.sampling import Sampling, make_choice
 from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
 from train.arithmetic import Step
 from train.gpus import Gpu, target_config
@@ -181,8 +182,7 @@ def lower_generation(step: Step, mesh: Mesh, program: Program) -> tuple[Any, dic
         (adapters, base, jax.ShapeDtypeStruct((), jnp.float32)),
         lambda shape: cut_largest_axis(mesh, shape),
     )
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    choice = (jax.eval_shape(lambda: jax.random.key(0)), number, number)
+    choice = jax.eval_shape(lambda: make_choice(Sampling(), [0] * B, [0] * B))
     prompts = (
         jax.ShapeDtypeStruct((B, slots // 2), jnp.int32),
         jax.ShapeDtypeStruct((B,), jnp.int32),

@@ -1,0 +1,113 @@
+"""From logits to the next token: penalty, temperature, top-k, top-p, min-p.
+
+In this order, as in `transformers`. Top-p is Meta's rule: sorted down, a token is dropped if the
+ones before it already exceed p (so the first that crosses p is kept).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jllama.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest.
+
+    Attributes:
+        top_k: only the k likeliest tokens; 0 takes all.
+        top_p: only the likeliest tokens that together have this probability.
+        min_p: only tokens at least this likely, relative to the likeliest.
+        repetition_penalty: divides positive and multiplies negative logits of every token that
+            the prompt or the answer holds (Keskar et al., 2019); 1 does nothing.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        wrong = [
+            f"{name} {getattr(self, name)}, expected {expected}"
+            for name, expected, good in (
+                ("temperature", "0 or more", self.temperature >= 0),
+                ("top_k", "0 or more", self.top_k >= 0),
+                ("top_p", "above 0, at most 1", 0 < self.top_p <= 1),
+                ("min_p", "0 to 1", 0 <= self.min_p <= 1),
+                ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+            )
+            if not good
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+class Choice(NamedTuple):
+    """A `Sampling` as arrays, with a key for every row: an argument of the compiled functions."""
+
+    keys: Key[Array, " B"]
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+def make_choice(sampling: Sampling, seeds: Sequence[int], samples: Sequence[int]) -> Choice:
+    """Row i draws by `seeds[i]`; `samples[i]` tells apart several answers of one seed."""
+    keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(
+        np.asarray(seeds, np.uint32), np.asarray(samples, np.uint32)
+    )
+    return Choice(
+        keys,
+        jnp.float32(sampling.temperature),
+        jnp.int32(sampling.top_k),
+        jnp.float32(sampling.top_p),
+        jnp.float32(sampling.min_p),
+        jnp.float32(sampling.repetition_penalty),
+    )
+
+
+def pick(
+    logits: Float[Array, "B V"],
+    positions: Int[Array, " B"],
+    seen: Bool[Array, "B V"],
+    choice: Choice,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The token for each position, and its log-probability in the model (before any of this).
+
+    Args:
+        logits: fp32.
+        positions: folded into each row's key: a sample depends on the seed and the position alone.
+        seen: the tokens that the repetition penalty falls on.
+    """
+    penalty = choice.repetition_penalty
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    scores = jnp.where(seen, penalised, logits)
+
+    def sample(row, position, key):
+        probabilities, ids = jax.lax.top_k(jax.nn.softmax(row / choice.temperature), row.size)
+        rank = jnp.arange(row.size)
+        within = (choice.top_k == 0) | (rank < choice.top_k)
+        probabilities = jnp.where(within, probabilities, 0.0)
+        probabilities /= jnp.sum(probabilities)
+        before = jnp.cumsum(probabilities) - probabilities
+        dropped = (before > choice.top_p) | (probabilities < choice.min_p * probabilities[0])
+        kept = jnp.log(jnp.where(dropped, 0.0, probabilities))
+        return ids[jax.random.categorical(jax.random.fold_in(key, position), kept)]
+
+    token = jax.lax.cond(
+        choice.temperature > 0,
+        lambda: jax.vmap(sample)(scores, positions, choice.keys).astype(jnp.int32),
+        lambda: jnp.argmax(scores, axis=-1).astype(jnp.int32),
+    )
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
