@@ -40,12 +40,22 @@ def causal_attention(
 
 
 def cached_attention(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "B 1 N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    positions: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    """A query at position p sees the cache's slots 0 to p; what lies behind is never read."""
-    slots = jnp.arange(key.shape[1], dtype=positions.dtype)
-    mask = slots[None, None, None, :] <= positions[:, None, :, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    positions: Int[Array, "B 1"],
+    implementation: Implementation,
+) -> Float[Array, "B 1 N H"]:
+    """A query at position p sees the cache's slots 0 to p; what lies behind is never read.
+
+    On a GPU, XLA would write the product of all values and weights to memory before it sums them.
+    """
+    seen = positions[:, 0] + 1
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=jnp.ones_like(seen),
+        key_value_seq_lengths=seen,
+        implementation=implementation,
+    )

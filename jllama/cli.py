@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": "train.sample",
     "lint": "train.lint",
     "prompts": "eval.prompts",
+    "chat": "eval.chat",
     "speed": "eval.speed",
 }
 

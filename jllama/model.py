@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         old_keys, old_values = cache
         keys = old_keys.at[rows, positions].set(keys)
         values = old_values.at[rows, positions].set(values)
-        seen = cached_attention(query, keys, values, positions)
+        seen = cached_attention(query, keys, values, positions, self.implementation)
         return self.wo(seen.reshape(x.shape)), (keys, values)
 
     def _project(self, x, rotary, key):

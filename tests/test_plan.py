@@ -66,15 +66,37 @@ def test_7b_plans_what_the_weights_take_and_little_more(tmp_path):
 def holds_no_copy_of_a_frozen_weight(text):
     """No gradient, accumulator, cast, slice or copy: such a shape is only ever passed on."""
     shapes = ("4096,4096", "11008,4096", "4096,11008", "32000,4096", "4096,32000")
-    made, kept = [], 0
+    found = operations(text, shapes)
+    passed_on = ("parameter", "get-tuple-element", "bitcast")
+    assert not [line for operation, line in found if operation not in passed_on]
+    assert len(found) >= 32 * 7 + 2  # the net is not empty
+
+
+def operations(text, shapes):
+    """(operation, line) of every line outside fused computations that makes one of the shapes."""
+    inside = set(re.findall(r"kind=\w+, calls=%?([\w.-]+)", text))
+    found, fused = [], False
     for line in text.splitlines():
-        found = re.match(r"\s*(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
-        if found and found[2] in shapes:
-            kept += 1
-            if found[3] not in ("parameter", "get-tuple-element", "bitcast"):
-                made.append(line.strip()[:160])
-    assert not made
-    assert kept >= 32 * 7 + 2  # the net is not empty
+        if line and not line.startswith(" "):
+            fused = line.split()[0].lstrip("%") in inside
+        made = re.match(r"\s*(?:ROOT )?%?\S+ = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        if made and made[1] in shapes and not fused:
+            found.append((made[2], line.strip()[:200]))
+    return found
+
+
+@needs_extra
+def test_decoding_7b_copies_neither_weights_nor_cache(tmp_path):
+    text = tmp_path / "decode.txt"
+    request = Request(seven(max_seq_len=2048), H200, "decode", text=str(text))
+    (plan,) = make_plans([request], H200)
+    cache = 2 * 32 * 2048 * 4096 * 2
+    assert plan.classes["cache"] == cache
+    assert plan.peak <= 6_738_415_616 * 2 + cache + 300 * MIB
+    holds_no_copy_of_a_frozen_weight(text.read_text())
+    made = [x for x in operations(text.read_text(), ("1,2048,32,128",)) if "fusion" in x[0]]
+    assert len(made) == 64  # one update in place for the keys and the values of every layer
+    assert all("dynamic_update_slice" in line for _, line in made)
 
 
 @needs_extra
