@@ -6,6 +6,7 @@ A command is a frozen dataclass (one field a flag) and a function; `run_command`
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ def run_command(
         loaded, arguments = default(arguments) if default else (None, arguments)
         defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
         parsed = tyro.cli(settings, prog=prog, args=arguments, **defaults)
+        pass_over_absent_gpu()
         use_private_compilation_cache()
         function(parsed)
     except (InputError, OSError) as error:
@@ -124,6 +126,16 @@ def user_cache(name: str) -> Path:
         raise PermissionError(f"{folder} belongs to another user")
     folder.chmod(0o700)
     return folder
+
+
+def pass_over_absent_gpu() -> None:
+    """Keeps JAX's CUDA plugin, which the `plan` extra brings, quiet where there is no driver."""
+    import jax
+
+    drivers = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Windows' subsystem for it
+    plugin = importlib.util.find_spec("jax_cuda13_plugin") is not None
+    if plugin and "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, drivers)):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_private_compilation_cache() -> None:
