@@ -1,0 +1,280 @@
+"""`python -m eval.chat`: talk with the tuned model and its base; the answer comes word by word.
+
+    tuned> What is the capital of Canada?
+    The capital of Canada is Ottawa.
+    tuned> /both
+    both> And of Germany?
+    base: What is
+    tuned: The capital of Germany is Berlin.
+
+Turn n of a conversation is sampled with --seed plus n, so that a conversation can be repeated.
+"""
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import tyro
+
+import jllama
+from eval.prompts import PromptsConfig, check_base, read_style, resolve
+from jllama.cli import run_command
+from jllama.config import PrecisionName
+from jllama.errors import InputError
+from jllama.prompt import Message, PromptStyle, encode, render
+from jllama.tokenizer import Tokenizer
+
+WITH_TURNS = ("llama2-chat", "llama3-chat")  # the other styles know one question and its answer
+COMMANDS = {
+    "/base": "the base model answers",
+    "/tuned": "the tuned model answers",
+    "/both": "both answer, the base first; the history keeps the tuned answer",
+    "/set NAME VALUE": "changes how answers are sampled; /set alone shows it",
+    "/clear": "forgets the history, and counts turns from the start",
+    "/help": "shows this",
+    "/quit": "ends, as Ctrl-D does; Ctrl-C stops an answer",
+}
+NUMBERS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float,
+           "repetition_penalty": float, "max_new_tokens": int, "seed": int}  # fmt: skip
+# A terminal obeys control characters; a model's are shown as pictures of them.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk with a run's tuned model, and with its base.
+
+    Without --run and --model, of the newest run. /help lists what can be typed besides questions.
+    """
+
+    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Run folder of train.lora; names the model, what was tuned and the prompt style."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder, instead of a run."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """PEFT adapter folder for --model."""
+    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder to compare with --model, instead of an adapter; both are held in memory."""
+    precision: PrecisionName | None = None
+    """Of weights and activations; by default that of the run, else bf16."""
+    prompt_style: PromptStyle | None = None
+    """By default the one that was trained with."""
+    temperature: float = 0.6
+    """0 takes the likeliest token."""
+    top_p: float = 0.9
+    """Only the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 takes all."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """On tokens that the conversation holds; 1 does nothing."""
+    max_new_tokens: int = 256
+    """Tokens of an answer."""
+    seed: int = 0
+    """Of the first turn; each further one adds 1."""
+    force: bool = False
+    """Load an adapter whose passport names another base model."""
+
+    def __post_init__(self):
+        for name, kind in NUMBERS.items():
+            value = getattr(self, name)
+            if kind is float and not math.isfinite(value):
+                raise InputError(f"{name} {value}, expected a finite number")
+            least = 1 if name == "max_new_tokens" else 0
+            if kind is int and not least <= value < 2**31:  # the compiled functions' whole numbers
+                raise InputError(f"{name} {value}, expected {least} to {2**31 - 1}")
+        self.sampling()
+
+    def sampling(self) -> jllama.Sampling:
+        return jllama.Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )  # fmt: skip
+
+
+class Chat:
+    """One conversation: who answers, how, and what was said.
+
+    Args:
+        voices: who can answer: "base" and, if something was tuned, "tuned"; a model each, and its
+            adapter's scale.
+    """
+
+    def __init__(
+        self,
+        config: ChatConfig,
+        style: PromptStyle,
+        tokenizer: Tokenizer,
+        voices: dict[str, tuple[jllama.Llama, float]],
+    ):
+        self.config, self.style, self.tokenizer, self.voices = config, style, tokenizer, voices
+        self.who = "tuned" if "tuned" in voices else "base"
+        self.context = min(model.config.max_seq_len for model, _ in voices.values())
+        self.clear()
+
+    def clear(self) -> None:
+        self.history: list[Message] = []
+        self.turn = 0
+
+    def read(self, line: str) -> None:
+        """Obeys or answers one line; what is wrong with it is printed."""
+        try:
+            if line.startswith("/"):
+                self.obey(line.split())
+            elif line.strip():
+                self.ask(line.strip())
+        except InputError as error:
+            print(error)
+        except KeyboardInterrupt:  # between two answers
+            print("[stopped]")
+
+    def obey(self, words: Sequence[str]) -> None:
+        name, *rest = words
+        if name == "/set":
+            self.set(rest)
+        elif name in ("/base", "/tuned", "/both"):
+            if "tuned" not in self.voices:
+                raise InputError("nothing tuned is loaded, so the base answers; start with --run, "
+                                 "--adapter or --tuned")  # fmt: skip
+            self.who = name[1:]
+        elif name == "/clear":
+            self.clear()
+        elif name == "/help":
+            print("\n".join(f"{usage:17}{meaning}" for usage, meaning in COMMANDS.items()))
+        else:
+            known = ", ".join(usage.split()[0] for usage in COMMANDS)
+            raise InputError(f"no command {name}; there are {known} (a question that begins with "
+                             "a slash wants a space before it)")  # fmt: skip
+
+    def set(self, words: Sequence[str]) -> None:
+        """`/set NAME VALUE`; a wrong value changes nothing."""
+        now = ", ".join(f"{name} {getattr(self.config, name)}" for name in NUMBERS)
+        if not words:
+            print(now)
+            return
+        if len(words) != 2 or words[0] not in NUMBERS:
+            raise InputError(f"/set {' '.join(words)}: expected a name and a value; now {now}")
+        name, text = words
+        stays = f"it stays {getattr(self.config, name)}"
+        try:
+            self.config = replace(self.config, **{name: NUMBERS[name](text)})
+        except InputError as error:
+            raise InputError(f"{error}; {stays}") from None
+        except ValueError:
+            kind = "a whole number" if NUMBERS[name] is int else "a number"
+            raise InputError(f"{name} {text!r}, expected {kind}; {stays}") from None
+        print(f"{name} {getattr(self.config, name)}")
+
+    def ask(self, question: str) -> None:
+        """Prints the answer of whose turn it is, and keeps it."""
+        prompt = self.prompt(question)
+        answer = ""
+        for name in self.voices if self.who == "both" else [self.who]:
+            answer = self.answer(name, prompt)
+        self.turn += 1
+        if answer and self.style in WITH_TURNS:
+            self.history += [Message("user", question), Message("assistant", answer)]
+
+    def prompt(self, question: str) -> list[int]:
+        """The ids of history and question; forgets the oldest turns that leave an answer no room.
+
+        Raises:
+            InputError: if the question does not fit alone; nothing is forgotten then.
+        """
+        room = min(self.config.max_new_tokens, self.context // 4)
+        ids: list[int] = []
+        for first in range(0, len(self.history) + 1, 2):
+            messages = [*self.history[first:], Message("user", question)]
+            ids = encode(render(self.style, messages), self.tokenizer)[0]
+            if len(ids) + room <= self.context:
+                break
+        if len(ids) >= self.context:
+            raise InputError(f"the question has {len(ids)} tokens, the context of the model is "
+                             f"{self.context}; ask a shorter one")  # fmt: skip
+        if first:
+            print(f"[the oldest {first // 2} turns are forgotten: the context is {self.context} "
+                  "tokens]")  # fmt: skip
+            del self.history[:first]
+        return ids
+
+    def answer(self, name: str, prompt: Sequence[int]) -> str:
+        """Streams one answer; Ctrl-C ends it where it is."""
+        model, adapter_scale = self.voices[name]
+        if self.who == "both":
+            print(f"{name}: ", end="", flush=True)
+        said = ""
+        try:
+            for piece in jllama.stream(
+                model,
+                self.tokenizer,
+                prompt,
+                self.config.max_new_tokens,
+                self.config.sampling(),
+                seed=self.config.seed + self.turn,
+                adapter_scale=adapter_scale,
+            ):
+                said += piece
+                print(piece.translate(PICTURES), end="", flush=True)
+            print("" if said else "[an empty answer]")
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        return said
+
+
+def chat(config: ChatConfig) -> None:
+    """Loads the models, and reads lines until /quit or the end of the input."""
+    names = ("run", "model", "adapter", "tuned", "precision", "prompt_style", "force")
+    found, _ = resolve(PromptsConfig(**{name: getattr(config, name) for name in names}))
+    check_base(found)
+    style = config.prompt_style or read_style(found.adapter or found.tuned)
+    tokenizer = jllama.load_tokenizer(found.model)
+    encode(render(style, [Message("user", "?")]), tokenizer)  # fails now if the two do not fit
+    precision = found.precision or "bf16"
+    model = jllama.load_model(found.model, precision)
+    voices = {"base": (model, 0.0)}
+    if found.adapter:
+        voices["tuned"] = (jllama.load_adapter(model, found.adapter), 1.0)
+    if found.tuned:
+        voices["tuned"] = (jllama.load_model(found.tuned, precision), 1.0)
+    talk = Chat(config, style, tokenizer, voices)
+    print(f"{found.adapter or found.tuned or found.model}, prompt style {style}; /help lists "
+          "commands")  # fmt: skip
+    if style not in WITH_TURNS:
+        print(f"[{style} has no turns: each question is sent alone, without what was said before]")
+
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() edits lines with it
+    for file in (sys.stdin, sys.stdout):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")  # a wrong byte is no reason to end
+    while True:
+        try:
+            line = input(f"{talk.who}> " if terminal else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()  # the line is cleared
+            continue
+        if line.split() == ["/quit"]:
+            return
+        talk.read(line)
+    if terminal:
+        print()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(chat, ChatConfig, argv, prog="python -m eval.chat")
+
+
+if __name__ == "__main__":
+    main()

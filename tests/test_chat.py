@@ -1,0 +1,271 @@
+"""The talking command, line by line; what it hands to `jllama.stream` is recorded on the way."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from meta_files import BASE, model_folder
+
+import jllama
+from eval.chat import main
+from jllama.prompt import Message, encode, prompt_ids, render
+from train.lora import main as train
+
+CONTEXT = 256
+DEFAULTS = {
+    "sampling": jllama.Sampling(temperature=0.6, top_p=0.9),
+    "max_new_tokens": 256,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    model_folder(root, BASE | {"max_seq_len": CONTEXT})
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(8)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    for tune in ("lora", "full"):
+        train([
+            "--model", str(root / "model"), "--data", str(root / "rows.json"), "--tune", tune,
+            "--precision", "fp32", "--output-dir", str(root / tune), "--prompt-style", "report",
+            "--max-seq-len", "64", "--epochs", "8", "--learning-rate", "0.02",
+        ])  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """A row for every answer: what was asked of the model, and its text."""
+    rows, real = [], jllama.stream
+
+    def stream(model, tokenizer, prompt, max_new_tokens, sampling, *, seed, adapter_scale):
+        row = {"prompt": list(prompt), "max_new_tokens": max_new_tokens, "sampling": sampling}
+        rows.append(row | {"seed": seed, "scale": adapter_scale, "text": ""})
+        for piece in real(
+            model, tokenizer, prompt, max_new_tokens, sampling, seed=seed,
+            adapter_scale=adapter_scale, chunk=2,
+        ):  # fmt: skip
+            rows[-1]["text"] += piece
+            yield piece
+
+    monkeypatch.setattr(jllama, "stream", stream)
+    return rows
+
+
+@pytest.fixture
+def talk(place, monkeypatch, capsys):
+    """Lines in, what was printed out; of the LoRA run, greedy and short unless told otherwise."""
+
+    def run(*lines, arguments=("--temperature", "0", "--max-new-tokens", "8"), of="lora"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        main(["--run", str(place / of), *arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def expected(folder, ids, adapter=None):
+    """The greedy answer of a model loaded apart."""
+    model, tokenizer = jllama.load_model(folder, "fp32"), jllama.load_tokenizer(folder)
+    if adapter:
+        jllama.load_adapter(model, adapter)
+    greedy = jllama.Sampling(temperature=0)
+    (new,) = jllama.generate(model, [ids], 8, greedy, stop_ids=tokenizer.stop_ids)
+    return tokenizer.decode([token for token in new if token not in tokenizer.stop_ids])
+
+
+def conversation(place, *turns):
+    roles = ["user", "assistant"] * len(turns)
+    messages = [Message(role, text) for role, text in zip(roles, turns, strict=False)]
+    return encode(render("llama3-chat", messages), jllama.load_tokenizer(place / "model"))[0]
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_base_and_tuned_answer_as_the_models_alone(place, heard, talk, tune):
+    talk("Say 3.", "/base", "Say 3.", "/tuned", "Say 3.", of=tune)
+    tokenizer = jllama.load_tokenizer(place / "model")
+    ids = prompt_ids("report", {"prompt": "Say 3."}, tokenizer)
+    assert [row["prompt"] for row in heard] == [ids] * 3
+    base = expected(place / "model", ids)
+    if tune == "lora":
+        tuned = expected(place / "model", ids, adapter=place / "lora" / "adapter")
+    else:
+        tuned = expected(place / "full" / "model", ids)
+    assert base != tuned
+    assert [row["text"] for row in heard] == [tuned, base, tuned]
+
+
+def test_both_answer_from_one_history_that_keeps_the_tuned_answer(place, heard, talk):
+    out = talk(
+        "/both", "Say 3.", "Say 4.",
+        arguments=["--prompt-style", "llama3-chat", "--temperature", "0", "--max-new-tokens", "8"],
+    )  # fmt: skip
+    assert [row["scale"] for row in heard] == [0, 1, 0, 1]
+    assert [row["seed"] for row in heard] == [0, 0, 1, 1]
+    assert heard[0]["text"] != heard[1]["text"] != ""
+    second = conversation(place, "Say 3.", heard[1]["text"], "Say 4.")
+    assert [row["prompt"] for row in heard[2:]] == [second, second]
+    assert out.count("base: ") == out.count("tuned: ") == 2
+
+
+def test_styles_without_turns_send_the_question_alone_and_say_so(heard, talk):
+    out = talk("Say 3.", "Say 3.")
+    assert heard[0]["prompt"] == heard[1]["prompt"]
+    assert "report has no turns" in out
+    out = talk("Say 3.", arguments=["--prompt-style", "llama3-chat", "--max-new-tokens", "4"])
+    assert "no turns" not in out
+
+
+def test_every_setting_reaches_the_next_answer(heard, talk):
+    out = talk(
+        "/set temperature 0.5", "/set top_p 0.8", "/set top_k 7", "/set min_p 0.1",
+        "/set repetition_penalty 1.5", "/set max_new_tokens 3", "/set seed 9", "Say 3.", "/set",
+        arguments=[],
+    )  # fmt: skip
+    assert heard[0]["sampling"] == jllama.Sampling(0.5, 7, 0.8, 0.1, 1.5)
+    assert (heard[0]["max_new_tokens"], heard[0]["seed"]) == (3, 9)
+    assert "temperature 0.5, top_p 0.8, top_k 7, min_p 0.1" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set top_p 2", "top_p 2.0, expected above 0, at most 1; it stays 0.9"),
+        ("/set temperature warm", "temperature 'warm', expected a number; it stays 0.6"),
+        ("/set temperature inf", "temperature inf, expected a finite number"),
+        ("/set top_k 1.5", "top_k '1.5', expected a whole number; it stays 0"),
+        ("/set max_new_tokens 0", "max_new_tokens 0, expected 1 to 2147483647; it stays 256"),
+        ("/set seed -1", "seed -1, expected 0 to"),
+        ("/set top_k 99999999999", "top_k 99999999999, expected 0 to"),
+        ("/set colour red", "/set colour red: expected a name and a value; now temperature 0.6"),
+        ("/set seed", "/set seed: expected a name and a value"),
+        ("/hello there", "no command /hello; there are /base, /tuned, /both, /set, /clear, /help"),
+    ],
+)
+def test_a_wrong_command_says_why_and_changes_nothing(heard, talk, line, message):
+    assert message in talk(line, "Say 3.", arguments=[])
+    assert {name: heard[0][name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_turns_seed_is_its_number_and_a_cleared_history_starts_again(place, heard, talk):
+    arguments = ["--prompt-style", "llama3-chat", "--seed", "5", "--max-new-tokens", "8"]
+    talk("Say 3.", "", "Say 3.", "/clear", "Say 3.", "Say 3.", arguments=arguments)
+    assert [row["seed"] for row in heard] == [5, 6, 5, 6]
+    assert heard[:2] == heard[2:]
+    assert heard[0]["prompt"] == conversation(place, "Say 3.")
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(place, heard, talk):
+    questions = [letter * 60 for letter in "abcd"]
+    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "8"]
+    out = talk(*questions, arguments=arguments)
+    texts = [row["text"] for row in heard]
+    assert heard[1]["prompt"] == conversation(place, questions[0], texts[0], questions[1])
+    assert heard[2]["prompt"] == conversation(place, questions[1], texts[1], questions[2])
+    assert all(len(row["prompt"]) + 8 <= CONTEXT for row in heard)
+    assert out.count(f"[the oldest 1 turns are forgotten: the context is {CONTEXT} tokens]") == 2
+
+
+def test_a_question_longer_than_the_context_is_refused_and_nothing_is_lost(place, heard, talk):
+    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "8"]
+    out = talk("Say 3.", "x" * 100_000, "Say 4.", arguments=arguments)
+    assert "tokens, the context of the model is 256; ask a shorter one" in out
+    assert "forgotten" not in out
+    assert len(heard) == 2
+    assert heard[1]["prompt"] == conversation(place, "Say 3.", heard[0]["text"], "Say 4.")
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(place, heard, talk, monkeypatch, pieces):
+    recorded, answers = jllama.stream, []
+
+    def interrupted(*arguments, **more):
+        answers.append(arguments)
+        stream = recorded(*arguments, **more)
+        if len(answers) == 1:
+            for _ in range(pieces):
+                yield next(stream)
+            signal.raise_signal(signal.SIGINT)
+        yield from stream
+
+    monkeypatch.setattr(jllama, "stream", interrupted)
+    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "40"]
+    out = talk("Say 3.", "Say 4.", arguments=arguments)
+    assert "[stopped]" in out
+    kept = ["Say 3.", heard[0]["text"]] if pieces else []
+    assert heard[-1]["prompt"] == conversation(place, *kept, "Say 4.")
+    assert heard[-1]["text"]
+    if pieces:
+        talk("Say 3.", arguments=arguments)
+        assert heard[-1]["text"].startswith(kept[1])
+        assert len(heard[-1]["text"]) > len(kept[1])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stdin", [Terminal, io.StringIO])
+def test_ctrl_c_clears_the_line_of_a_terminal_and_ends_a_pipe(place, heard, monkeypatch, stdin):
+    typed = iter([KeyboardInterrupt, "Say 3.", "/both", "Say 4.", KeyboardInterrupt])
+    prompts = []
+
+    def read(prompt):
+        prompts.append(prompt)
+        line = next(typed, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", stdin())
+    arguments = ["--run", str(place / "lora"), "--max-new-tokens", "4"]
+    if stdin is Terminal:
+        main(arguments)
+        assert len(heard) == 3
+        assert prompts == ["tuned> "] * 3 + ["both> "] * 3
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 130
+
+
+def test_what_would_command_the_terminal_is_shown_as_pictures(talk, monkeypatch):
+    monkeypatch.setattr(jllama, "stream", lambda *_, **__: iter(["é\x1b[31m", "\n\x9b日"]))
+    assert "é␛[31m\n\ufffd日\n" in talk("Say 3.")
+
+
+def test_a_model_alone_is_the_base(place, heard, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/tuned\n/both\nSay 3.\n/help\n/quit\nSay 4."))
+    main(["--model", str(place / "model"), "--precision", "fp32", "--max-new-tokens", "4"])
+    out = capsys.readouterr().out
+    assert out.count("nothing tuned is loaded") == 2
+    assert "/set NAME VALUE  changes" in out
+    assert [row["scale"] for row in heard] == [0]
+
+
+def test_a_pipe_takes_any_bytes_and_ends_with_them(place):
+    text = "\n   \nécole 日本 😀?\n/école\n".encode() + b"wrong \xff byte\nlast"
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.chat", "--run", place / "lora", "--max-new-tokens", "4"],
+        input=text, capture_output=True, timeout=120, cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "no command /école; there are" in done.stdout.decode()
+
+
+def test_a_style_that_the_tokenizer_lacks_ends_before_the_first_question(capsys):
+    sample = ["--model", str(jllama.SAMPLE), "--prompt-style", "llama3-chat"]
+    with pytest.raises(SystemExit) as ended:
+        main(sample)
+    assert ended.value.code == 2
+    assert "choose a prompt style without it" in capsys.readouterr().err
