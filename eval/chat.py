@@ -198,8 +198,7 @@ class Chat:
             raise InputError(f"the question has {len(ids)} tokens, the context of the model is "
                              f"{self.context}; ask a shorter one")  # fmt: skip
         if first:
-            print(f"[the oldest {first // 2} turns are forgotten: the context is {self.context} "
-                  "tokens]")  # fmt: skip
+            print(f"[oldest turns forgotten: {first // 2}; the context is {self.context} tokens]")
             del self.history[:first]
         return ids
 

@@ -94,7 +94,9 @@ def pick(
     scores = jnp.where(seen, penalised, logits)
 
     def sample(row, position, key):
-        probabilities, ids = jax.lax.top_k(jax.nn.softmax(row / choice.temperature), row.size)
+        # A tiny temperature would turn the logits themselves into infinities.
+        sharpened = (row - jnp.max(row)) / choice.temperature
+        probabilities, ids = jax.lax.top_k(jax.nn.softmax(sharpened), row.size)
         rank = jnp.arange(row.size)
         within = (choice.top_k == 0) | (rank < choice.top_k)
         probabilities = jnp.where(within, probabilities, 0.0)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +169,15 @@ def test_the_oldest_turns_go_when_the_context_is_full(place, heard, talk):
     assert heard[1]["prompt"] == conversation(place, questions[0], texts[0], questions[1])
     assert heard[2]["prompt"] == conversation(place, questions[1], texts[1], questions[2])
     assert all(len(row["prompt"]) + 8 <= CONTEXT for row in heard)
-    assert out.count(f"[the oldest 1 turns are forgotten: the context is {CONTEXT} tokens]") == 2
+    assert out.count(f"[oldest turns forgotten: 1; the context is {CONTEXT} tokens]") == 2
+
+
+def test_turns_go_before_an_answer_has_no_room(place, heard, talk):
+    first, second = "a" * 90, "b" * 90
+    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "8"]
+    talk(first, "/set max_new_tokens 100", second, arguments=arguments)
+    assert len(conversation(place, first, heard[0]["text"], second)) < CONTEXT
+    assert heard[1]["prompt"] == conversation(place, second)
 
 
 def test_a_question_longer_than_the_context_is_refused_and_nothing_is_lost(place, heard, talk):
@@ -192,7 +199,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(place, heard, talk, mon
         if len(answers) == 1:
             for _ in range(pieces):
                 yield next(stream)
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         yield from stream
 
     monkeypatch.setattr(jllama, "stream", interrupted)

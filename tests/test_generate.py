@@ -152,6 +152,14 @@ def test_samples_follow_the_softmax_as_it_is_cut(sampling):
     assert stats.chisquare(counts[kept], expected[kept]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-10, 1e-4])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    logits = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32)
+    choice = make_choice(Sampling(temperature=temperature), [0], [0])
+    token, _ = pick(logits, np.array([3]), np.zeros((1, 12), bool), choice)
+    assert int(token[0]) == int(logits.argmax())
+
+
 def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(folder, model):
     tokenizer = jllama.load_tokenizer(folder)
     (free,) = jllama.generate(model, [[1]], 60, GREEDY)
