@@ -1,9 +1,10 @@
-"""`python -m eval.speed train`: how fast training is, each variant in a process of its own.
+"""`python -m eval.speed train` or `generate`: how fast, each variant in a process of its own.
 
+    python -m eval.speed generate --peer transformers
     python -m eval.speed train --compare packing --model DIR --data FILE
 
-runs the same rows twice, padded and packed, and prints the ratio of supervised tokens per second.
-The first steps, which compile, are left out.
+The first is `speed_generate.py`. The second runs the same rows twice, padded and packed, and prints
+the ratio of supervised tokens per second; the first steps, which compile, are left out.
 """
 
 import json
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
+from eval import speed_generate
+from eval.speed_generate import GenerateSpeed
 from jllama.cli import run_command
 from jllama.config import PrecisionName
 from jllama.errors import InputError
@@ -40,13 +43,9 @@ COMPARISONS: dict[str, dict[str, list[str]]] = {
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class TrainSpeed:
     """Measure training speed: supervised tokens per second, as ratios from one call."""
 
-    what: Annotated[tyro.conf.Positional[Literal["train"]], tyro.conf.arg(metavar="train")] = (
-        "train"
-    )
-    """What to measure."""
     compare: Literal["packing", "remat", "precision"] = "packing"
     """Which setting to vary."""
     model: Annotated[str, tyro.conf.arg(metavar="DIR")] = "models/sample"
@@ -69,7 +68,7 @@ class SpeedConfig:
     """JSON file for the figures."""
 
 
-def measure(config: SpeedConfig) -> None:
+def measure_training(config: TrainSpeed) -> None:
     """Runs every variant and shows, and if asked writes, the figures."""
     if config.steps <= config.warmup_steps + 1:
         raise InputError(f"--steps {config.steps} leaves nothing after --warmup-steps")
@@ -102,7 +101,7 @@ def measure(config: SpeedConfig) -> None:
         console.print(f"wrote {config.output}")
 
 
-def run_variant(config: SpeedConfig, flags: Sequence[str]) -> dict:
+def run_variant(config: TrainSpeed, flags: Sequence[str]) -> dict:
     """Trains in a process of its own and reads its run folder."""
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
@@ -131,8 +130,22 @@ def run_variant(config: SpeedConfig, flags: Sequence[str]) -> dict:
     }
 
 
+What = (
+    Annotated[TrainSpeed, tyro.conf.subcommand("train")]
+    | Annotated[GenerateSpeed, tyro.conf.subcommand("generate")]
+)
+
+
+def measure(config: TrainSpeed | GenerateSpeed) -> None:
+    """What the first argument names."""
+    if isinstance(config, GenerateSpeed):
+        speed_generate.measure(config)
+    else:
+        measure_training(config)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(measure, SpeedConfig, argv, prog="python -m eval.speed")
+    run_command(measure, What, argv, prog="python -m eval.speed")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

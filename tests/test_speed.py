@@ -1,9 +1,16 @@
 import json
+import statistics
 
 import pytest
-from meta_files import BASE, model_folder
+import torch
+import transformers
+from meta_files import BASE, GROUPED, model_folder, random_tensors, reference
 
+from eval.hugging_face import write_hugging_face
 from eval.speed import main
+from eval.speed_generate import RANDOM, compare_ids, write_random
+from jllama.checkpoint import manifest_sha256, read_config
+from jllama.config import LlamaConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +48,84 @@ def test_a_failing_run_is_shown_and_no_steps_are_refused(place, capsys):
             main(flags(place, **more))
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("params", [BASE, GROUPED], ids=["heads", "grouped heads"])
+def test_hugging_face_form_is_the_same_model(params, tmp_path):
+    folder = model_folder(tmp_path, params)
+    (tmp_path / "hf").mkdir()
+    write_hugging_face(folder, tmp_path / "hf")
+    written = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    expected = reference(params, random_tensors(params))
+    tensors = expected.state_dict()
+    assert written.state_dict().keys() == tensors.keys()
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+    tokens = torch.arange(24)[None]
+    torch.testing.assert_close(written(tokens).logits, expected(tokens).logits)
+
+
+def test_random_models_are_the_same_for_the_same_seed(tmp_path):
+    config = LlamaConfig(16, 1, 2, 2, 24, 64, tied=True, max_seq_len=32)
+    one, again, other = (
+        write_random(tmp_path / name, config, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert manifest_sha256(one) == manifest_sha256(again) != manifest_sha256(other)
+    assert read_config(one) == config
+    assert RANDOM["110m"].parameter_count == 109_529_856
+
+
+def test_generation_is_compared_with_transformers_on_the_same_weights(place, tmp_path, capsys):
+    output = tmp_path / "speed.json"
+    main(
+        ["generate", "--model", str(place / "model"), "--prompt-tokens", "5", "--new-tokens", "8",
+         "--batch-size", "2", "--threads", "1", "--repeats", "2", "--peer", "transformers",
+         "--output", str(output)]
+    )  # fmt: skip
+    said = json.loads(output.read_text())
+    assert {"date", "command", "device", "load_average_before", "settings"} <= said.keys()
+    found = said["models"][str(place / "model")]
+    assert found["ids"] == {"equal": True}
+    ours, theirs = found["figures"]["jllama"], found["figures"]["transformers"]
+    for figure in (ours, theirs):
+        first, rest = (statistics.median(x) for x in figure["repeats"].values())
+        assert figure["seconds_to_first_token"] == first
+        assert figure["prompt_tokens_per_second"] == pytest.approx(2 * 5 / first)
+        assert figure["decode_tokens_per_second"] == pytest.approx(2 * 7 / rest)
+        bandwidth = 1e9 * figure["measured_bandwidth_gb_per_second"]
+        used = figure["weight_bytes_per_token"] * figure["decode_tokens_per_second"] / 2
+        assert figure["fraction_of_bandwidth"] == pytest.approx(used / bandwidth)
+        assert figure["peak_memory_mib"] > 50
+    unread = 512 * 32  # the embeddings: a token reads one row
+    assert ours["weight_bytes_per_token"] == 4 * (found["parameters"] - unread)
+    assert theirs["weight_bytes_per_token"] == ours["weight_bytes_per_token"]
+    assert theirs["cache"] in ("static", "dynamic")
+    ratio = ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
+    assert found["ratio"]["decode_tokens_per_second"] == ratio
+    assert f"jllama decodes {ratio:.2f}x as fast" in capsys.readouterr().out
+
+
+def test_the_first_different_id_is_named():
+    assert compare_ids([[5, 6], [7, 8]], [[5, 6], [7, 8]]) == {"equal": True}
+    assert compare_ids([[5, 6], [7, 8]], [[5, 6], [7, 9]]) == {
+        "equal": False, "row": 1, "token": 1, "jllama": 8, "peer": 9
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--new-tokens", "1"], "--new-tokens 1, expected at least 2"),
+        (["--threads", "4096"], "--threads 4096, but this process may use"),
+        (["--prompt-tokens", "4090"], "context 4096"),
+        (["--model", "nowhere"], "nowhere: no config.json"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_what_cannot_be_measured_is_refused(place, capsys, flags, message):
+    model = [] if "--model" in flags else ["--model", str(place / "model")]
+    threads = [] if "--threads" in flags else ["--threads", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", *model, *threads, *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,259 @@
+"""`python -m eval.speed generate`: how fast answers come, and how `transformers` does it.
+
+    python -m eval.speed generate --random 110m --peer transformers --output FILE
+
+Greedy, each side in a process of its own, on the same number of cores and from the same weights.
+A figure is the median of several repeats after a warm-up; the fraction of the bandwidth is bytes of
+weights read per decoded token, times tokens per second and row, over what is measured in the same
+process as it negates 256 MiB in place (read and written bytes counted).
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import jllama
+from eval.hugging_face import write_hugging_face
+from eval.speed_side import Job
+from jllama.checkpoint import ModelWriter, read_config, tensor_shapes
+from jllama.config import LlamaConfig, PrecisionName
+from jllama.errors import InputError
+from jllama.files import read_json, room_for, whole_folder, write_json
+
+console = Console(highlight=False, soft_wrap=True)
+
+# Shown of each side: title, figure, factor, unit.
+ROWS = (
+    ("decoding", "decode_tokens_per_second", 1, "tokens/s"),
+    ("prompt", "prompt_tokens_per_second", 1, "tokens/s"),
+    ("first token", "seconds_to_first_token", 1000, "ms"),
+    ("peak memory", "peak_memory_mib", 1, "MiB"),
+    ("measured bandwidth", "measured_bandwidth_gb_per_second", 1, "GB/s"),
+    ("used for weights", "fraction_of_bandwidth", 100, "%"),
+)
+BUNDLED = "models/sample"
+# Fields: dim, layers, heads, kv heads, hidden, vocabulary. 110m has the sizes of tinyllamas' 110M.
+RANDOM = {"110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, tied=True, max_seq_len=1024)}
+
+
+@dataclass(frozen=True)
+class GenerateSpeed:
+    """Measure generation: prompt and decode tokens per second, time to first token, memory."""
+
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = (BUNDLED,)
+    """Model folders; the bundled sample is converted where it has no folder yet."""
+    random: tuple[Literal["110m"], ...] = ()
+    """Also a random model of this size, made for the occasion."""
+    precision: PrecisionName = "fp32"
+    """Of weights and activations."""
+    batch_size: int = 1
+    """Prompts answered together."""
+    prompt_tokens: int = 32
+    """Length of every prompt; its ids are random."""
+    new_tokens: int = 200
+    """Length of every answer."""
+    threads: int = 2
+    """Cores of each side."""
+    peer: Literal["transformers"] | None = None
+    """Also run the same weights there, and compare."""
+    repeats: int = 5
+    """Timed calls; the median counts."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON file for the figures."""
+
+    def __post_init__(self):
+        at_least = {
+            "batch_size": 1, "prompt_tokens": 1, "new_tokens": 2, "threads": 1, "repeats": 1
+        }  # fmt: skip
+        wrong = [
+            f"--{name.replace('_', '-')} {getattr(self, name)}, expected at least {least}"
+            for name, least in at_least.items()
+            if getattr(self, name) < least
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+def measure(config: GenerateSpeed) -> None:
+    """Measures every model and shows, and if asked writes, the figures."""
+    if config.threads > (cores := available_cores()):
+        raise InputError(f"--threads {config.threads}, but this process may use {cores} cores")
+    if not config.model and not config.random:
+        raise InputError("no model to measure; name a folder with --model or a size with --random")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name, folder in folders(config, Path(place)):
+            found[name] = measure_model(config, folder, Path(place))
+            show(name, found[name])
+    if config.output:
+        content = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": ["python", "-m", "eval.speed", *sys.argv[1:]],
+            "device": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
+            "load_average_before": load,
+            "settings": asdict(config),
+            "models": found,
+        }
+        write_json(Path(config.output), content)
+        console.print(f"wrote {config.output}")
+
+
+def folders(config: GenerateSpeed, place: Path) -> Iterator[tuple[str, Path]]:
+    """Name and folder of each model, in turn; made in `place` where there is none."""
+    for name in config.model:
+        folder = Path(name)
+        if name == BUNDLED and not folder.is_dir():
+            folder = place / "sample"
+            run([sys.executable, "-m", "convert.from_meta", str(jllama.SAMPLE), str(folder)])
+        yield name, folder
+    for size in config.random:
+        yield f"random {size}", write_random(place / size, RANDOM[size])
+
+
+def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
+    """A random fp32 model folder, the same for the same seed, with logits of order one."""
+    draw = np.random.default_rng(seed)
+
+    def tensor(shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return draw.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+
+    with room_for(4 * config.parameter_count, folder), whole_folder(folder) as partial:
+        writer = ModelWriter(partial, config)
+        for block, shapes in tensor_shapes(config).items():
+            writer.write_block(block, {name: tensor(shape) for name, shape in shapes.items()})
+        writer.finish(None, f"random, seed {seed}")
+    return folder
+
+
+def measure_model(config: GenerateSpeed, folder: Path, place: Path) -> dict[str, Any]:
+    """The figures of each side; with a peer also whether the ids agree, and the ratios."""
+    model = read_config(folder)
+    length = config.prompt_tokens + config.new_tokens
+    if length > model.max_seq_len:
+        raise InputError(
+            f"{folder}: context {model.max_seq_len}, but --prompt-tokens and --new-tokens are "
+            f"{length} together; ask for less"
+        )
+    shape = (config.batch_size, config.prompt_tokens)
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, shape).tolist()
+    sides = {"jllama": folder}
+    if config.peer:
+        hf = tempfile.mkdtemp(dir=place, prefix="hf-")
+        sides[config.peer] = write_hugging_face(folder, Path(hf))
+    figures = {
+        side: run_side(
+            Job(
+                side=side,
+                folder=str(source),
+                precision=config.precision,
+                prompts=prompts,
+                new_tokens=config.new_tokens,
+                threads=config.threads,
+                repeats=config.repeats,
+                output=str(place / f"{side}.json"),
+            ),
+            place,
+        )
+        for side, source in sides.items()
+    }
+    answers = {side: figure.pop("ids") for side, figure in figures.items()}
+    found: dict[str, Any] = {"parameters": model.parameter_count, "figures": figures}
+    if config.peer:
+        ours, theirs = figures["jllama"], figures[config.peer]
+        if ours["platform"] != theirs["platform"]:
+            raise InputError(
+                f"jllama ran on {ours['platform']}, {config.peer} on {theirs['platform']}; "
+                "set JAX_PLATFORMS=cpu to compare the two"
+            )
+        found["ids"] = compare_ids(answers["jllama"], answers[config.peer])
+        found["ratio"] = {
+            "decode_tokens_per_second": _ratio(ours, theirs, "decode_tokens_per_second"),
+            "prompt_tokens_per_second": _ratio(ours, theirs, "prompt_tokens_per_second"),
+            "peak_memory": _ratio(ours, theirs, "peak_memory_mib"),
+        }
+    return found
+
+
+def _ratio(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> float:
+    return ours[figure] / theirs[figure]
+
+
+def compare_ids(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Whether two sides' answers agree, and where not, the first difference.
+
+    [[5 6 7]], [[5 6 7]]  ->  {"equal": True}
+    [[5 6 7]], [[5 8 7]]  ->  {"equal": False, "row": 0, "token": 1, "jllama": 6, "peer": 8}
+    """
+    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        for token, (a, b) in enumerate(zip(mine, other, strict=True)):
+            if a != b:
+                return {"equal": False, "row": row, "token": token, "jllama": a, "peer": b}
+    return {"equal": True}
+
+
+def run_side(job: Job, place: Path) -> dict[str, Any]:
+    """Runs one side in a process of its own and reads its figures."""
+    task = place / "job.json"
+    task.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    run([sys.executable, "-m", "eval.speed_side", str(task)])
+    return read_json(Path(job.output))
+
+
+def run(command: list[str]) -> None:
+    """Runs a command in silence; InputError with its last words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """A table of the sides, a line on the ids and one with the ratio."""
+    figures = found["figures"]
+    caches = {side: f" ({x['cache']} cache)" for side, x in figures.items() if "cache" in x}
+    table = Table(name, *(side + caches.get(side, "") for side in figures))
+    for title, figure, scale, unit in ROWS:
+        table.add_row(title, *(f"{scale * x[figure]:,.1f} {unit}" for x in figures.values()))
+    console.print(table)
+    if ids := found.get("ids"):
+        console.print(
+            "the same greedy ids"
+            if ids["equal"]
+            else f"ids differ first in row {ids['row']} at new token {ids['token']}: "
+            f"jllama {ids['jllama']}, peer {ids['peer']}"
+        )
+        ratio = found["ratio"]["decode_tokens_per_second"]
+        console.print(f"jllama decodes {ratio:.2f}x as fast")
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    names = Path("/proc/cpuinfo")
+    if names.is_file():
+        for line in names.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
