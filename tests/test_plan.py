@@ -53,6 +53,7 @@ def test_7b_plans_what_the_weights_take_and_little_more(tmp_path):
     (plan,) = make_plans([Request(seven(), H200, text=str(text))], H200)
     assert plan.compiled
     assert plan.peak <= 13_300 * MIB
+    assert plan.peak == pytest.approx(plan.stated_peak, rel=0.01)  # the split against XLA's word
     adapters = 8_388_608 * 4
     assert plan.classes["base_weights"] == 6_738_415_616 * 2
     assert plan.classes["adapters"] == adapters
@@ -149,7 +150,7 @@ def test_the_split_adds_up_to_what_xla_says():
     model = LlamaConfig(64, 5, 4, 2, 160, 128)
     step = replace(seven(precision="fp32", max_seq_len=32), model=model)
     found = answer(Request(step, None))
-    assert found["peak"] == sum(found["classes"].values())
+    assert sum(found["classes"].values()) == pytest.approx(found["peak"], rel=0.01)
     for name, size in arithmetic.memory_classes(step).items():
         assert found["classes"][name] == pytest.approx(size, abs=64), name  # counters
 

@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,59 +41,65 @@ class Request:
 
     `whole` compiles the model as it is. Without it, only its small versions are compiled and what
     each further layer adds is added on: layers are alike, and for 7B the sum was that of the whole
-    to the MiB in every remat (docs/results/plan-h200.json).
+    to the MiB in four remats (tests/test_plan.py holds it for a small one).
     """
 
     step: Step
-    gpu: Gpu | None
+    gpu: Gpu | None = None
     program: Program = "train"
     whole: bool = True
     text: str = ""  # file for the compiled program's HLO
 
 
+class Weight(NamedTuple):
+    """Bytes of a compiled program, by XLA's buffer assignment.
+
+    `own` is what it takes on the device beside its arguments, `peak` both together.
+    """
+
+    own: int
+    peak: int
+    host: int
+
+
 def answer(request: Request) -> dict[str, Any]:
-    """Bytes on one device: arguments by what they are, activations, and the whole at the peak."""
+    """Bytes on one device by class; of a program compiled whole also the peak that XLA states."""
     mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
     started = time.monotonic()
-    step, host = request.step, 0
+    step, saved = request.step, {}
+    whole: Weight | None = None
     if request.program != "train":
         lowered, classes = lower_generation(step, mesh, request.program)
-        temporaries, host = compile_and_weigh(lowered, request.text)
-        if request.program == "prefill":
-            temporaries -= classes["cache"]  # which it makes
+        whole = compile_and_weigh(lowered, request.text)
+        own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
     else:
         arguments, static, classes = training_arguments(step, mesh)
         few, more = (
-            compile_and_weigh(lower_training(with_layers(step, n), mesh))[0] for n in SMALL
+            compile_and_weigh(lower_training(with_layers(step, n), mesh)).own for n in SMALL
         )
         layer = max(0, more - few) / (SMALL[1] - SMALL[0])
         if request.whole:
-            lowered = train_step.lower(*arguments, **static)
-            temporaries, host = compile_and_weigh(lowered, request.text)
+            whole = compile_and_weigh(train_step.lower(*arguments, **static), request.text)
+            own = whole.own
         else:
-            temporaries = round(few + layer * (step.model.n_layers - SMALL[0]))
-        classes["saved_activations"] = min(temporaries, round(layer * step.model.n_layers))
-    spent = sum(classes.values()) - classes.get("saved_activations", 0)
-    classes["temporaries"] = temporaries - classes.get("saved_activations", 0)
+            own = round(few + layer * (step.model.n_layers - SMALL[0]))
+        saved = {"saved_activations": min(own, round(layer * step.model.n_layers))}
     return {
-        "peak": spent + temporaries,
-        "classes": classes,
-        "host": host,
+        "classes": classes | saved | {"temporaries": own - sum(saved.values())},
+        "peak": whole and whole.peak,
+        "host": whole.host if whole else 0,
         "compile_seconds": time.monotonic() - started,
-        "device": mesh.devices.flat[0].device_kind,
     }
 
 
-def compile_and_weigh(lowered: Any, text: str = "") -> tuple[int, int]:
-    """Bytes that a compiled program takes on top of its arguments: on the device, on the host."""
+def compile_and_weigh(lowered: Any, text: str = "") -> Weight:
+    """Compiles a program, and writes its HLO if `text` names a file."""
     compiled = lowered.compile()
     if text:
         Path(text).write_text(compiled.as_text(), encoding="utf-8")
     memory = compiled.memory_analysis()
-    return (
-        planned_bytes(memory) - memory.argument_size_in_bytes,
-        memory.host_temp_size_in_bytes,
-    )
+    peak = planned_bytes(memory)
+    return Weight(peak - memory.argument_size_in_bytes, peak, memory.host_temp_size_in_bytes)
 
 
 def with_layers(step: Step, layers: int) -> Step:
