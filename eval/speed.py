@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -113,9 +112,7 @@ def run_variant(config: TrainSpeed, flags: Sequence[str]) -> dict:
             "--max-steps", str(config.steps), "--skip-bad-rows", str(config.skip_bad_rows),
             "--output-dir", str(run), *flags,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
+        speed_generate.run(command)
         lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
         versions = read_json(run / "run.json")["versions"]
     steps = [x for x in lines if "step_seconds" in x and x["step"] > config.warmup_steps]

@@ -67,7 +67,7 @@ def choose(
     for step in fastest_first(steps, gpu):
         if estimate(step, gpu).peak > ROUGH * gpu.memory_mib * MIB:
             continue
-        (plan,) = make_plans([Request(step, gpu)], gpu, present=True)
+        (plan,) = make_plans([Request(step)], gpu, present=True)
         if plan.free >= 0:
             chosen = replace(
                 config,
@@ -128,7 +128,7 @@ def alternatives(step: Step) -> str:
     half = max(1, step.micro_batch_size // 2)
     smaller = [replace(other, micro_batch_size=half) for other in remats(step)]
     smaller += [replace(step, remat="block"), replace(step, remat="block", micro_batch_size=1)]
-    requests = [Request(other, gpu, whole=False) for other in [step, *smaller]]
+    requests = [Request(other, whole=False) for other in dict.fromkeys([step, *smaller])]
     here, *others = make_plans(requests, gpu, present=True)
     less = sorted((p for p in others if p.peak < here.peak), key=lambda p: -p.peak)
     lines = [f"this step was planned at {here.peak / MIB:,.0f} MiB of {gpu.memory_mib:,}; less:"]

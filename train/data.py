@@ -189,6 +189,16 @@ def bucket_lengths(lengths: Sequence[int], buckets: int, max_seq_len: int) -> li
     return sorted({min(max_seq_len, -(-length // 32) * 32) for length in longest})
 
 
+def sequence_lengths(
+    examples: Sequence[Example], max_seq_len: int, packing: bool, length_buckets: int = 1
+) -> list[int]:
+    """What a run's sequences are padded to, ascending."""
+    if packing:
+        return [max_seq_len]
+    used = [len(example.ids) - 1 for example in examples]
+    return bucket_lengths(used, length_buckets, max_seq_len)
+
+
 class Batches:
     """The windows of a run, addressed by optimizer step.
 
@@ -214,9 +224,7 @@ class Batches:
         self._packing = packing
         used = [len(example.ids) - 1 for example in examples]
         # The lengths that sequences are padded to, ascending; each is compiled once.
-        self.lengths = (
-            [max_seq_len] if packing else bucket_lengths(used, length_buckets, max_seq_len)
-        )
+        self.lengths = sequence_lengths(examples, max_seq_len, packing, length_buckets)
         self.windows: list[list[list[int]]] = []
         self.epoch_ends: list[int] = []  # step after which each epoch is over
         for epoch in range(epochs):

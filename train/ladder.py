@@ -16,7 +16,7 @@ from jllama.config import PRECISIONS
 from train.arithmetic import Step
 from train.compiled import Request
 from train.gpus import Gpu
-from train.planner import NO_EXTRA, Plan, can_compile, estimate, make_plans, remats
+from train.planner import NO_EXTRA, Plan, can_compile, estimate, make_plans, remats, train_command
 from train.show import console
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -46,19 +46,11 @@ class Ladder:
         )
 
     def command(self) -> str:
-        """How to train with the best plan."""
+        """How to train with the best plan, in steps of as many sequences as were asked for."""
         assert self.best is not None
-        step = self.best.step
         sequences = self.asked.micro_batch_size * self.asked.accumulation
-        words = (
-            f"python -m train.lora --model DIR --data FILE --precision {step.precision} "
-            f"--remat {step.remat} --micro-batch-size {step.micro_batch_size} "
-            f"--gradient-accumulation-steps {max(1, sequences // step.micro_batch_size)} "
-            f"--max-seq-len {step.max_seq_len}"
-        )
-        for flag, given in (("packing", step.packing), ("tune full", step.lora is None)):
-            words += f" --{flag}" if given else ""
-        return words
+        step = self.best.step
+        return train_command(replace(step, accumulation=max(1, sequences // step.micro_batch_size)))
 
     def show(self, model: str, as_json: bool, picture: Path | None) -> None:
         """The table, or JSON; and the picture, if one is asked for."""
@@ -161,7 +153,7 @@ def fit_card(asked: Step, gpu: Gpu, *, present: bool = False) -> Ladder:
     for plan in candidates:
         if not plan.compiled:
             return Ladder(gpu, asked, plans, plan)
-        (whole,) = make_plans([Request(plan.step, gpu)], gpu, present=present)
+        (whole,) = make_plans([Request(plan.step)], gpu, present=present)
         if whole.free >= 0:
             return Ladder(gpu, asked, plans, whole)
     return Ladder(gpu, asked, plans, None)
@@ -185,7 +177,7 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
         ]
 
     wanted = list(dict.fromkeys(point for cell in cells for point in measured(cell)))
-    plans = make_plans([Request(step, gpu, whole=False) for step in wanted], gpu, present=present)
+    plans = make_plans([Request(step, whole=False) for step in wanted], gpu, present=present)
     known = {plan.step: plan.classes for plan in plans}
     for cell in cells:
         points = measured(cell)

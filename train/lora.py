@@ -24,10 +24,10 @@ from train.config import TrainConfig, model_sizes, read_defaults
 from train.data import (
     Batches,
     Example,
-    bucket_lengths,
     hold_out,
     make_examples,
     read_rows,
+    sequence_lengths,
 )
 from train.loop import fit
 from train.metrics import peak_memory_mib
@@ -47,9 +47,7 @@ def train(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
-    used = [len(example.ids) - 1 for example in training]
-    (longest,) = bucket_lengths(used, 1, config.max_seq_len)
-    longest = config.max_seq_len if config.packing else longest
+    (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
     config, reason = choose(config, llama, lora, longest)
     if reason:
         console.print(reason)

@@ -21,12 +21,12 @@ from jllama.errors import InputError
 from jllama.model import Remat
 from train import arithmetic
 from train.arithmetic import Step
-from train.compiled import Request
+from train.compiled import Program, Request
 from train.config import model_sizes
 from train.gpus import find_gpu, present_gpu
 from train.ladder import fit_card
 from train.optimizer import OptimizerName, Tune
-from train.planner import CONTEXT_MIB, FRAGMENTATION, NO_EXTRA, Plan, make_plans
+from train.planner import CONTEXT_MIB, FRAGMENTATION, NO_EXTRA, Plan, make_plans, train_command
 from train.show import console
 
 MIB = 2**20
@@ -126,7 +126,10 @@ def plan(config: PlanConfig) -> None:
         ladder.show(config.model, config.json, Path(config.picture) if config.picture else None)
         return
     programs: tuple[Any, ...] = ("train",) if config.program == "train" else ("prefill", "decode")
-    requests = [Request(config.step, gpu, program, text=config.hlo) for program in programs]
+    requests = [
+        Request(config.step, program=program, text=_hlo_file(config.hlo, program))
+        for program in programs
+    ]
     plans = make_plans(requests, gpu, present=present)
     if not plans[0].compiled and config.program == "generate":
         raise InputError(f"{NO_EXTRA.split('. ')[0]}; there is no estimate for generation")
@@ -138,6 +141,14 @@ def plan(config: PlanConfig) -> None:
         console.print(NO_EXTRA)
     for plan in plans:
         show(plan, config)
+
+
+def _hlo_file(name: str, program: Program) -> str:
+    """step.txt; step.prefill.txt and step.decode.txt, which are compiled at the same time."""
+    if not name or program == "train":
+        return name
+    file = Path(name)
+    return str(file.with_name(f"{file.stem}.{program}{file.suffix}"))
 
 
 def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
@@ -194,11 +205,7 @@ def show(plan: Plan, config: PlanConfig) -> None:
     if plan.free < 0:
         console.print(f"next: python -m train.plan --model {config.model} --gpu {config.gpu} --fit")
     elif plan.program == "train":
-        console.print(
-            f"next: python -m train.lora --model DIR --data FILE --precision {step.precision} "
-            f"--remat {step.remat} --micro-batch-size {step.micro_batch_size} "
-            f"--max-seq-len {step.max_seq_len}"
-        )
+        console.print(f"next: {train_command(step)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Plans: what a step needs on a card, compiled in a child process, remembered, and chosen from."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -72,6 +73,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
     """A plan for each request, from the user's cache where the same was asked before.
 
     Args:
+        requests: the card in them is replaced.
         gpu: whose memory counts; with `present` the step is compiled for this machine's devices,
             else for the card as it is described.
 
@@ -121,6 +123,18 @@ def estimate(step: Step, gpu: Gpu) -> Plan:
     return Plan(step, gpu, classes, compiled=False)
 
 
+def train_command(step: Step) -> str:
+    """How to train with a step."""
+    words = (
+        f"python -m train.lora --model DIR --data FILE --precision {step.precision} "
+        f"--remat {step.remat} --micro-batch-size {step.micro_batch_size} "
+        f"--gradient-accumulation-steps {step.accumulation} --max-seq-len {step.max_seq_len}"
+    )
+    for flag, given in (("packing", step.packing), ("tune full", step.lora is None)):
+        words += f" --{flag}" if given else ""
+    return words
+
+
 def fastest_first(steps: Sequence[Step], gpu: Gpu) -> list[Step]:
     """By the bound on this card, then by the least remat, then by the largest micro-batch."""
 
@@ -166,15 +180,20 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
 
 def _cache_file(request: Request) -> Path:
     """Named by content: the request, the versions that compile it, and the code of the step."""
-    known = [repr(request), sys.version]
+    platforms = "" if request.gpu else os.environ.get("JAX_PLATFORMS", "")
+    content = hashlib.sha256(f"{request!r} {platforms} {_code()}".encode()).hexdigest()
+    return user_cache("plans") / f"{content}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of everything but the request that a plan depends on."""
+    known = [sys.version]
     known += [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "flax", "optax", *EXTRA)]
     here = Path(__file__).parent
     for file in sorted([*(here.parent / "jllama").glob("*.py"), *here.glob("*.py")]):
         known.append(hashlib.sha256(file.read_bytes()).hexdigest())
-    if request.gpu is None:
-        known.append(os.environ.get("JAX_PLATFORMS", ""))
-    content = hashlib.sha256("\n".join(known).encode()).hexdigest()
-    return user_cache("plans") / f"{content}.json"
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def _remembered(request: Request) -> dict[str, Any] | None:
