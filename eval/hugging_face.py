@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from jllama.adapter import rotary_heads, to_half_rotated
 from jllama.checkpoint import read_block, read_config, tensor_shapes
-from jllama.config import HF_LINEARS, LlamaConfig
+from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig
 from jllama.files import write_json
 
 _HF_NAMES = {
@@ -17,7 +17,6 @@ _HF_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _HF_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_HF_PARTS = {"attention": "self_attn", "feed_forward": "mlp"}
 
 
 def write_hugging_face(source: Path, folder: Path) -> Path:
@@ -44,7 +43,7 @@ def hugging_face_name(name: str) -> str:
     if name in _HF_NAMES:
         return _HF_NAMES[name]
     _, layer, part, *linear, _ = name.split(".")
-    leaf = f"{_HF_PARTS[part]}.{HF_LINEARS[linear[0]]}" if linear else _HF_NORMS[part]
+    leaf = f"{HF_PARTS[part]}.{HF_LINEARS[linear[0]]}" if linear else _HF_NORMS[part]
     return f"model.layers.{layer}.{leaf}.weight"
 
 

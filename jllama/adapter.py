@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jllama.config import HF_LINEARS, LlamaConfig, LoraConfig
+from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.layers import Linear
@@ -52,9 +52,8 @@ def peft_key(name: str) -> str:
     layers.0.attention.wq.lora.a  ->  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
     """
     _, index, part, linear, _, array = name.split(".")
-    module = {"attention": "self_attn", "feed_forward": "mlp"}[part]
     leaf = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[array]
-    return f"base_model.model.model.layers.{index}.{module}.{HF_LINEARS[linear]}.{leaf}"
+    return f"base_model.model.model.layers.{index}.{HF_PARTS[part]}.{HF_LINEARS[linear]}.{leaf}"
 
 
 def row_lengths(linear: Linear) -> np.ndarray:

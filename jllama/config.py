@@ -166,7 +166,8 @@ PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
     }
 )
 
-# Meta's name of a linear -> the name that Hugging Face and PEFT give it.
+# Meta's name of a block's part, or of a linear -> the name that Hugging Face and PEFT give it.
+HF_PARTS: Mapping[str, str] = MappingProxyType({"attention": "self_attn", "feed_forward": "mlp"})
 HF_LINEARS: Mapping[str, str] = MappingProxyType(
     {
         "wq": "q_proj",

@@ -178,7 +178,7 @@ def decode_chunks(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Decoding runs on until the last row is done: the cache has room for whole chunks.
     chunks = -(-(budget - 1) // chunk)
-    slots = _round_up(int(lengths.max()) + 1 + chunks * chunk, CACHE_BUCKET)
+    slots = _round_up(int(lengths.max()) + chunks * chunk, CACHE_BUCKET)
     tokens = np.zeros((len(prompts), _round_up(int(lengths.max()), PROMPT_BUCKET)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -205,10 +205,8 @@ def prefill(
     model = _model(graphdef, weights)
     B, T = tokens.shape
     x, read = model.prefill(tokens)
-    room = ((0, 0), (0, max(0, slots - T)), (0, 0), (0, 0))
-    cache = [
-        (jnp.pad(keys[:, :slots], room), jnp.pad(values[:, :slots], room)) for keys, values in read
-    ]
+    room = ((0, 0), (0, slots - T), (0, 0), (0, 0))
+    cache = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in read]
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = model.head(last)[:, 0]
     rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))

@@ -61,13 +61,16 @@ class Choice(NamedTuple):
     repetition_penalty: Float[Array, ""]
 
 
+@jax.jit
+@jax.vmap
+def _keys(seed: Int[Array, ""], sample: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.key(seed), sample)
+
+
 def make_choice(sampling: Sampling, seeds: Sequence[int], samples: Sequence[int]) -> Choice:
     """Row i draws by `seeds[i]`; `samples[i]` tells apart several answers of one seed."""
-    keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(
-        np.asarray(seeds, np.uint32), np.asarray(samples, np.uint32)
-    )
     return Choice(
-        keys,
+        _keys(np.asarray(seeds, np.uint32), np.asarray(samples, np.uint32)),
         jnp.float32(sampling.temperature),
         jnp.int32(sampling.top_k),
         jnp.float32(sampling.top_p),
