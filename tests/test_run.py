@@ -207,6 +207,18 @@ def test_patience_ends_a_run_and_the_best_adapter_is_kept(place, tmp_path, capsy
     )
 
 
+def test_peak_memory_is_the_processs_own_and_not_its_parents():
+    parent = (
+        "import subprocess, sys; import numpy as np; held = np.ones(200_000_000);"
+        "child = 'from train.metrics import peak_memory_mib as p; print(p())';"
+        "sys.exit(subprocess.run([sys.executable, '-c', child]).returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True
+    )
+    assert 50 < float(done.stdout) < 1200  # MiB; the parent held 1,526
+
+
 class Killed(BaseException):
     pass
 
