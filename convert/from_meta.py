@@ -6,25 +6,21 @@ Everything that shapes can tell is checked before the first byte is written, and
 its name only when it is whole. Tensors are copied, never changed: `manifest.json` certifies them.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import numpy as np
 from tyro.conf import Positional, arg
 
 import jllama
-from convert.names import EMBEDDINGS
+from convert.blocks import to_model_folder
 from convert.params import PARAMS, read_params
-from convert.shards import DTYPES, Shard, checked_config, join_block, open_shards, refuse_if
-from jllama.checkpoint import CONFIG, ModelWriter, manifest_sha256, tensor_shapes
-from jllama.cli import Progress, run_command
-from jllama.config import LlamaConfig
+from convert.shards import open_meta
+from jllama.checkpoint import CONFIG
+from jllama.cli import run_command
 from jllama.errors import InputError
-from jllama.files import room_for, whole_folder
 from jllama.tokenizer import FILE_NAME, load_tokenizer
 
 PROG = "python -m convert.from_meta"
@@ -54,18 +50,13 @@ def convert(settings: FromMeta) -> None:
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
     if (src / CONFIG).is_file() and not (src / PARAMS).is_file():
-        raise InputError(f"{src}: found {CONFIG}; expected Meta's files (consolidated.00.pth, ...)")
-    shards = open_shards(src)
-    config = checked_config(src, shards, _params(settings))
-    tokenizer = find_tokenizer(settings, config.vocab_size)
-    size = config.parameter_count * np.dtype(_dtype(shards)).itemsize
-    with room_for(size, dst), whole_folder(dst) as folder:
-        writer = ModelWriter(folder, config)
-        _copy_blocks(src, shards, config, writer)
-        writer.finish(tokenizer.read_bytes(), source=f"Meta's files in {src.resolve().name}")
-    print(f"{config.parameter_count:,} parameters, {_dtype(shards)}, {size:,} bytes")
-    print(f"certificate: sha256 {manifest_sha256(dst)}")
-    print(f"wrote {dst}")
+        raise InputError(
+            f"{src}: found {CONFIG}; expected Meta's files (consolidated.00.pth, ...). For Hugging "
+            f"Face's files: python -m convert.from_hf {src} DST"
+        )
+    weights = open_meta(src, _params(settings))
+    tokenizer = find_tokenizer(settings, weights.config.vocab_size)
+    to_model_folder(weights, tokenizer.read_bytes(), dst)
     sample = src == jllama.SAMPLE and dst == Path("models/sample")
     print("next: python -m train.lora" + ("" if sample else f" --model {dst} --data FILE"))
 
@@ -109,28 +100,6 @@ def find_tokenizer(settings: FromMeta, vocab_size: int) -> Path:
             f"copy the {FILE_NAME} of this very model"
         )
     return file
-
-
-def _copy_blocks(
-    src: Path, shards: Sequence[Shard], config: LlamaConfig, writer: ModelWriter
-) -> None:
-    """Joins and writes block after block; after a bad value it only looks for more of them."""
-    problems: list[str] = []
-    blocks = tensor_shapes(config)
-    copied, started = 0, time.monotonic()
-    with Progress("converting", len(blocks), "blocks") as progress:
-        for block, names in blocks.items():
-            tensors, bad = join_block(shards, names, config.dim)
-            problems += bad
-            if not problems:
-                writer.write_block(block, tensors)
-            copied += sum(tensor.nbytes for tensor in tensors.values())
-            progress.advance(f"{copied / 1e6 / (time.monotonic() - started):,.0f} MB/s")
-    refuse_if(problems, src, "damaged weights, nothing was written; download these files again")
-
-
-def _dtype(shards: Sequence[Shard]) -> str:
-    return np.dtype(DTYPES[shards[0].tensors[EMBEDDINGS].dtype]).name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,13 +1,15 @@
-"""Meta's tensors in tables: how each is cut over the shards, and which are skipped.
+"""Tensors in tables: how Meta cuts them over shards, Hugging Face's names, and what is skipped.
 
 The blocks a tensor belongs to, and its whole shape, are `jllama.checkpoint.tensor_shapes`.
-Source: the parallel layers of Meta's model.py (column-parallel: rows are cut; row-parallel:
-columns are cut).
+Source of the cuts: the parallel layers of Meta's model.py (column-parallel: rows are cut;
+row-parallel: columns are cut).
 """
 
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from jllama.config import HF_LINEARS, HF_PARTS
 
 ROWS, COLUMNS, REPLICATED = 0, 1, None
 
@@ -31,12 +33,27 @@ CUT: Mapping[str, int | None] = MappingProxyType(
     }
 )
 
-# Tables that Meta's code computes anew: one frequency for every rotary pair.
-_SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+# Outside and inside of a layer, what is neither a part of a block nor a linear.
+_HF_WHOLE: Mapping[str, str] = MappingProxyType(
+    {
+        EMBEDDINGS: "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        OUTPUT: "lm_head.weight",
+    }
+)
+_HF_NORMS: Mapping[str, str] = MappingProxyType(
+    {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+)
+
+# Tables that the model's code computes anew: one frequency for every rotary pair.
+_SKIPPED = re.compile(
+    r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs"
+    r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
 
 
 def is_skipped(name: str) -> bool:
-    """Whether a tensor of Meta's file is no weight: `rope.freqs`."""
+    """Whether a tensor is no weight: `rope.freqs`, and older Hugging Face files' `inv_freq`."""
     return _SKIPPED.fullmatch(name) is not None
 
 
@@ -48,3 +65,15 @@ def cut_of(name: str) -> int | None:
 def embeddings_cut(columns: int, dim: int) -> int:
     """The cut of tok_embeddings, told by the columns of one shard's part: whole rows or not."""
     return ROWS if columns == dim else COLUMNS
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor.
+
+    layers.0.attention.wq.weight  ->  model.layers.0.self_attn.q_proj.weight
+    """
+    if name in _HF_WHOLE:
+        return _HF_WHOLE[name]
+    _, layer, part, *linear, _ = name.split(".")
+    leaf = f"{HF_PARTS[part]}.{HF_LINEARS[linear[0]]}" if linear else _HF_NORMS[part]
+    return f"model.layers.{layer}.{leaf}.weight"

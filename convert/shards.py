@@ -11,13 +11,15 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import torch
 
+from convert.blocks import refuse_if
+from convert.dtypes import DTYPES, as_numpy, is_finite
 from convert.names import (
     EMBEDDINGS,
     OUTPUT,
@@ -32,15 +34,6 @@ from jllama.checkpoint import tensor_shapes
 from jllama.config import LlamaConfig, config_from_meta
 from jllama.errors import InputError
 
-# The dtypes of Meta's files, and what numpy calls them.
-DTYPES: Mapping[torch.dtype, type] = {
-    torch.float16: np.float16,
-    torch.bfloat16: ml_dtypes.bfloat16,
-    torch.float32: np.float32,
-}
-
-_SHOWN = 20  # problems of one kind of mistake repeat in every layer
-
 
 class Shard(NamedTuple):
     """One file of a checkpoint: its name and its tensors, still on disk."""
@@ -49,12 +42,9 @@ class Shard(NamedTuple):
     tensors: Mapping[str, torch.Tensor]
 
 
-def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
-    """Raises one InputError that lists the problems of a folder, if there are any."""
-    if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        lines = "\n  ".join([*problems[:_SHOWN], *more])
-        raise InputError(f"{folder}: {advice}\n  {lines}")
+def shard_files(folder: Path) -> list[Path]:
+    """Meta's files of weights in their order."""
+    return sorted(folder.glob("consolidated.*.pth"))
 
 
 def open_shards(folder: Path) -> list[Shard]:
@@ -63,7 +53,7 @@ def open_shards(folder: Path) -> list[Shard]:
     Raises:
         InputError: if a file is missing, unreadable, or holds anything but weights.
     """
-    files = sorted(folder.glob("consolidated.*.pth"))
+    files = shard_files(folder)
     if not files:
         raise InputError(
             f"{folder}: no weights; expected Meta's consolidated.00.pth, ... and {PARAMS} here"
@@ -247,8 +237,12 @@ def _weights(shards: Iterable[Shard]) -> Iterator[tuple[str, str, torch.Tensor]]
                 yield shard.name, name, tensor
 
 
+def _usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
+    return Counter(tensor.dtype for *_, tensor in _weights(shards)).most_common(1)[0][0]
+
+
 def _mixed_dtypes(shards: Sequence[Shard]) -> Iterator[str]:
-    usual = Counter(tensor.dtype for *_, tensor in _weights(shards)).most_common(1)[0][0]
+    usual = _usual_dtype(shards)
     for file, name, tensor in _weights(shards):
         if tensor.dtype != usual:
             found, expected = (np.dtype(DTYPES[dtype]).name for dtype in (tensor.dtype, usual))
@@ -265,25 +259,48 @@ def _differing_copies(shards: Sequence[Shard]) -> Iterator[str]:
             yield f"{file}: {name} differs from {first.name}, expected equal copies"
 
 
-def join_block(
-    shards: Sequence[Shard], names: Iterable[str], dim: int
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The whole tensors of one block, in the dtype stored, and what is not finite in them."""
-    joined, problems = {}, []
-    for name in names:
-        parts = [shard.tensors[name] for shard in shards]
-        for shard, part in zip(shards, parts, strict=True):
-            if not torch.isfinite(torch.stack(part.aminmax())).all():  # both carry a NaN on
-                problems.append(f"{shard.name}: {name} holds NaN or infinity, expected finite")
-        axis = embeddings_cut(parts[0].shape[1], dim) if name == EMBEDDINGS else cut_of(name)
-        arrays = [_as_numpy(part) for part in parts]
-        whole = axis is REPLICATED or len(arrays) == 1
-        joined[name] = arrays[0] if whole else np.concatenate(arrays, axis)
-    return joined, problems
+@dataclass(frozen=True)
+class MetaWeights:
+    """Meta's files, opened and checked (`convert.blocks.Weights`)."""
+
+    folder: Path
+    config: LlamaConfig
+    dtype: np.dtype
+
+    @property
+    def source(self) -> str:
+        return f"Meta's files in {self.folder.resolve().name}"
+
+    @property
+    def files(self) -> list[Path]:
+        return shard_files(self.folder)
+
+    def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Whole tensors in the dtype stored, and what is not finite in them.
+
+        The files are mapped anew: what was read of them before is then no longer resident.
+        """
+        shards = open_shards(self.folder)
+        joined, problems = {}, []
+        for name in names:
+            parts = [shard.tensors[name] for shard in shards]
+            for shard, part in zip(shards, parts, strict=True):
+                if not is_finite(part):
+                    problems.append(f"{shard.name}: {name} holds NaN or infinity, expected finite")
+            columns = parts[0].shape[-1]
+            axis = embeddings_cut(columns, self.config.dim) if name == EMBEDDINGS else cut_of(name)
+            arrays = [as_numpy(part) for part in parts]
+            whole = axis is REPLICATED or len(arrays) == 1
+            joined[name] = arrays[0] if whole else np.concatenate(arrays, axis)
+        return joined, problems
 
 
-def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same bytes as numpy, which has no bf16 of its own."""
-    dtype = DTYPES[tensor.dtype]
-    raw = tensor.contiguous()
-    return raw.view(torch.int16).numpy().view(dtype) if dtype != np.float32 else raw.numpy()
+def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
+    """Meta's weights, after all checks that shapes and params.json allow.
+
+    Raises:
+        InputError: if files are missing or damaged, or contradict each other.
+    """
+    shards = open_shards(folder)
+    config = checked_config(folder, shards, params)
+    return MetaWeights(folder, config, np.dtype(DTYPES[_usual_dtype(shards)]))

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
+from convert.dtypes import DTYPES
 from convert.names import EMBEDDINGS, OUTPUT
 from convert.params import PARAMS, meta_params
-from convert.shards import DTYPES
-from jllama.checkpoint import MANIFEST, read_block, read_config, tensor_shapes
+from jllama.checkpoint import read_block, read_config, tensor_shapes
 from jllama.cli import Progress, run_command
 from jllama.errors import InputError
-from jllama.files import read_json, room_for, whole_folder, write_json
+from jllama.files import room_for, whole_folder, write_json
+from jllama.manifest import MANIFEST, read_manifest
 from jllama.tokenizer import FILE_NAME
 
 PROG = "python -m convert.to_meta"
@@ -80,7 +81,7 @@ def export(settings: ToMeta) -> None:
 
 def _manifest(src: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What the folder certifies about every tensor."""
-    manifest = read_json(src / MANIFEST).get("tensors", {})
+    manifest = read_manifest(src)["tensors"]
     if missing := [name for name in names if name not in manifest]:
         raise InputError(
             f"{src / MANIFEST}: {len(missing)} tensors are missing, the first {missing[0]}; "

@@ -20,11 +20,11 @@ from rich.table import Table
 
 import jllama
 from jllama.adapter import PEFT_CONFIG, read_passport
-from jllama.checkpoint import manifest_sha256
 from jllama.cli import Progress, run_command, settings_from_run
 from jllama.config import PrecisionName
 from jllama.errors import InputError
 from jllama.files import read_json, write_json_lines
+from jllama.manifest import manifest_sha256
 from jllama.prompt import PromptStyle, prompt_ids
 
 LATEST = Path("runs/latest")

@@ -135,10 +135,10 @@ def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
         return draw.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
 
     with room_for(4 * config.parameter_count, folder), whole_folder(folder) as partial:
-        writer = ModelWriter(partial, config)
+        writer = ModelWriter(partial, config, f"random, seed {seed}")
         for block, shapes in tensor_shapes(config).items():
             writer.write_block(block, {name: tensor(shape) for name, shape in shapes.items()})
-        writer.finish(None, f"random, seed {seed}")
+        writer.finish(None)
     return folder
 
 

@@ -1,28 +1,24 @@
-"""The model folder: one Orbax item per block, and a manifest that certifies every tensor.
+"""The model folder: a safetensors file per block, and a manifest that certifies every tensor.
 
     config.json      LlamaConfig
     tokenizer.model  Meta's file, byte for byte
-    manifest.json    {"tensors": {"layers.0.attention.wq.weight": {shape, dtype, sha256}, ...}}
-    blocks/          embeddings, layers.0, layers.1, ..., head
+    manifest.json    the sha256 of each tensor and of the two files above
+    blocks/          embeddings.safetensors, layers.0.safetensors, ..., head.safetensors
 
 Tensors keep Meta's names, orientation and dtype. Nothing here holds more than one block on the
 host, and a folder has its final name only when it is complete.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import safetensors.numpy
 from flax import nnx
 
 from jllama.attention import choose_implementation
@@ -37,9 +33,11 @@ from jllama.config import (
 from jllama.errors import InputError
 from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.lora import attach
+from jllama.manifest import MANIFEST, certificate, check_file, read_manifest, write_manifest
 from jllama.model import Llama, Remat, map_named, named_arrays
+from jllama.tokenizer import FILE_NAME
 
-CONFIG, MANIFEST, BLOCKS = "config.json", "manifest.json", "blocks"
+CONFIG, BLOCKS = "config.json", "blocks"
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -66,33 +64,28 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     return blocks | {"head": head}
 
 
-@contextlib.contextmanager
-def _interrupt_waits() -> Iterator[None]:
-    """Ctrl-C takes effect after the body.
-
-    Orbax's own threads would go on writing into a folder that is being removed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    received: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if received and callable(handler):
-        handler(*received[0])
-
-
 class ModelWriter:
-    """Writes a model folder block by block; used inside `whole_folder`."""
+    """Writes a model folder block by block, inside `whole_folder`; goes on with one begun before.
 
-    def __init__(self, folder: Path, config: LlamaConfig):
-        self._folder = folder
-        self._config = config
-        self._tensors: dict[str, dict] = {}
-        self._orbax = ocp.PyTreeCheckpointer()
+    Args:
+        source: where the tensors come from, for people.
+    """
+
+    def __init__(self, folder: Path, config: LlamaConfig, source: str):
+        self._folder, self._config, self._source = folder, config, source
+        (folder / BLOCKS).mkdir(exist_ok=True)
+        begun = (folder / MANIFEST).is_file()
+        self._tensors: dict[str, Any] = read_manifest(folder)["tensors"] if begun else {}
+
+    def has_block(self, block: str) -> bool:
+        """Whether the block was written before, and is whole."""
+        if not tensor_shapes(self._config)[block].keys() <= self._tensors.keys():
+            return False
+        try:
+            read_block(self._folder, block)
+        except InputError:
+            return False
+        return True
 
     def write_block(self, block: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Stores the tensors of one block in their own dtype and certifies them.
@@ -104,27 +97,33 @@ class ModelWriter:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise InputError(f"{block}: expected {expected}, found {found}")
-        for name, tensor in tensors.items():
-            self._tensors[name] = {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype),
-                "sha256": tensor_sha256(tensor),
-            }
-        item = (self._folder / BLOCKS / block).absolute()
-        with _interrupt_waits():
-            self._orbax.save(item, dict(tensors))
+        file = block_file(self._folder, block)
+        new = file.with_suffix(".new")
+        with ThreadPoolExecutor() as threads:  # hashing takes about as long as writing
+            certificates = threads.map(certificate, tensors.values())
+            safetensors.numpy.save_file(dict(tensors), new)
+            self._tensors |= zip(tensors, certificates, strict=True)
+        new.replace(file)
+        write_manifest(self._folder, self._tensors, self._source, files=())
 
-    def finish(self, tokenizer: bytes | None, source: str) -> None:
-        """Writes the config, the tokenizer and the manifest."""
-        missing = set(tensor_shapes(self._config)) - {
-            path.name for path in (self._folder / BLOCKS).iterdir()
-        }
+    def finish(self, tokenizer: bytes | None) -> None:
+        """Writes the config, the tokenizer and the last manifest."""
+        blocks = tensor_shapes(self._config)
+        missing = [
+            block for block, names in blocks.items() if not names.keys() <= self._tensors.keys()
+        ]
         if missing:
-            raise ValueError(f"blocks never written: {', '.join(sorted(missing))}")
-        if tokenizer is not None:
-            (self._folder / "tokenizer.model").write_bytes(tokenizer)
+            raise ValueError(f"blocks never written: {', '.join(missing)}")
         write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
-        write_json(self._folder / MANIFEST, {"source": source, "tensors": self._tensors})
+        if tokenizer is not None:
+            (self._folder / FILE_NAME).write_bytes(tokenizer)
+        files = (CONFIG,) if tokenizer is None else (CONFIG, FILE_NAME)
+        write_manifest(self._folder, self._tensors, self._source, files)
+
+
+def block_file(folder: Path, block: str) -> Path:
+    """Where a model folder keeps a block: `blocks/layers.0.safetensors`."""
+    return folder / BLOCKS / f"{block}.safetensors"
 
 
 def save_model(
@@ -138,23 +137,12 @@ def save_model(
     arrays = named_arrays(nnx.state(model))
     size = model.config.parameter_count * np.dtype(dtype).itemsize
     with room_for(size, Path(path)), whole_folder(path) as folder:
-        writer = ModelWriter(folder, model.config)
+        writer = ModelWriter(folder, model.config, source)
         for block, names in tensor_shapes(model.config).items():
             writer.write_block(
                 block, {name: np.asarray(arrays[name].astype(dtype)) for name in names}
             )
-        writer.finish(tokenizer, source)
-
-
-def tensor_sha256(tensor: np.ndarray) -> str:
-    """sha256 of a tensor's bytes, row by row, little-endian."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
-
-
-def manifest_sha256(path: str | Path) -> str:
-    """What identifies a base model: the hash of its tensors' hashes, wherever it was made."""
-    tensors = read_json(Path(path) / MANIFEST).get("tensors", {})
-    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+        writer.finish(tokenizer)
 
 
 def read_config(path: str | Path) -> LlamaConfig:
@@ -169,6 +157,7 @@ def read_config(path: str | Path) -> LlamaConfig:
         if any(path.glob("consolidated.*.pth")):
             advice = f"these are Meta's files; run: python -m convert.from_meta {path} DST"
         raise InputError(f"{path}: no {CONFIG} here; {advice}")
+    check_file(path / CONFIG)
     fields = read_json(path / CONFIG)
     try:
         scaling = fields.pop("rope_scaling")
@@ -186,25 +175,35 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
         InputError: if the block is missing, unreadable or differs from its certificate.
     """
     path = Path(path)
-    item = (path / BLOCKS / block).absolute()
-    if not item.is_dir():
-        raise InputError(f"{item}: block missing; convert the model again")
+    file = block_file(path, block)
+    if not file.is_file():
+        raise InputError(f"{file}: block missing; convert the model again")
     try:
-        tensors = ocp.PyTreeCheckpointer().restore(item)
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{item}: damaged ({error}); convert the model again") from error
-    certified = read_json(path / MANIFEST)["tensors"]
-    damaged = [
-        name
-        for name, tensor in tensors.items()
-        if certified.get(name, {}).get("sha256") != tensor_sha256(tensor)
-    ]
+        tensors = safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); convert the model again") from error
+    with ThreadPoolExecutor() as threads:
+        found = dict(zip(tensors, threads.map(certificate, tensors.values()), strict=True))
+    certified = {
+        name: stated
+        for name, stated in read_manifest(path)["tensors"].items()
+        if _block_of(name) == block
+    }
+    names = sorted(found.keys() | certified.keys())
+    damaged = [name for name in names if found.get(name) != certified.get(name)]
     if damaged:
         raise InputError(
-            f"{item}: {', '.join(damaged)} differ from {MANIFEST}; the files were damaged after "
-            "they were written, convert the model again"
+            f"{file}: {', '.join(damaged)} differ from {MANIFEST}; the file was damaged after it "
+            "was written, convert the model again"
         )
     return tensors
+
+
+def _block_of(name: str) -> str:
+    """layers.3.ffn_norm.weight  ->  layers.3"""
+    if name.startswith("layers."):
+        return ".".join(name.split(".")[:2])
+    return "embeddings" if name.startswith("tok_embeddings.") else "head"
 
 
 def abstract_model(
@@ -269,7 +268,7 @@ def load_model(
 
 
 def _check_manifest(path: Path, blocks: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-    tensors = read_json(path / MANIFEST).get("tensors", {})
+    tensors = read_manifest(path)["tensors"]
     found = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     expected = {name: shape for block in blocks.values() for name, shape in block.items()}
     wrong = [

@@ -1,39 +1,99 @@
 """Files: written whole or not at all, JSON with the file's name in errors, and room on the disk."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jllama.errors import InputError
 
-# Orbax's index, config and tokenizer: small beside any model.
+# Config, tokenizer and Orbax's index: small beside any model.
 _OVERHEAD = 16 * 2**20
+_ORIGIN = ".origin.json"
 
 
 @contextlib.contextmanager
-def whole_folder(destination: str | Path) -> Iterator[Path]:
+def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iterator[Path]:
     """A temporary folder that takes its final name when the body succeeds, else vanishes.
 
+    Args:
+        origin: JSON that says what the folder is made from. An interrupted or killed body then
+            leaves the temporary folder, and a later call with the same origin yields it again,
+            with all that was written.
+
     Raises:
-        InputError: if the destination exists and is not an empty folder.
+        InputError: if the destination exists and is not an empty folder, or another process is
+            writing it.
     """
     destination = Path(destination)
+    _refuse_existing(destination)
+    partial = _partial(destination)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, destination):
+        _refuse_existing(destination)
+        _start_or_continue(partial, origin)
+        try:
+            yield partial
+            (partial / _ORIGIN).unlink(missing_ok=True)
+            partial.replace(destination)
+        except BaseException as error:
+            if origin is None or isinstance(error, Exception):  # not Ctrl-C
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def bytes_begun(destination: Path) -> int:
+    """How many bytes an interrupted `whole_folder` has left for the next call."""
+    partial = _partial(destination)
+    return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+
+
+def _partial(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.partial"
+
+
+def _refuse_existing(destination: Path) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination} exists; remove it or choose another name")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, destination: Path) -> Iterator[None]:
+    """One process a folder. The kernel drops the lock of a process that dies."""
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        if destination.exists():
-            destination.rmdir()
-        os.replace(partial, destination)
+        if not _lock(folder, partial):
+            raise InputError(
+                f"{destination} is being written by another process; wait for it, or choose "
+                "another name"
+            )
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(folder)
+
+
+def _lock(folder: int, partial: Path) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The last holder may have renamed the folder between our opening and locking it.
+        return os.path.samestat(os.fstat(folder), partial.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _start_or_continue(partial: Path, origin: Mapping | None) -> None:
+    """Empties the folder unless it was begun from the same origin."""
+    file = partial / _ORIGIN
+    with contextlib.suppress(InputError):
+        if origin is not None and read_json(file) == origin:
+            return
+    for entry in partial.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if origin is not None:
+        write_json(file, origin)
 
 
 def write_json(path: Path, content: object) -> None:

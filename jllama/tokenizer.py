@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jllama.errors import InputError
+from jllama.manifest import check_file
 
 FILE_NAME = "tokenizer.model"
 
@@ -140,12 +141,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder, or of a `tokenizer.model` file itself.
 
     Raises:
-        InputError: if there is none, or it is neither SentencePiece nor tiktoken.
+        InputError: if there is none, it is neither SentencePiece nor tiktoken, or it is not what
+            the model folder certifies.
     """
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no tokenizer; expected Meta's {FILE_NAME} beside the weights")
+    check_file(file)
     content = file.read_bytes()
     ranks = _ranks(content)
     if ranks:

@@ -13,8 +13,9 @@ from meta_files import BASE, random_tensors, write_meta
 
 from convert import from_meta
 from jllama import files
-from jllama.checkpoint import ModelWriter, manifest_sha256
+from jllama.checkpoint import ModelWriter
 from jllama.errors import InputError
+from jllama.manifest import manifest_sha256
 from train import lora
 from train.metrics import Metrics
 from train.state import Checkpoints

@@ -25,16 +25,15 @@ from meta_files import BASE, model_folder
 from convert.from_meta import FromMeta, convert
 from eval.prompts import main as answer
 from jllama.checkpoint import (
-    MANIFEST,
     ModelWriter,
     load_model,
     read_block,
-    tensor_sha256,
     tensor_shapes,
 )
 from jllama.checkpoint import read_config as read_model_config
 from jllama.errors import InputError
 from jllama.files import read_json, whole_folder
+from jllama.manifest import read_manifest, tensor_sha256
 from jllama.model import named_arrays
 from train.config import TrainConfig, read_defaults
 from train.lora import main, train
@@ -127,7 +126,7 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)
     for block in tensor_shapes(read_model_config(place / "model")):  # the base is untouched
         for name, tensor in read_block(place / "model", block).items():
-            recorded = read_json(place / "model" / MANIFEST)["tensors"][name]["sha256"]
+            recorded = read_manifest(place / "model")["tensors"][name]["sha256"]
             assert tensor_sha256(tensor) == recorded
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["learning_rate"] == 1e-2
@@ -408,13 +407,13 @@ def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, caps
     """Reliability 7, lesson 23: the embedding of `~` is NaN, and only the last rows hold one."""
     config = read_model_config(place / "model")
     with whole_folder(tmp_path / "model") as folder:
-        writer = ModelWriter(folder, config)
+        writer = ModelWriter(folder, config, "a test")
         for block in tensor_shapes(config):
             tensors = {k: np.array(x) for k, x in read_block(place / "model", block).items()}
             if block == "embeddings":
                 tensors["tok_embeddings.weight"][ord("~")] = np.nan  # byte b is token b
             writer.write_block(block, tensors)
-        writer.finish((place / "model" / "tokenizer.model").read_bytes(), "a test")
+        writer.finish((place / "model" / "tokenizer.model").read_bytes())
     rows = json.loads((place / "rows.json").read_text())
     bad = [*rows[:12], *({"prompt": "~", "completion": "x"} for _ in rows)]
     (tmp_path / "bad.json").write_text(json.dumps(bad))
@@ -537,8 +536,6 @@ def test_changed_data_is_refused_at_resume(place, tmp_path, monkeypatch, capsys)
     assert "data_sha256 differ from run.json" in capsys.readouterr().err
 
 
-# Orbax's own threads complain once more, after the error that the test is about.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_state_is_passed_over_for_the_one_before_it(
     place, tmp_path, monkeypatch, capsys
 ):  # lesson 24

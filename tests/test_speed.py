@@ -9,8 +9,9 @@ from meta_files import BASE, GROUPED, model_folder, random_tensors, reference
 from eval.hugging_face import write_hugging_face
 from eval.speed import main
 from eval.speed_generate import RANDOM, compare_ids, write_random
-from jllama.checkpoint import manifest_sha256, read_config
+from jllama.checkpoint import read_config
 from jllama.config import LlamaConfig
+from jllama.manifest import manifest_sha256
 
 
 @pytest.fixture(scope="module")

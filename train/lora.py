@@ -12,12 +12,13 @@ import jax
 
 import jllama
 from jllama.adapter import PASSPORT, load_adapter, read_lora_config, save_adapter
-from jllama.checkpoint import load_model, manifest_sha256, read_config, save_model
+from jllama.checkpoint import load_model, read_config, save_model
 from jllama.cli import run_command
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
 from jllama.files import write_json
 from jllama.lora import attach
+from jllama.manifest import manifest_sha256
 from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.auto import choose, out_of_memory_explained, step_of
 from train.config import TrainConfig, model_sizes, read_defaults

@@ -26,9 +26,9 @@ from typing import Any
 
 import jax
 
-from jllama.checkpoint import manifest_sha256
 from jllama.errors import InputError
 from jllama.files import read_json, write_json
+from jllama.manifest import manifest_sha256
 from train.config import LATEST, TrainConfig, write_config
 
 IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged

@@ -242,10 +242,10 @@ def write_meta(model: Llama, tokenizer_model: bytes, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, meta = Path(scratch) / "model", Path(scratch) / "meta"
         source.mkdir()
-        writer = ModelWriter(source, MODEL)
+        writer = ModelWriter(source, MODEL, PROG)
         for block, shapes in tensor_shapes(MODEL).items():
             writer.write_block(block, {name: tensors[name] for name in shapes})
-        writer.finish(tokenizer_model, PROG)
+        writer.finish(tokenizer_model)
         command = [sys.executable, "-m", "convert.to_meta", str(source), str(meta)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         # As in Meta's files of Llama 2, whose readers take the number from the tensors.

@@ -1,16 +1,19 @@
 """The state of a run on disk: Orbax, one folder a step, under names of our own parameters."""
 
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jllama.checkpoint import tensor_sha256
 from jllama.errors import InputError
 from jllama.files import room_for, shortage_named
+from jllama.manifest import tensor_sha256
 from train.show import console
 from train.step import TrainState, on_device
 
@@ -61,6 +64,7 @@ class Checkpoints:
         return None
 
     def _whole(self, step: int) -> dict[str, np.ndarray] | None:
+        _silence_reads_that_end_late()
         how = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(), sha256=ocp.args.JsonRestore())
         try:
             stored = self._manager.restore(step, args=how)
@@ -100,6 +104,18 @@ class Checkpoints:
         with self._explained(), shortage_named(self._size, self._folder):
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+@functools.cache  # once in a process
+def _silence_reads_that_end_late() -> None:
+    """Where one of Orbax's reads fails, the others find its event loop closed: no news."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

@@ -1,0 +1,120 @@
+"""Weights of another format into a model folder, block by block; what every such format must offer.
+
+A conversion that was interrupted leaves its blocks in `.NAME.partial`, and the same command goes
+on with them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jllama.checkpoint import ModelWriter, tensor_shapes
+from jllama.cli import Progress
+from jllama.config import LlamaConfig
+from jllama.errors import InputError
+from jllama.files import bytes_begun, room_for, whole_folder
+from jllama.manifest import manifest_sha256
+
+_SHOWN = 20  # problems of one kind of mistake repeat in every layer
+
+
+class Weights(Protocol):
+    """A model's weights in some format: opened and checked, but not read."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def source(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Tensors by Meta's names, in the dtype stored, and what is not finite in them."""
+        ...
+
+
+def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
+    """Raises one InputError that lists the problems of a folder, if there are any."""
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        lines = "\n  ".join([*problems[:_SHOWN], *more])
+        raise InputError(f"{folder}: {advice}\n  {lines}")
+
+
+def to_model_folder(weights: Weights, tokenizer: bytes, dst: Path) -> None:
+    """Makes the model folder, whole or not at all, and says what it is.
+
+    Raises:
+        InputError: if a weight is not finite, the folder exists or the disk is too small.
+    """
+    config = weights.config
+    size = config.parameter_count * weights.dtype.itemsize
+    origin = {
+        "files": fingerprint(weights.files),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "config": dataclasses.asdict(config),
+    }
+    with room_for(size - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
+        writer = ModelWriter(folder, config, weights.source)
+        _copy_blocks(weights, writer)
+        writer.finish(tokenizer)
+    print(f"{config.parameter_count:,} parameters, {weights.dtype.name}, {size:,} bytes")
+    print(f"certificate: sha256 {manifest_sha256(dst)}")
+    print(f"wrote {dst}")
+
+
+def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+    """What tells that files are still those of an interrupted command: name, size and time."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _copy_blocks(weights: Weights, writer: ModelWriter) -> None:
+    """Reads and writes block after block; after a bad value it only looks for more of them."""
+    problems: list[str] = []
+    blocks = tensor_shapes(weights.config)
+    with block_progress("converting", len(blocks)) as advance:
+        for block, names in blocks.items():
+            if writer.has_block(block):
+                advance(0)
+                continue
+            tensors, bad = weights.read_block(names)
+            problems += bad
+            if not problems:
+                writer.write_block(block, tensors)
+            advance(sum(tensor.nbytes for tensor in tensors.values()))
+    refuse_if(
+        problems,
+        weights.files[0].parent,
+        "damaged weights, nothing was written; download these files again",
+    )
+
+
+@contextlib.contextmanager
+def block_progress(title: str, blocks: int) -> Iterator[Any]:
+    """A progress bar over blocks; yields `advance(bytes)`, which shows their rate."""
+    copied, done, started = 0, 0, time.monotonic()
+    with Progress(title, blocks, "blocks") as progress:
+
+        def advance(size: int) -> None:
+            nonlocal copied, done
+            copied, done = copied + size, done + 1
+            progress.advance(f"{copied / 1e6 / (time.monotonic() - started):,.0f} MB/s")
+
+        try:
+            yield advance
+        except KeyboardInterrupt:
+            print(f"{title} stopped after {done} of {blocks} blocks; the same command goes on")
+            raise

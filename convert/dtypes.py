@@ -1,0 +1,30 @@
+"""The dtypes of published weights, and the same bytes under torch's and numpy's names."""
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import torch
+
+DTYPES: Mapping[torch.dtype, type] = {
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float32: np.float32,
+}
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same bytes as numpy, which has no bf16 of its own; a view where that is possible."""
+    dtype = DTYPES[tensor.dtype]
+    raw = tensor.contiguous()
+    return raw.view(torch.int16).numpy().view(dtype) if dtype != np.float32 else raw.numpy()
+
+
+def as_torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """numpy's dtype as torch's."""
+    return next(theirs for theirs, ours in DTYPES.items() if np.dtype(ours) == dtype)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # both carry a NaN on
