@@ -28,7 +28,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
 
 nightly: .venv/installed-test
-	$(BIN)/python -m pytest $(PYTEST)
+	JLLAMA_FUZZ=1 $(BIN)/python -m pytest $(PYTEST)
 
 check: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Weights of another format into a model folder, block by block; what every such format must offer.
+"""Another format's weights into a model folder, block by block; what each format must offer.
 
 A conversion that was interrupted leaves its blocks in `.NAME.partial`, and the same command goes
 on with them.

@@ -1,6 +1,5 @@
 """Hugging Face's config.json: read and checked on the way in, written on the way out."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jllama.files import read_json
 # In words, and as a test. null counts as absent.
 Rule = tuple[str, Callable[[Any], bool]]
 _COUNT: Rule = ("a positive integer", lambda x: type(x) is int and 0 < x < 2**31)
-_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
+_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < 1e12)
 _FLAG: Rule = ("true or false", lambda x: type(x) is bool)
 _OBJECT: Rule = ("an object", lambda x: isinstance(x, dict))
 
@@ -104,6 +103,7 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
         rules: dict[str, Rule] = {}
     elif kind == "llama3":
         rules = dict.fromkeys(_LLAMA3_ROPE, _NUMBER)
+        rules["original_max_position_embeddings"] = _COUNT
     else:
         return [f"rope_type is {kind!r}, expected 'default' or 'llama3'"]
     if "rope_theta" in rope:

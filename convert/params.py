@@ -1,7 +1,6 @@
 """Meta's params.json: read and checked on the way in, written on the way out."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ PARAMS = "params.json"
 
 # In words, and as a test. null counts as absent.
 Rule = tuple[str, Callable[[Any], bool]]
-_COUNT: Rule = ("a positive integer", lambda x: type(x) is int and x > 0)
-_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
+_COUNT: Rule = ("a positive integer", lambda x: type(x) is int and 0 < x < 2**31)
+_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < 1e12)
 _FIELDS: Mapping[str, Rule] = {
     "dim": _COUNT,
     "n_layers": _COUNT,

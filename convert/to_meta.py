@@ -1,105 +1,106 @@
-"""A model folder back to Meta's files: consolidated.00.pth, params.json, tokenizer.model.
+"""A model folder back to Meta's files: consolidated.NN.pth, params.json, tokenizer.model.
 
     python -m convert.to_meta models/llama-2-7b llama-2-7b-meta
+    python -m convert.to_meta models/llama-2-7b tuned-meta --adapter runs/latest/adapter
 
-The tensors are byte for byte those that were converted, and the same folder always gives the
-same bytes. Adapters are not written: they are PEFT folders of their own.
+Without an adapter the tensors are byte for byte those that were converted, and the same folder
+always gives the same bytes.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
 
 import jax
 import numpy as np
-import torch
-from tyro.conf import Positional, arg
 
-from convert.dtypes import DTYPES
-from convert.names import EMBEDDINGS, OUTPUT
+from convert.archive import Archive
+from convert.dtypes import as_torch_dtype
+from convert.export import Export, exporting
+from convert.names import COLUMNS, EMBEDDINGS, OUTPUT, REPLICATED, ROWS, cut_of
 from convert.params import PARAMS, meta_params
-from jllama.checkpoint import read_block, read_config, tensor_shapes
-from jllama.cli import Progress, run_command
+from jllama.cli import run_command
+from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.files import room_for, whole_folder, write_json
-from jllama.manifest import MANIFEST, read_manifest
+from jllama.files import write_json
 from jllama.tokenizer import FILE_NAME
 
 PROG = "python -m convert.to_meta"
 
 
 @dataclass(frozen=True)
-class ToMeta:
-    """Writes a model folder in Meta's own format, as one shard."""
+class ToMeta(Export):
+    """Writes a model folder, alone or with an adapter merged in, in Meta's own format."""
 
-    src: Annotated[Positional[Path], arg(metavar="SRC")]
-    """The model folder."""
-    dst: Annotated[Positional[Path], arg(metavar="DST")]
-    """The folder to make."""
+    shards: int = 1
+    """Files to cut the weights into; Meta's code wants a GPU for each."""
+
+    def __post_init__(self):
+        if self.shards < 1:
+            raise InputError(f"--shards is {self.shards}, expected 1 or more")
 
 
 def export(settings: ToMeta) -> None:
     """Writes the folder, whole or not at all.
 
     Raises:
-        InputError: if the model folder is incomplete or damaged, or the disk too small.
+        InputError: if the model folder is incomplete or damaged, the adapter does not fit, the
+            weights cannot be cut into so many shards, or the disk is too small.
     """
-    config = read_config(settings.src)
-    params = meta_params(config)
-    blocks = tensor_shapes(config)
-    manifest = _manifest(settings.src, [name for names in blocks.values() for name in names])
-    size = sum(
-        math.prod(tensor["shape"]) * np.dtype(tensor["dtype"]).itemsize
-        for tensor in manifest.values()
-    )
-    # Twice the size: for a while the tensors lie beside the archive.
-    with room_for(2 * size, settings.dst), whole_folder(settings.dst) as folder:
-        raw = folder / "raw"
-        raw.mkdir()
-        tensors: dict[str, torch.Tensor] = {}
-        with Progress("exporting", len(blocks), "blocks") as progress:
-            for block in blocks:
-                for name, tensor in read_block(settings.src, block).items():
-                    tensors[name] = _mapped(tensor, raw / name)
-                progress.advance()
-        if config.tied:
-            tensors[OUTPUT] = tensors[EMBEDDINGS]  # one storage under two names
-        torch.save(tensors, folder / "consolidated.00.pth")
-        shutil.rmtree(raw)
+    with exporting(settings) as (folder, model):
+        params = meta_params(model.config)
+        shapes = {name: shape for block in model.blocks.values() for name, shape in block.items()}
+        axes = {name: cut_axis(name, model.config) for name in shapes}
+        parts = {
+            name: part_shape(name, shape, axes[name], settings.shards)
+            for name, shape in shapes.items()
+        }
+        tied = {OUTPUT: EMBEDDINGS} if model.config.tied else {}  # one storage under two names
+        dtype = as_torch_dtype(model.dtype)
+        archives = [
+            Archive(folder / f"consolidated.{index:02d}.pth", parts, dtype, tied)
+            for index in range(settings.shards)
+        ]
+
+        def put(name: str, tensor: np.ndarray, shard: int) -> None:
+            axis = axes[name]
+            if axis is not REPLICATED:
+                tensor = np.split(tensor, settings.shards, axis)[shard]
+            archives[shard].put(name, tensor)
+
+        with ThreadPoolExecutor() as threads:  # checksums take about as long as writing
+            for tensors in model:
+                jobs = [
+                    threads.submit(put, name, tensor, shard)
+                    for name, tensor in tensors.items()
+                    for shard in range(settings.shards)
+                ]
+                for job in jobs:
+                    job.result()
+        for archive in archives:
+            archive.close()
         write_json(folder / PARAMS, params)
         tokenizer = settings.src / FILE_NAME
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / FILE_NAME)
-        written = sorted(path.name for path in folder.iterdir())
-    print(f"{config.parameter_count:,} parameters, {size:,} bytes")
-    print(f"wrote {settings.dst}: {', '.join(written)}")
     print(f"next: python -m convert.from_meta {settings.dst} DST")
 
 
-def _manifest(src: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the folder certifies about every tensor."""
-    manifest = read_manifest(src)["tensors"]
-    if missing := [name for name in names if name not in manifest]:
-        raise InputError(
-            f"{src / MANIFEST}: {len(missing)} tensors are missing, the first {missing[0]}; "
-            f"convert the model again"
-        )
-    return manifest
+def cut_axis(name: str, config: LlamaConfig) -> int | None:
+    """In which dimension Meta's code of the model's family expects a tensor to be cut."""
+    if name != EMBEDDINGS:
+        return cut_of(name)
+    return ROWS if config.rope_theta > 10000 else COLUMNS  # Llama 3 cuts the vocabulary
 
 
-def _mapped(tensor: np.ndarray, file: Path) -> torch.Tensor:
-    """The tensor written to a file and mapped from there.
-
-    `torch.save` wants all tensors at once; mapped ones cost address space, not memory.
-    """
-    tensor.tofile(file)
-    dtype = next(torch_dtype for torch_dtype, known in DTYPES.items() if known == tensor.dtype)
-    return torch.from_file(str(file), shared=False, size=tensor.size, dtype=dtype).view(
-        tensor.shape
-    )
+def part_shape(name: str, shape: tuple[int, ...], axis: int | None, shards: int) -> tuple[int, ...]:
+    """The shape of one shard's part of a tensor; InputError if it cannot be cut evenly."""
+    if axis is REPLICATED:
+        return shape
+    if shape[axis] % shards:
+        raise InputError(f"--shards {shards}: {name} {list(shape)} cannot be cut evenly")
+    return tuple(size // shards if i == axis else size for i, size in enumerate(shape))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

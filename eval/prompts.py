@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from jllama.adapter import PEFT_CONFIG, read_passport
+from jllama.adapter import read_passport
 from jllama.cli import Progress, run_command, settings_from_run
 from jllama.config import PrecisionName
 from jllama.errors import InputError
-from jllama.files import read_json, write_json_lines
-from jllama.manifest import manifest_sha256
+from jllama.files import write_json_lines
 from jllama.prompt import PromptStyle, prompt_ids
 
 LATEST = Path("runs/latest")
@@ -217,16 +216,8 @@ def read_style(tuned: str) -> PromptStyle:
 
 def check_base(config: PromptsConfig) -> None:
     """Refuses an adapter that was trained on another base model."""
-    if not config.adapter or config.force:
-        return
-    found = manifest_sha256(config.model)
-    wanted = str(read_passport(config.adapter).get("base_manifest_sha256", found))
-    if wanted != found:
-        name = read_json(Path(config.adapter) / PEFT_CONFIG).get("base_model_name_or_path")
-        raise InputError(
-            f"{config.adapter} was trained on {name} (manifest {wanted[:12]}), but {config.model} "
-            f"is {found[:12]}; give the right --model, or --force"
-        )
+    if config.adapter:
+        jllama.adapter.check_base(config.adapter, config.model, force=config.force)
 
 
 def budget(row: dict, prompt_length: int, config: PromptsConfig) -> int:

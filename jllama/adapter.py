@@ -2,13 +2,16 @@
 
     adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
     adapter_config.json         rank, alpha, dropout, targets
-    jllama.json                 prompt style, hash of the base model
+    jllama.json                 the passport: hashes of both files above, of the base model, of its
+                                tokenizer and of the data; prompt style, seed, versions
 
 PEFT adapts Hugging Face's LLaMA, whose rotary pairs are (x[i], x[i + H/2]) where Meta's are
 (x[2i], x[2i+1]). The rows of B for q and k are therefore permuted on the way out and back.
 """
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,20 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig
+from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
 from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
+from jllama.manifest import (
+    file_sha256,
+    manifest_sha256,
+    read_manifest,
+    read_sealed,
+    write_sealed,
+)
 from jllama.model import Llama, map_named, named_arrays
+from jllama.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
 
@@ -62,9 +73,14 @@ def row_lengths(linear: Linear) -> np.ndarray:
 
 
 def save_adapter(
-    path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: dict[str, Any]
+    path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: Mapping[str, Any]
 ) -> None:
-    """Writes the model's adapters as a PEFT folder; `passport` becomes `jllama.json`."""
+    """Writes the model's adapters as a PEFT folder.
+
+    Args:
+        base_name: where a reader finds the base model.
+        passport: becomes `jllama.json`, together with the settings and the files' hashes.
+    """
     linears, tensors = adapted_linears(model), {}
     for name, stored in named_arrays(nnx.state(model, nnx.LoRAParam)).items():
         linear, _, part = name.partition(".lora.")
@@ -93,20 +109,63 @@ def save_adapter(
     with room_for(size, Path(path)), whole_folder(path) as folder:
         safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / PEFT_CONFIG, config)
-        write_json(folder / PASSPORT, passport)
+        files = {name: file_sha256(folder / name) for name in (WEIGHTS, PEFT_CONFIG)}
+        settings = {**dataclasses.asdict(lora), "scale": lora.scale}
+        write_passport(folder, {**passport, "lora": settings, "files": files})
+
+
+def write_passport(folder: Path, passport: Mapping[str, Any]) -> None:
+    """Writes `jllama.json` beside an adapter or a model that was tuned."""
+    write_sealed(folder / PASSPORT, passport)
 
 
 def read_passport(path: str | Path) -> dict[str, Any]:
     """What `jllama.json` says; empty for an adapter from another tool."""
     file = Path(path) / PASSPORT
-    return read_json(file) if file.is_file() else {}
+    return read_sealed(file, "copy the adapter again") if file.is_file() else {}
+
+
+def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -> None:
+    """Refuses an adapter whose passport names another base model, or another tokenizer.
+
+    Raises:
+        InputError: which base it wants; not with `force`.
+    """
+    passport = read_passport(adapter)
+    found = {
+        "base_manifest_sha256": ("manifest", manifest_sha256(model)),
+        "tokenizer_sha256": ("tokenizer", read_manifest(model)["files"].get(TOKENIZER)),
+    }
+    for key, (what, sha256) in found.items():
+        wanted = passport.get(key, sha256)
+        if wanted != sha256 and not force:
+            name = read_json(Path(adapter) / PEFT_CONFIG).get("base_model_name_or_path")
+            raise InputError(
+                f"{adapter} was trained on {name} ({what} {str(wanted)[:12]}), but the {what} of "
+                f"{model} is {str(sha256)[:12]}; give the right --model, or --force"
+            )
 
 
 def load_adapter(model: Llama, path: str | Path) -> Llama:
     """Attaches a PEFT adapter folder to a model, in place; returns the model.
 
     Raises:
-        InputError: if it is no LoRA adapter, uses what jllama has not, or does not fit the model.
+        InputError: if it is no LoRA adapter, uses what jllama has not, does not fit the model, or
+            is damaged.
+    """
+    lora, tensors = read_adapter(path, model.config)
+    put_adapter(model, lora, tensors)
+    return model
+
+
+def read_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """A PEFT folder's settings and arrays, under our names and in Meta's order of rows.
+
+    layers.0.attention.wq.lora.a `[R, in]`, .b `[out, R]`, and DoRA's .magnitude `[out]` as PEFT
+    has it: the whole length of a row.
+
+    Raises:
+        InputError: as for `load_adapter`.
     """
     path = Path(path)
     lora = read_lora_config(path)
@@ -117,40 +176,69 @@ def load_adapter(model: Llama, path: str | Path) -> Llama:
         raise InputError(f"{file}: no such file; expected a PEFT adapter folder") from None
     except safetensors.SafetensorError as error:
         raise InputError(f"{file}: damaged ({error}); copy the adapter again") from error
-
-    before = {name: linear.lora for name, linear in model.linears().items()}
-    for linear in model.linears().values():
-        linear.lora = None
-    attach(model, lora, jax.random.key(0))
-    adapters, linears = nnx.state(model, nnx.LoRAParam), adapted_linears(model)
-    problems, used = [], set()
-
-    def fill(name, fresh):
-        key = peft_key(name)
-        used.add(key)
+    expected = adapter_shapes(lora, config)
+    keys = {peft_key(name): name for name in expected}
+    tensors, problems = {}, []
+    for key, name in keys.items():
         found = stored.get(key)
-        if found is None or found.shape != fresh.shape:
+        if found is None or found.shape != expected[name]:
             shape = "nothing" if found is None else found.shape
-            problems.append(f"{key}: expected {fresh.shape}, found {shape}")
-            return fresh
+            problems.append(f"{key}: expected {expected[name]}, found {shape}")
+            continue
         linear, _, part = name.partition(".lora.")
-        heads = rotary_heads(model.config, linear)
-        if part != "a" and heads:
-            found = to_interleaved(found, heads)
-        if part == "magnitude":
-            found = found.astype(np.float32) - row_lengths(linears[linear])
-        return jnp.asarray(found, jnp.float32)
-
-    adapters = map_named(fill, adapters)
-    problems += [f"{key}: unknown tensor" for key in sorted(stored.keys() - used)]
+        heads = rotary_heads(config, linear)
+        tensors[name] = to_interleaved(found, heads) if part != "a" and heads else found
+    problems += [f"{key}: unknown tensor" for key in sorted(stored.keys() - keys.keys())]
     if problems:
-        for name, linear in model.linears().items():
-            linear.lora = before[name]
         raise InputError(
             f"{file} does not fit this model; load it on its own base\n  " + "\n  ".join(problems)
         )
-    nnx.update(model, adapters)
-    return model
+    bad = [peft_key(name) for name, array in tensors.items() if not _is_finite(array)]
+    if bad:
+        raise InputError(f"{file}: {', '.join(bad[:3])} ({len(bad)} in all) hold NaN or infinity")
+    return lora, tensors
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def adapter_shapes(lora: LoraConfig, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The arrays of an adapter under our names, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(config.n_layers):
+        for target in lora.targets:
+            outs, ins = linear_shapes(config)[target]
+            part = "attention" if target in ("wq", "wk", "wv", "wo") else "feed_forward"
+            name = f"layers.{index}.{part}.{target}.lora"
+            shapes |= {f"{name}.a": (lora.rank, ins), f"{name}.b": (outs, lora.rank)}
+            if lora.dora:
+                shapes[f"{name}.magnitude"] = (outs,)
+    return shapes
+
+
+def put_adapter(model: Llama, lora: LoraConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Attaches the arrays of `read_adapter` to a model, in place of any adapter it has."""
+    for linear in model.linears().values():
+        linear.lora = None
+    attach(model, lora, jax.random.key(0))
+    linears = adapted_linears(model)
+
+    def fill(name, _):
+        linear, _, part = name.partition(".lora.")
+        array = tensors[name].astype(np.float32)
+        return jnp.asarray(array - row_lengths(linears[linear]) if part == "magnitude" else array)
+
+    nnx.update(model, map_named(fill, nnx.state(model, nnx.LoRAParam)))
+
+
+def _check_files(path: Path) -> None:
+    for name, certified in read_passport(path).get("files", {}).items():
+        if (path / name).is_file() and file_sha256(path / name) != certified:
+            raise InputError(
+                f"{path / name} differs from {PASSPORT}; it was changed after it was written. "
+                f"Copy the adapter again, or remove {PASSPORT} if the change is meant"
+            )
 
 
 # Fields of adapter_config.json that would change the arithmetic, and their plain values.
@@ -170,7 +258,11 @@ _PLAIN: dict[str, tuple] = {
 
 
 def read_lora_config(path: str | Path) -> LoraConfig:
-    """A PEFT folder's settings; InputError for what LoRA, rsLoRA and DoRA are not."""
+    """A PEFT folder's settings; InputError for what LoRA, rsLoRA and DoRA are not.
+
+    Where there is a passport, both of PEFT's files must be what it certifies.
+    """
+    _check_files(Path(path))
     file = Path(path) / PEFT_CONFIG
     config = read_json(file)
     if config.get("peft_type") != "LORA":

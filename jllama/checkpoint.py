@@ -10,6 +10,7 @@ host, and a folder has its final name only when it is complete.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,8 @@ from jllama.model import Llama, Remat, map_named, named_arrays
 from jllama.tokenizer import FILE_NAME
 
 CONFIG, BLOCKS = "config.json", "blocks"
+# safetensors' names of the dtypes that a model folder holds.
+_DTYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32}
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -169,7 +172,7 @@ def read_config(path: str | Path) -> LlamaConfig:
 
 
 def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
-    """The tensors of one block as stored, on the host, checked against the manifest.
+    """The tensors of one block as stored, mapped from their file, checked against the manifest.
 
     Raises:
         InputError: if the block is missing, unreadable or differs from its certificate.
@@ -179,8 +182,8 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise InputError(f"{file}: block missing; convert the model again")
     try:
-        tensors = safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
+        tensors = _mapped(file)
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype of no weight
         raise InputError(f"{file}: damaged ({error}); convert the model again") from error
     with ThreadPoolExecutor() as threads:
         found = dict(zip(tensors, threads.map(certificate, tensors.values()), strict=True))
@@ -197,6 +200,25 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
             "was written, convert the model again"
         )
     return tensors
+
+
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped: only what is read of them takes memory.
+
+    `[length of the header, 8 bytes] [header, JSON] [tensors]`
+    """
+    with safetensors.safe_open(file, "numpy"):
+        pass  # refuses a header that lies
+    raw = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: raw[start + stored["data_offsets"][0] : start + stored["data_offsets"][1]]
+        .view(_DTYPES[stored["dtype"]])
+        .reshape(stored["shape"])
+        for name, stored in header.items()
+    }
 
 
 def _block_of(name: str) -> str:
@@ -249,13 +271,13 @@ def load_model(
         raise InputError(f"precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     path, config = Path(path), read_config(path)
     blocks = tensor_shapes(config)
-    _check_manifest(path, blocks)
+    check_manifest(path, blocks)
     if ffn_bias:
         config = dataclasses.replace(config, ffn_bias=True)
     stored: dict[str, Any] = {}
     for block in blocks:
         for name, tensor in read_block(path, block).items():
-            stored[name] = jnp.asarray(tensor).astype(PRECISIONS[precision])
+            stored[name] = jnp.array(tensor).astype(PRECISIONS[precision])
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
 
     def fill(name, shape):
@@ -267,7 +289,8 @@ def load_model(
     return model
 
 
-def _check_manifest(path: Path, blocks: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+def check_manifest(path: Path, blocks: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Refuses a model folder whose manifest and config do not name the same tensors and shapes."""
     tensors = read_manifest(path)["tensors"]
     found = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     expected = {name: shape for block in blocks.values() for name, shape in block.items()}

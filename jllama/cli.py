@@ -17,8 +17,11 @@ from jllama.errors import InputError
 
 # Subcommand of the `jllama` script -> module with a `main(argv)`, imported when asked for.
 COMMANDS = {
-    "convert": "convert.from_meta",
-    "export": "convert.to_meta",
+    "from-meta": "convert.from_meta",
+    "from-hf": "convert.from_hf",
+    "to-meta": "convert.to_meta",
+    "to-hf": "convert.to_hf",
+    "verify": "convert.verify",
     "plan": "train.plan",
     "train": "train.lora",
     "sample": "train.sample",

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jllama.errors import InputError
 
+MAX_LAYERS = 1000  # of any LLaMA, with much room; a file that states a billion is an attack
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -46,6 +48,8 @@ class LlamaConfig:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
         if wrong := [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
             raise InputError(f"{', '.join(wrong)}; expected at least 1")
+        if self.n_layers > MAX_LAYERS:
+            raise InputError(f"n_layers {self.n_layers}, expected at most {MAX_LAYERS}")
         if self.dim % self.n_heads:
             raise InputError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:

@@ -39,10 +39,10 @@ def write_manifest(
     folder: Path, tensors: Mapping[str, Mapping], source: str, files: Sequence[str]
 ) -> None:
     """Certifies tensors, and the files of these names; the manifest is replaced as a whole."""
-    hashes = {name: _sha256((folder / name).read_bytes()) for name in files}
+    hashes = {name: file_sha256(folder / name) for name in files}
     content = {"source": source, "files": hashes, "tensors": tensors}
     new = folder / f"{MANIFEST}.new"
-    write_json(new, content | {"sha256": _json_sha256(content)})
+    write_sealed(new, content)
     new.replace(folder / MANIFEST)
 
 
@@ -52,11 +52,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or it is not as it was written.
     """
-    file = Path(folder) / MANIFEST
+    return read_sealed(Path(folder) / MANIFEST, "convert the model again")
+
+
+def write_sealed(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object with the hash of itself."""
+    write_json(file, {**content, "sha256": _json_sha256(content)})
+
+
+def read_sealed(file: Path, advice: str) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the hash.
+
+    Raises:
+        InputError: if it is missing or not as it was written.
+    """
     content = read_json(file)
-    stated = content.pop("sha256", None)
-    if stated != _json_sha256(content):
-        raise InputError(f"{file}: damaged or edited; convert the model again")
+    if content.pop("sha256", None) != _json_sha256(content):
+        raise InputError(f"{file}: damaged or edited; {advice}")
     return content
 
 
@@ -74,11 +86,16 @@ def check_file(file: Path) -> None:
     if not (file.parent / MANIFEST).is_file():
         return
     certified = read_manifest(file.parent)["files"].get(file.name)
-    if certified != _sha256(file.read_bytes()):
+    if certified != file_sha256(file):
         raise InputError(
             f"{file} differs from {MANIFEST}; it was changed after it was written, convert the "
             "model again"
         )
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a small file."""
+    return _sha256(file.read_bytes())
 
 
 def _sha256(content: bytes) -> str:

@@ -11,12 +11,12 @@ from jllama.manifest import check_file
 
 FILE_NAME = "tokenizer.model"
 
-# Llama 3's splitting rule and special tokens, in the order of their ids (from 128,000 on).
-_LLAMA3_PATTERN = (
+# Llama 3's splitting rule and 256 special tokens, in the order of their ids (from 128,000 on).
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_SPECIALS = (
+LLAMA3_SPECIALS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -28,8 +28,8 @@ _LLAMA3_SPECIALS = (
     "<|eom_id|>",
     "<|eot_id|>",
     "<|python_tag|>",
+    *(f"<|reserved_special_token_{2 + i}|>" for i in range(245)),
 )
-_LLAMA3_SPECIAL_COUNT = 256
 
 
 class Tokenizer(Protocol):
@@ -91,15 +91,10 @@ class TiktokenTokenizer:
         import tiktoken
 
         first = len(ranks)
-        reserved = _LLAMA3_SPECIAL_COUNT - len(_LLAMA3_SPECIALS)
-        names = [
-            *_LLAMA3_SPECIALS,
-            *(f"<|reserved_special_token_{2 + i}|>" for i in range(reserved)),
-        ]
-        self._specials = {name: first + i for i, name in enumerate(names)}
+        self._specials = {name: first + i for i, name in enumerate(LLAMA3_SPECIALS)}
         self._model = tiktoken.Encoding(
             name="llama3",
-            pat_str=_LLAMA3_PATTERN,
+            pat_str=LLAMA3_PATTERN,
             mergeable_ranks=ranks,
             special_tokens=self._specials,
         )
@@ -128,7 +123,7 @@ class TiktokenTokenizer:
 
 
 @functools.cache
-def _ranks(content: bytes) -> dict[bytes, int] | None:
+def read_ranks(content: bytes) -> dict[bytes, int] | None:
     """tiktoken's `base64 rank` lines, or None if the file is something else."""
     try:
         rows = [line.split() for line in content.splitlines() if line]
@@ -149,8 +144,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise InputError(f"{file}: no tokenizer; expected Meta's {FILE_NAME} beside the weights")
     check_file(file)
-    content = file.read_bytes()
-    ranks = _ranks(content)
+    return make_tokenizer(file.read_bytes(), file)
+
+
+def make_tokenizer(content: bytes, file: Path) -> Tokenizer:
+    """The tokenizer that a file's content describes; `file` is named in errors.
+
+    Raises:
+        InputError: if it is neither SentencePiece nor tiktoken.
+    """
+    ranks = read_ranks(content)
     if ranks:
         return TiktokenTokenizer(ranks)
     try:

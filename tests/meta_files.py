@@ -8,6 +8,7 @@ import base64
 import json
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -129,6 +130,27 @@ def reference(params: dict, tensors: Tensors, rope_factor: float = 8.0):
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
     return model.eval()
+
+
+def write_hf(folder: Path, tensors: Tensors, params: dict, *, files: int = 1) -> Path:
+    """The same model in Hugging Face's files, config.json by `transformers`, in the same dtype."""
+    reference(params, tensors).config.save_pretrained(folder)
+    weights = {
+        _hf_name(name): _hf_rows(name, tensor, params).to(tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    names = [f"model-{index + 1:05d}-of-{files:05d}.safetensors" for index in range(files)]
+    if files == 1:
+        names = ["model.safetensors"]
+    placed = {name: names[index % files] for index, name in enumerate(sorted(weights))}
+    for file in names:
+        part = {name: weights[name] for name in weights if placed[name] == file}
+        safetensors.torch.save_file(part, folder / file, {"format": "pt"})
+    if files > 1:
+        index = {"metadata": {}, "weight_map": placed}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "tokenizer.model").write_bytes(TOKENIZER)
+    return folder
 
 
 def _hf_name(name: str) -> str:

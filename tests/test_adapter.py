@@ -1,6 +1,7 @@
 """The adapter folder, against `peft` on `transformers` with the same weights."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -15,11 +16,12 @@ from flax import nnx
 from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
 
 from convert.from_meta import FromMeta, convert
-from jllama.adapter import load_adapter, read_passport, save_adapter
+from jllama.adapter import check_base, load_adapter, read_passport, save_adapter
 from jllama.checkpoint import load_model
 from jllama.config import PRESETS, LoraConfig
 from jllama.errors import InputError
 from jllama.lora import adapted_linears, attach, merge, scaled, split
+from jllama.manifest import manifest_sha256
 
 # peft asks transformers for it by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -74,6 +76,13 @@ def folder(base, tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "adapter")
+
+
+@pytest.fixture
+def foreign(copy):
+    """The same without a passport, as another tool would leave it."""
+    (copy / "jllama.json").unlink()
+    return copy
 
 
 def logits(model) -> np.ndarray:
@@ -135,7 +144,9 @@ def test_save_and_load_give_back_every_bit_and_the_passport(base, folder):
         assert (np.asarray(linear.lora.a[...]) == np.asarray(again.a[...])).all()
         assert (np.asarray(linear.lora.b[...]) == np.asarray(again.b[...])).all()
         assert (again.scale, again.dropout) == (3.0, 0.1)
-    assert read_passport(folder) == {"prompt_style": "alpaca"}
+    passport = read_passport(folder)
+    assert passport["prompt_style"] == "alpaca"
+    assert passport["lora"]["scale"] == 3.0
 
 
 # ------------------------------------------------------------------------------ what LoRA promises
@@ -261,15 +272,57 @@ DAMAGE = {
         lambda path: (path / "adapter_model.safetensors").unlink(),
         ["no such file; expected a PEFT adapter folder"],
     ),
+    "not a number": (
+        set_tensors(lambda tensors: tensors.update({Q_B: tensors[Q_B] * float("nan")})),
+        [f"{Q_B} (1 in all) hold NaN or infinity"],
+    ),
     "a header that lies": (flip_header, ["adapter_model.safetensors: damaged"]),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_an_adapter_that_does_not_fit_is_refused(what, base, copy):
+def test_an_adapter_that_does_not_fit_is_refused(what, base, foreign):
     change, fragments = DAMAGE[what]
-    change(copy)
+    change(foreign)
     with pytest.raises(InputError) as refused:
-        load_adapter(load_model(base, "fp32"), copy)
+        load_adapter(load_model(base, "fp32"), foreign)
     for fragment in fragments:
         assert fragment in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "jllama.json"]
+)
+def test_a_damaged_file_of_an_adapter_is_named_and_refused(name, damage, base, copy):
+    """Reliability 5. An adapter without its passport is one from another tool."""
+    file = copy / name
+    content = bytearray(file.read_bytes())
+    content[-30] ^= 1
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    model = load_model(base, "fp32")
+    if (name, damage) == ("jllama.json", "remove"):
+        load_adapter(model, copy)
+        return
+    with pytest.raises(InputError, match=name):
+        load_adapter(model, copy)
+
+
+def test_another_base_or_tokenizer_is_refused_unless_forced(base, tmp_path):
+    passport = {
+        "base_manifest_sha256": manifest_sha256(base),
+        "tokenizer_sha256": hashlib.sha256((base / "tokenizer.model").read_bytes()).hexdigest(),
+    }
+    for wrong, what in [({}, None), (dict.fromkeys(passport, "0" * 64), "manifest 000000000000"),
+                        ({"tokenizer_sha256": "1" * 64}, "tokenizer 111111111111")]:  # fmt: skip
+        folder = tmp_path / str(what)
+        save_adapter(folder, adapted(base), LORA, "models/tiny", passport | wrong)
+        check_base(folder, base, force=True)
+        if what is None:
+            check_base(folder, base)
+            continue
+        with pytest.raises(InputError, match=rf"trained on models/tiny \({what}\).*or --force"):
+            check_base(folder, base)

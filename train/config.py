@@ -71,6 +71,8 @@ class TrainConfig:
     """Linears that get an adapter: wq,wk,wv,wo,w1,w2,w3 (or q_proj, ...), or all."""
     init_adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """A PEFT adapter to start from; it brings its own rank, alpha and targets."""
+    force: bool = False
+    """Start from an adapter whose passport names another base model."""
     ffn_bias: bool = False
     """Feed-forward linears with zero biases, as the original report counted them."""
 

@@ -11,14 +11,18 @@ from typing import Any
 import jax
 
 import jllama
-from jllama.adapter import PASSPORT, load_adapter, read_lora_config, save_adapter
+from jllama.adapter import (
+    check_base,
+    load_adapter,
+    read_lora_config,
+    save_adapter,
+    write_passport,
+)
 from jllama.checkpoint import load_model, read_config, save_model
 from jllama.cli import run_command
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
-from jllama.files import write_json
 from jllama.lora import attach
-from jllama.manifest import manifest_sha256
 from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.auto import choose, out_of_memory_explained, step_of
 from train.config import TrainConfig, model_sizes, read_defaults
@@ -32,7 +36,7 @@ from train.data import (
 )
 from train.loop import fit
 from train.metrics import peak_memory_mib
-from train.run import RESULTS, run_folder
+from train.run import RESULTS, make_passport, run_folder
 from train.show import console, show_end, show_plan, show_row, show_settings
 
 
@@ -72,14 +76,12 @@ def run_steps(
     assert config.remat != "auto"  # `choose` was asked before
     model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
     if config.init_adapter:
+        check_base(config.init_adapter, config.model, force=config.force)
         load_adapter(model, config.init_adapter)
     elif lora:
         attach(model, lora, jax.random.key(config.seed))
     with run_folder(config) as run:
-        passport = {
-            "prompt_style": config.prompt_style,
-            "base_manifest_sha256": manifest_sha256(config.model),
-        }
+        passport = make_passport(config, run)
 
         def save(name: str) -> None:
             new = run / f"{name}.new"
@@ -90,7 +92,7 @@ def run_steps(
                 dtype = PRECISIONS[config.precision]
                 words = (Path(config.model) / FILE_NAME).read_bytes()
                 save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
-                write_json(new / PASSPORT, passport)
+                write_passport(new, passport)
             shutil.rmtree(run / name, ignore_errors=True)
             new.replace(run / name)
 

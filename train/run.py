@@ -28,7 +28,8 @@ import jax
 
 from jllama.errors import InputError
 from jllama.files import read_json, write_json
-from jllama.manifest import manifest_sha256
+from jllama.manifest import manifest_sha256, read_manifest
+from jllama.tokenizer import FILE_NAME as TOKENIZER
 from train.config import LATEST, TrainConfig, write_config
 
 IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged
@@ -126,7 +127,19 @@ def provenance(config: TrainConfig) -> dict:
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "device": jax.devices()[0].device_kind,
         "base_manifest_sha256": manifest_sha256(config.model),
+        "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],
         "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+    }
+
+
+def make_passport(config: TrainConfig, run: Path) -> dict:
+    """What an adapter carries about its origin: whoever loads it can tell where it belongs."""
+    names = (*IDENTITY, "tokenizer_sha256", "versions")
+    known = read_json(run / "run.json")
+    return {
+        "prompt_style": config.prompt_style,
+        "seed": config.seed,
+        **{name: known[name] for name in names},
     }
 
 

@@ -1,0 +1,88 @@
+"""What the commands that write a model folder in another format share: flags, reading, the end."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from convert.blocks import block_progress, fingerprint
+from convert.merge import Merge, show_report
+from jllama.adapter import PEFT_CONFIG, WEIGHTS
+from jllama.checkpoint import check_manifest, read_block, read_config, tensor_shapes
+from jllama.files import bytes_begun, room_for, whole_folder, write_json
+from jllama.manifest import manifest_sha256, read_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """The flags of every export."""
+
+    src: Annotated[Positional[Path], arg(metavar="SRC")]
+    """The model folder."""
+    dst: Annotated[Positional[Path], arg(metavar="DST")]
+    """The folder to make."""
+    adapter: Annotated[Path | None, arg(metavar="DIR")] = None
+    """PEFT adapter to merge in: W + scale * B A, summed in fp32 and rounded once."""
+    force: bool = False
+    """Merge an adapter whose passport names another base model."""
+
+
+class Model:
+    """A model folder on its way out: iterating gives the tensors of block after block.
+
+    Raises:
+        InputError: if the folder is incomplete or damaged, or the adapter does not fit.
+    """
+
+    def __init__(self, settings: Export):
+        self.src = settings.src
+        self.config = read_config(self.src)
+        self.blocks = tensor_shapes(self.config)
+        check_manifest(self.src, self.blocks)
+        self.dtype = np.dtype(read_manifest(self.src)["tensors"]["norm.weight"]["dtype"])
+        self.size = self.config.parameter_count * self.dtype.itemsize
+        self.merge: Merge | None = None
+        if settings.adapter is not None:
+            self.merge = Merge(self.src, settings.adapter, force=settings.force)
+        self.advance: Callable[[int], None] = lambda size: None
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for block in self.blocks:
+            tensors = read_block(self.src, block)
+            yield tensors if self.merge is None else self.merge(block, tensors)
+            self.advance(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+@contextlib.contextmanager
+def exporting(settings: Export) -> Iterator[tuple[Path, Model]]:
+    """The folder to fill, and the model to fill it with; says in the end what was written.
+
+    An interrupted export goes on where it was. A merged one has `merge.json`, what merging changed.
+
+    Raises:
+        InputError: as `Model`, and if the folder exists or the disk is too small.
+    """
+    model, dst = Model(settings), settings.dst
+    origin: dict[str, Any] = {"manifest": manifest_sha256(model.src), "settings": str(settings)}
+    if settings.adapter is not None:
+        origin["adapter"] = fingerprint(settings.adapter / name for name in (WEIGHTS, PEFT_CONFIG))
+    with room_for(model.size - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
+        with block_progress("exporting", len(model.blocks)) as model.advance:
+            yield folder, model
+        if model.merge is not None:
+            report = model.merge.report()
+            write_json(folder / "merge.json", report)
+            show_report(report)
+    print(f"{model.config.parameter_count:,} parameters, {model.dtype.name}, {model.size:,} bytes")
+    print(f"wrote {dst}: {', '.join(_names(dst))}")
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a folder, the many of one model as one."""
+    names = sorted(path.name for path in folder.iterdir())
+    parts = [name for name in names if name.startswith("model-")]
+    return [*([f"{parts[0]} ... {parts[-1]}"] if parts else []), *sorted({*names} - {*parts})]

@@ -1,0 +1,69 @@
+"""Hugging Face's files to a model folder, one block in memory at a time.
+
+    python -m convert.from_hf ~/Llama-2-7b-hf models/llama-2-7b
+
+Rows of q and k are put back into Meta's order; every value is kept. A model that came to Hugging
+Face from Meta gives the same tensors, and the same certificate of them, as Meta's own files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+from tyro.conf import Positional, arg
+
+from convert.blocks import to_model_folder
+from convert.hf_files import open_hf
+from convert.hf_tokenizer import read_hf_tokenizer
+from convert.shards import shard_files
+from jllama.checkpoint import CONFIG
+from jllama.cli import run_command
+from jllama.errors import InputError
+from jllama.tokenizer import make_tokenizer
+
+PROG = "python -m convert.from_hf"
+
+
+@dataclass(frozen=True)
+class FromHf:
+    """Converts a Hugging Face LLaMA (safetensors) to a model folder."""
+
+    src: Annotated[Positional[Path], arg(metavar="SRC")]
+    """Folder with config.json, *.safetensors and a tokenizer."""
+    dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
+    """Folder to make; by default models/ and the name of SRC."""
+    tokenizer: Path | None = None
+    """Meta's tokenizer.model, or a folder with one; by default what SRC has."""
+
+
+def convert(settings: FromHf) -> None:
+    """Makes the model folder, whole or not at all.
+
+    Raises:
+        InputError: if the files are damaged or contradict each other, or the disk is too small.
+    """
+    src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
+    if not (src / CONFIG).is_file() and shard_files(src):
+        raise InputError(f"{src}: found Meta's files; run: python -m convert.from_meta {src} DST")
+    weights = open_hf(src)
+    place = settings.tokenizer or src
+    tokenizer = place.read_bytes() if place.is_file() else read_hf_tokenizer(place)
+    known = make_tokenizer(tokenizer, place).vocab_size
+    if known > weights.config.vocab_size:
+        raise InputError(
+            f"{place}: {known} tokens, but the weights have {weights.config.vocab_size} rows; "
+            "copy the tokenizer of this very model"
+        )
+    to_model_folder(weights, tokenizer, dst)
+    print(f"next: python -m train.lora --model {dst} --data FILE")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
+    run_command(convert, FromHf, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    main()

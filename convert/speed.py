@@ -1,0 +1,203 @@
+"""How fast weights are converted and in how much memory, beside `cp` of the same bytes.
+
+    python -m convert.speed --output docs/results/convert-cpu.json
+
+Makes a synthetic checkpoint in Meta's format for each number of shards, and converts it in, out,
+to Hugging Face's format and in again. Each conversion is a process of its own; its clock and its
+memory begin when everything is imported. `cp` of what it reads runs before it, the disk idle before
+both; the ratio is that of the medians.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from convert.archive import Archive
+from convert.dtypes import as_numpy
+from convert.params import PARAMS, meta_params
+from convert.to_meta import cut_axis, part_shape
+from jllama.checkpoint import tensor_shapes
+from jllama.cli import run_command
+from jllama.config import LlamaConfig
+from jllama.errors import InputError
+from jllama.files import room_for, write_json
+from jllama.tokenizer import FILE_NAME
+
+PROG = "python -m convert.speed"
+_LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
+_MIB = 2**20
+
+# A process that converts once: what it took after its imports.
+_CHILD = """
+import importlib, json, sys, time
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+module, source, destination, more = sys.argv[1:]
+command = importlib.import_module(f"convert.{module}")
+def memory(name):
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+before, started = memory("VmRSS"), time.monotonic()
+command.main([source, destination, *json.loads(more)])
+print(json.dumps({"seconds": time.monotonic() - started, "peak_mib": memory("VmHWM"),
+                  "imports_mib": before}))
+"""
+
+
+@dataclass(frozen=True)
+class ConvertSpeed:
+    """Times conversions of a synthetic checkpoint, and `cp` of the same bytes."""
+
+    gigabytes: float = 2.0
+    """Size of the checkpoint, bf16."""
+    shards: tuple[int, ...] = (1, 4)
+    """In how many files the checkpoint comes; every number is measured."""
+    repeats: int = 3
+    """Times that each conversion runs."""
+    place: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder for the files, about five times their size; by default one of the system's."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON file for the figures."""
+
+    def __post_init__(self):
+        if self.gigabytes <= 0 or self.repeats < 1 or not self.shards or min(self.shards) < 1:
+            raise InputError("--gigabytes, --repeats and --shards are expected above 0")
+
+
+def measure(settings: ConvertSpeed) -> None:
+    """Measures every conversion, and shows and writes the figures."""
+    empty = dataclasses.replace(_LLAMA, n_layers=1)
+    layer = sum(_bytes(shape) for shape in tensor_shapes(empty)["layers.0"].values())
+    rest = 2 * empty.parameter_count - layer
+    layers = max(1, round((1e9 * settings.gigabytes - rest) / layer))
+    config = dataclasses.replace(_LLAMA, n_layers=layers)
+    largest = max(sum(map(_bytes, names.values())) for names in tensor_shapes(config).values())
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=settings.place or None) as name:
+        place = Path(name)
+        with room_for(5 * 2 * config.parameter_count, place / "files"):
+            for shards in settings.shards:
+                figures[f"{shards} shards"] = _round_trip(place, config, shards, settings.repeats)
+    for title, ways in figures.items():
+        for way, figure in ways.items():
+            figure["peak_beyond_imports_and_two_blocks_mib"] = (
+                figure["peak_mib"] - figure["imports_mib"] - 2 * largest / _MIB
+            )
+            print(
+                f"{title}, {way}: {figure['seconds']:.2f} s, {figure['ratio_to_cp']:.2f}x cp; peak "
+                f"{figure['peak_mib']:,.0f} MiB, of which imports {figure['imports_mib']:,.0f}; "
+                f"the largest block has {largest / _MIB:,.0f}"
+            )
+    if settings.output:
+        packages = ("torch", "safetensors", "numpy", "jax")
+        content = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": ["python", "-m", "convert.speed", *sys.argv[1:]],
+            "device": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {name: version(name) for name in packages},
+            "settings": dataclasses.asdict(settings),
+            "bytes": 2 * config.parameter_count,
+            "largest_block_mib": largest / _MIB,
+            "figures": figures,
+        }
+        write_json(Path(settings.output), content)
+        print(f"wrote {settings.output}")
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 2 * int(np.prod(shape))
+
+
+def _round_trip(place: Path, config: LlamaConfig, shards: int, repeats: int) -> dict[str, Any]:
+    """Meta -> model -> Meta, model -> Hugging Face -> model; the first files are made here."""
+    folder = place / f"{shards}"
+    _write_synthetic(folder / "meta", config, shards)
+    cut = ["--shards", str(shards)]
+    ways: dict[str, tuple[str, str, str, list[str]]] = {
+        "in from Meta": ("from_meta", "meta", "model", []),
+        "out to Meta": ("to_meta", "model", "meta-again", cut),
+        "out to Hugging Face": ("to_hf", "model", "hf", []),
+        "in from Hugging Face": ("from_hf", "hf", "model-again", []),
+    }
+    figures = {}
+    for way, (module, source, destination, more) in ways.items():
+        figures[way] = _timed(module, folder / source, folder / destination, more, repeats)
+    shutil.rmtree(folder)
+    return figures
+
+
+def _timed(
+    module: str, source: Path, destination: Path, more: list[str], repeats: int
+) -> dict[str, Any]:
+    copies, runs = [], []
+    for _ in range(repeats):
+        copy = destination.with_name("copy")
+        os.sync()
+        started = time.monotonic()
+        subprocess.run(["cp", "-r", source, copy], check=True)
+        copies.append(time.monotonic() - started)
+        shutil.rmtree(copy)
+        shutil.rmtree(destination, ignore_errors=True)
+        os.sync()
+        arguments = [module, str(source), str(destination), json.dumps(more)]
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise InputError(f"convert.{module} failed:\n{done.stderr}")
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return {
+        "seconds": seconds,
+        "cp_seconds": statistics.median(copies),
+        "ratio_to_cp": seconds / statistics.median(copies),
+        "peak_mib": max(run["peak_mib"] for run in runs),
+        "imports_mib": statistics.median(run["imports_mib"] for run in runs),
+        "all_seconds": [run["seconds"] for run in runs],
+        "all_cp_seconds": copies,
+    }
+
+
+def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
+    """Random bf16 weights in Meta's files, with the smallest tokenizer there is."""
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    names = {k: shape for block in tensor_shapes(config).values() for k, shape in block.items()}
+    axes = {name: cut_axis(name, config) for name in names}
+    parts = {name: part_shape(name, shape, axes[name], shards) for name, shape in names.items()}
+    for index in range(shards):
+        archive = Archive(folder / f"consolidated.{index:02d}.pth", parts, torch.bfloat16, {})
+        for name, shape in parts.items():
+            values = (
+                torch.randn(shape, generator=draw) if axes[name] is not None else torch.ones(shape)
+            )
+            archive.put(name, as_numpy(values.bfloat16()))
+        archive.close()
+    write_json(folder / PARAMS, meta_params(config))
+    ranks = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    (folder / FILE_NAME).write_bytes(b"".join(ranks))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(measure, ConvertSpeed, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A model folder, alone or with an adapter merged in, as transformers, vLLM and llama.cpp read it.
+
+    python -m convert.to_hf models/llama-2-7b tuned-hf --adapter runs/latest/adapter
+
+Writes safetensors with an index (a file per block), config.json, generation_config.json and the
+tokenizer. Without an adapter the tensors are byte for byte those of the Hugging Face files that
+were converted, or would have been.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from convert.export import Export, exporting
+from convert.hf_config import hf_config
+from convert.hf_files import INDEX
+from convert.hf_tokenizer import write_hf_tokenizer
+from convert.names import hf_name
+from jllama.adapter import rotary_heads, to_half_rotated
+from jllama.checkpoint import CONFIG
+from jllama.cli import run_command
+from jllama.config import LlamaConfig
+from jllama.files import write_json
+from jllama.tokenizer import FILE_NAME, load_tokenizer
+
+PROG = "python -m convert.to_hf"
+
+
+@dataclass(frozen=True)
+class ToHf(Export):
+    """Writes a model folder, alone or with an adapter merged in, in Hugging Face's format."""
+
+
+def export(settings: ToHf) -> None:
+    """Writes the folder, whole or not at all.
+
+    Raises:
+        InputError: if the model folder is incomplete or damaged, the adapter does not fit, or the
+            disk is too small.
+    """
+    with exporting(settings) as (folder, model):
+        placed: dict[str, str] = {}
+        for number, tensors in enumerate(model, 1):
+            file = f"model-{number:05d}-of-{len(model.blocks):05d}.safetensors"
+            theirs = {
+                hf_name(name): hf_rows(name, tensor, model.config)
+                for name, tensor in tensors.items()
+            }
+            _save(folder / file, theirs)
+            placed |= dict.fromkeys(theirs, file)
+        write_json(folder / INDEX, {"metadata": {"total_size": model.size}, "weight_map": placed})
+        bos_id: int | None = None
+        eos_ids: tuple[int, ...] = ()
+        if (settings.src / FILE_NAME).is_file():
+            tokenizer = load_tokenizer(settings.src)
+            bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
+            content = (settings.src / FILE_NAME).read_bytes()
+            write_hf_tokenizer(content, folder, model.config.max_seq_len)
+        config = hf_config(model.config, model.dtype.name, bos_id, eos_ids)
+        write_json(folder / CONFIG, config)
+        ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        write_json(folder / "generation_config.json", ends)
+    print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
+
+
+def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:
+    """A tensor with its rows in Hugging Face's order, which is another one for q and k."""
+    heads = rotary_heads(config, name.removesuffix(".weight"))
+    return to_half_rotated(tensor, heads) if heads else tensor
+
+
+def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a file under its name once it is whole; one that is there and equal stays."""
+    if file.is_file():
+        there = safetensors.numpy.load_file(file)
+        same = there.keys() == tensors.keys()
+        if same and all(there[name].tobytes() == tensors[name].tobytes() for name in tensors):
+            return
+    new = file.with_suffix(".new")
+    safetensors.numpy.save_file(tensors, new, metadata={"format": "pt"})
+    new.replace(file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
+    run_command(export, ToHf, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Reliability 10: whatever names, headers and indexes say, a file is converted whole or refused.
+
+Refused means one InputError, nothing left and nothing written outside. Deterministic here; the
+nightly run draws new cases.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import pytest
+import safetensors.torch
+import torch
+from meta_files import GROUPED, random_tensors, write_hf, write_meta
+
+from convert import from_hf, from_meta
+from convert.from_hf import FromHf
+from convert.from_meta import FromMeta
+from jllama.adapter import load_adapter, save_adapter
+from jllama.checkpoint import load_model
+from jllama.config import LoraConfig
+from jllama.errors import InputError
+from jllama.lora import attach
+from jllama.manifest import read_manifest
+
+PARAMS = GROUPED | {"n_layers": 1}
+TENSORS = random_tensors(PARAMS)
+NIGHTLY = "JLLAMA_FUZZ" in os.environ  # make nightly: new cases, and more of them
+SETTINGS = {"deadline": None, "derandomize": not NIGHTLY, "database": None,
+            "max_examples": 1000 if NIGHTLY else 50}  # fmt: skip
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+names = st.text(min_size=1, max_size=30) | st.sampled_from(
+    ["../x", "/etc/passwd", "a/../../b", "layers.-1.x", f"layers.{10**30}.y", "\0", ".", *TENSORS]
+)
+# (place as a share of the file, byte)
+edits = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("fuzz")
+    write_meta(root / "meta", TENSORS, PARAMS)
+    write_hf(root / "one", TENSORS, PARAMS)
+    write_hf(root / "two", TENSORS, PARAMS, files=2)
+    from_meta.convert(FromMeta(root / "meta", root / "model"))
+    model = load_model(root / "model", "fp32")
+    lora = LoraConfig(rank=2)
+    attach(model, lora, jax.random.key(0))
+    save_adapter(root / "adapter", model, lora, "x", {})
+    return root
+
+
+@contextlib.contextmanager
+def copy_of(folder: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as root:
+        yield Path(shutil.copytree(folder, Path(root) / folder.name))
+
+
+def converted_or_refused(convert: Callable, settings: Callable, folder: Path) -> None:
+    before = sorted(os.listdir(folder.parent))
+    model = folder.parent / "out"
+    try:
+        convert(settings(folder, model))
+    except InputError:
+        assert sorted(os.listdir(folder.parent)) == before
+    else:
+        assert len(read_manifest(model)["tensors"]) == len(TENSORS)
+        load_model(model, "fp32")
+
+
+def edit(file: Path, changes: list[tuple[float, int]], span: int) -> None:
+    """Bytes changed within the first `span` ones: the header, not the weights."""
+    content = bytearray(file.read_bytes())
+    for share, byte in changes:
+        content[int(share * (min(span, len(content)) - 1))] = byte
+    file.write_bytes(content)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(changes=edits, cut=st.none() | st.floats(0, 1))
+def test_bytes_of_a_pth(place, changes, cut):
+    with copy_of(place / "meta") as meta:
+        file = meta / "consolidated.00.pth"
+        edit(file, changes, 4000)
+        if cut is not None:
+            file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
+        converted_or_refused(from_meta.convert, FromMeta, meta)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(changes=edits, cut=st.none() | st.floats(0, 1))
+def test_bytes_of_a_safetensors_header(place, changes, cut):
+    with copy_of(place / "one") as hf:
+        file = hf / "model.safetensors"
+        edit(file, changes, 1500)
+        if cut is not None:
+            file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
+        converted_or_refused(from_hf.convert, FromHf, hf)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(data=st.data())
+def test_names_of_tensors(place, data):
+    chosen = data.draw(st.lists(st.sampled_from(list(TENSORS)), max_size=3, unique=True))
+    renamed = {name: data.draw(names) for name in chosen}
+    tensors = {renamed.get(name, name): tensor for name, tensor in TENSORS.items()}
+    with copy_of(place / "meta") as meta:
+        torch.save(tensors, meta / "consolidated.00.pth")
+        converted_or_refused(from_meta.convert, FromMeta, meta)
+    with copy_of(place / "one") as hf:
+        stored = safetensors.torch.load_file(hf / "model.safetensors")
+        fresh = dict(zip(stored, [*renamed.values(), *stored], strict=False))
+        moved = {fresh[name]: tensor.clone() for name, tensor in stored.items()}
+        safetensors.torch.save_file(moved, hf / "model.safetensors")
+        converted_or_refused(from_hf.convert, FromHf, hf)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(data=st.data())
+def test_an_index(place, data):
+    with copy_of(place / "two") as hf:
+        file = hf / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        placed = index["weight_map"]
+        files = names | json_values | st.sampled_from(sorted(set(placed.values())))
+        for name in data.draw(st.lists(st.sampled_from(list(placed)), min_size=1, max_size=3)):
+            placed[name] = data.draw(files)
+        whole = data.draw(st.sampled_from([index, {"weight_map": data.draw(json_values)}]))
+        file.write_text(json.dumps(whole))
+        converted_or_refused(from_hf.convert, FromHf, hf)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("meta", "params.json"), ("one", "config.json"), ("one", "tokenizer.model")],
+)
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(data=st.data())
+def test_a_config(place, folder, name, data):
+    with copy_of(place / folder) as source:
+        file = source / name
+        if name.endswith(".json"):
+            content = json.loads(file.read_text())
+            known = st.sampled_from(sorted(content))
+            numbers = st.integers(-2, 2**70) | st.floats()
+            for field in data.draw(st.lists(known, min_size=1, max_size=3)):
+                content[field] = data.draw(json_values | numbers)
+            file.write_text(json.dumps(content))
+        else:
+            edit(file, data.draw(edits), 10**6)
+        if folder == "meta":
+            converted_or_refused(from_meta.convert, FromMeta, source)
+        else:
+            converted_or_refused(from_hf.convert, FromHf, source)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(data=st.data())
+def test_an_adapter(place, data):
+    model = load_model(place / "model", "fp32")
+    with copy_of(place / "adapter") as adapter:
+        (adapter / "jllama.json").unlink()
+        if data.draw(st.booleans()):
+            edit(adapter / "adapter_model.safetensors", data.draw(edits), 1000)
+        else:
+            file = adapter / "adapter_config.json"
+            content = json.loads(file.read_text())
+            for field in data.draw(st.lists(st.sampled_from(sorted(content)), min_size=1)):
+                content[field] = data.draw(json_values)
+            file.write_text(json.dumps(content))
+        with contextlib.suppress(InputError):
+            load_adapter(model, adapter)
