@@ -96,7 +96,7 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,

@@ -27,8 +27,14 @@ from typing import Any
 import jax
 
 from jllama.errors import InputError
-from jllama.files import read_json, write_json
-from jllama.manifest import manifest_sha256, read_manifest
+from jllama.files import read_json
+from jllama.manifest import (
+    file_sha256,
+    manifest_sha256,
+    read_manifest,
+    read_sealed,
+    write_sealed,
+)
 from jllama.tokenizer import FILE_NAME as TOKENIZER
 from train.config import LATEST, TrainConfig, write_config
 
@@ -52,7 +58,8 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
             _check_unchanged(run, found)
         else:
             write_config(_from_anywhere(config), run / "config.yaml")
-            write_json(run / "run.json", found)
+            settings = {"config_sha256": file_sha256(run / "config.yaml")}
+            write_sealed(run / "run.json", found | settings)
         if not config.output_dir and not config.resume:
             _link_latest(run)
         yield run
@@ -111,7 +118,12 @@ def _check_unchanged(run: Path, found: dict) -> None:
     for result in RESULTS.values():
         if (run / result).is_dir():
             raise InputError(f"{run} is finished; its result is in {run / result}")
-    saved = read_json(run / "run.json")
+    saved = read_sealed(run / "run.json", "start a new run")
+    if saved.get("config_sha256") != file_sha256(run / "config.yaml"):
+        raise InputError(
+            f"{run / 'config.yaml'} was changed after the run began, which goes on with its own "
+            f"settings only; for others: python -m train.lora --config {run / 'config.yaml'}"
+        )
     changed = [name for name in IDENTITY if saved.get(name) != found[name]]
     if changed:
         raise InputError(
