@@ -1,6 +1,8 @@
-"""The dtypes of published weights, and the same bytes under torch's and numpy's names."""
+"""The dtypes of published weights; torch's tensors as numpy's; mapped ones that are done with."""
 
-from collections.abc import Mapping
+import ctypes
+import mmap
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -28,3 +30,12 @@ def as_torch_dtype(dtype: np.dtype) -> torch.dtype:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity."""
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # both carry a NaN on
+
+
+def forget(tensors: Iterable[torch.Tensor]) -> None:
+    """Takes tensors that are mapped from a file out of memory; they can be read again."""
+    libc = ctypes.CDLL(None)
+    for tensor in tensors:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

@@ -8,9 +8,8 @@
     either                            ->    tokenizer_config.json
 
 A Llama 3 tokenizer.model never lies beside tokenizer.json: there llama.cpp takes it for
-SentencePiece. Both kinds of tokenizer.json are read as they are by `tokenizers`, under the class
-PreTrainedTokenizerFast; LlamaTokenizer would build its own from the pieces, whose ids differ from
-SentencePiece's own for a leading or a double space (transformers 5.23).
+SentencePiece. The class is PreTrainedTokenizerFast, which reads tokenizer.json as it is;
+LlamaTokenizer (transformers 5.23) builds its own, and gives a leading or double space other ids.
 """
 
 import base64
@@ -31,36 +30,17 @@ from jllama.tokenizer import FILE_NAME, LLAMA3_PATTERN, LLAMA3_SPECIALS, load_to
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ORIGINAL = Path("original") / FILE_NAME  # where Meta's own Hugging Face repositories keep it
 
-_BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
-_LLAMA3_SPLITTING = {
+# How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.
+_WORDS = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_SPLITTING = {
     "type": "Sequence",
-    "pretokenizers": [
-        {
-            "type": "Split",
-            "pattern": {"Regex": LLAMA3_PATTERN},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        _BYTE_LEVEL,
-    ],
+    "pretokenizers": [_WORDS | {"invert": False}, _BYTES | {"use_regex": False}],
 }
 
-# Named alike by every release of Llama 3; the other special tokens are not.
-_FIXED_SPECIALS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+# Text and header borders and <|eot_id|> have one name in every release of Llama 3, others not.
+_FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[9]}
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
-
-_SPACE = "▁"  # SentencePiece's letter for a space
 
 
 def _byte_letters() -> str:
@@ -74,7 +54,7 @@ def _byte_letters() -> str:
 
 
 _LETTERS = _byte_letters()
-_BYTES: Mapping[str, int] = {letter: byte for byte, letter in enumerate(_LETTERS)}
+_BYTE_OF: Mapping[str, int] = {letter: byte for byte, letter in enumerate(_LETTERS)}
 
 
 def read_hf_tokenizer(folder: Path) -> bytes:
@@ -98,113 +78,76 @@ def read_hf_tokenizer(folder: Path) -> bytes:
             f"{folder}: no tokenizer; expected {ORIGINAL}, {FILE_NAME} or {TOKENIZER_JSON}; "
             f"copy Meta's {FILE_NAME} into it"
         )
-    content = _read_object(file)
-    vocab = _llama3_vocab(file, content)
-    _check_ranks(file, vocab)
-    _check_specials(file, content.get("added_tokens"), first=len(vocab))
+    content = read_json(file)
+    problem = _difference(content)
+    if problem:
+        raise InputError(
+            f"{file}: {problem}, so jllama would give other ids; if this is LLaMA, "
+            f"copy Meta's {FILE_NAME} to {folder / ORIGINAL}"
+        )
+    vocab = content["model"]["vocab"]
     return b"".join(
-        base64.b64encode(bytes(_BYTES[letter] for letter in token)) + b" %d\n" % rank
+        base64.b64encode(bytes(_BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
         for token, rank in sorted(vocab.items(), key=lambda item: item[1])
     )
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except InputError:
-        raise
-    except (RecursionError, ValueError) as error:  # deep nesting, or a number of 5,000 digits
-        raise InputError(
-            f"{file}: JSON beyond what a tokenizer needs ({error}); download it again"
-        ) from error
-
-
-def _llama3_vocab(file: Path, content: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens of a byte-level BPE that splits text as Llama 3 does."""
+def _difference(content: Mapping[str, Any]) -> str | None:
+    """The first thing in a tokenizer.json that is not Llama 3's, if there is one."""
     model = content.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise InputError(
-            f"{file}: the model is {reprlib.repr(model)}, expected Llama 3's byte-level BPE; "
-            f"only LLaMA can be converted"
-        )
+    kind = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or kind != "BPE":
+        return f"the model's type is {reprlib.repr(kind)}, expected BPE"
     if model.get("byte_fallback"):
-        raise InputError(
-            f"{file}: found the pieces of a SentencePiece model, expected Llama 3's byte-level "
-            f"BPE; copy the {FILE_NAME} of LLaMA 1 or 2 into {file.parent}"
-        )
-    for part, expected in (("pre_tokenizer", _LLAMA3_SPLITTING), ("normalizer", None)):
-        if content.get(part) != expected:
-            raise InputError(
-                f"{file}: {part} is {reprlib.repr(content.get(part))}, expected Llama 3's: "
-                f"{json.dumps(expected)}; jllama would give other ids, so this model is refused"
-            )
+        return "found the pieces of LLaMA 1's or 2's SentencePiece, expected a byte-level BPE"
+    for part, expected in (("pre_tokenizer", _SPLITTING), ("normalizer", None)):
+        found = content.get(part)
+        if found != expected:
+            return f"{part} is {reprlib.repr(found)}, expected {json.dumps(expected)}"
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
-        raise InputError(
-            f"{file}: vocab is not an object of tokens and whole numbers; download it again"
-        )
-    return vocab
+        return "vocab is not an object of tokens and whole numbers"
+    return _rank_difference(vocab) or _special_difference(content.get("added_tokens"), len(vocab))
 
 
-def _check_ranks(file: Path, vocab: Mapping[str, int]) -> None:
+def _rank_difference(vocab: Mapping[str, int]) -> str | None:
     """Tokens in GPT-2's letters: their ids are 0, 1, 2, ... and every byte is one of them."""
     wrong = [place for place, rank in enumerate(sorted(vocab.values())) if place != rank]
-    if wrong:
-        raise InputError(
-            f"{file}: the ids of its {len(vocab):,} tokens are not 0, 1, 2, ...: "
-            f"a gap or a duplicate at {wrong[0]:,}; download it again"
-        )
-    foreign = [token for token in vocab if not token or not _BYTES.keys() >= set(token)]
-    if foreign:
-        raise InputError(
-            f"{file}: {len(foreign):,} tokens are not written in GPT-2's letters for bytes, such "
-            f"as {reprlib.repr(foreign[0])}; expected Llama 3's byte-level BPE"
-        )
+    foreign = [token for token in vocab if not token or not _BYTE_OF.keys() >= set(token)]
     missing = [byte for byte, letter in enumerate(_LETTERS) if letter not in vocab]
-    if missing:
-        raise InputError(
-            f"{file}: {len(missing)} of the 256 bytes are no token, such as {missing[0]}; "
-            f"expected Llama 3's byte-level BPE"
-        )
+    for cases, what in (
+        (wrong, "ids out of the order 0, 1, 2, ... (a gap or a duplicate)"),
+        (foreign, "tokens not written in GPT-2's letters for bytes"),
+        (missing, "of the 256 bytes without a token"),
+    ):
+        if cases:
+            return f"{len(cases):,} {what}, the first {reprlib.repr(cases[0])}"
+    return None
 
 
-def _check_specials(file: Path, added: Any, *, first: int) -> None:
+def _special_difference(added: Any, first: int) -> str | None:
     """Llama 3's 256 special tokens, right after the ranks.
 
     A reserved one may bear any number, since 3.0, 3.1 and Hugging Face count them differently
     and nothing uses them. A name of one's own is refused: tokenizer.model has no names, so
     jllama could neither write that token nor give its name back.
-
-    Raises:
-        InputError: if there are more or fewer, or an id has another name.
     """
+    expected = dict(enumerate(LLAMA3_SPECIALS, first))
     try:
         names = {token["id"]: token["content"] for token in added}
     except (TypeError, KeyError):
-        raise InputError(
-            f"{file}: added_tokens is not a list of {{id, content, ...}}; download it again"
-        ) from None
-    ids = range(first, first + len(LLAMA3_SPECIALS))
-    if len(added) != len(ids) or names.keys() != set(ids):
-        raise InputError(
-            f"{file}: {len(added)} added tokens, expected Llama 3's {len(ids)} special tokens "
-            f"with the ids {ids[0]:,} to {ids[-1]:,}; {_remedy(file)}"
+        return "added_tokens is not a list of {id, content, ...}"
+    if len(added) != len(expected) or names.keys() != expected.keys():
+        return (
+            f"{len(added)} added tokens, expected {len(expected)} with the ids "
+            f"{first:,} to {max(expected):,}"
         )
-    for token, expected in zip(ids, LLAMA3_SPECIALS, strict=True):
-        name = names[token]
-        reserved = isinstance(name, str) and _RESERVED.fullmatch(name) is not None
-        if name != expected and (not reserved or expected in _FIXED_SPECIALS):
-            raise InputError(
-                f"{file}: special token {token:,} is {reprlib.repr(name)}, expected {expected}; "
-                f"{_remedy(file)}"
-            )
-
-
-def _remedy(file: Path) -> str:
-    return (
-        f"to go on with Llama 3's own special tokens, copy Meta's {FILE_NAME} "
-        f"to {file.parent / ORIGINAL}"
-    )
+    for token, name in expected.items():
+        found = names[token]
+        reserved = isinstance(found, str) and _RESERVED.fullmatch(found)
+        if found != name and (not reserved or name in _FIXED_SPECIALS):
+            return f"special token {token:,} is {reprlib.repr(found)}, expected {name}"
+    return None
 
 
 def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
@@ -230,8 +173,7 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": begin,
         "eos_token": end,
-        "add_bos_token": True,
-        "add_eos_token": False,
+        "add_bos_token": True,  # llama.cpp reads it here, transformers in tokenizer.json
         "clean_up_tokenization_spaces": False,  # or decoding drops the space of " ," and " 's"
         "model_max_length": max_seq_len,
     }
@@ -241,18 +183,18 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
 def _llama3(file: Path, ranks: Mapping[bytes, int]) -> dict[str, Any]:
     """The tokenizer.json of tiktoken's ranks."""
     vocab = {"".join(_LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
-    _check_ranks(file, vocab)
+    problem = _rank_difference(vocab)
+    if problem:
+        raise InputError(f"{file}: {problem}; copy Meta's {FILE_NAME} into the model folder again")
     return _tokenizer_json(
         specials={name: len(vocab) + index for index, name in enumerate(LLAMA3_SPECIALS)},
         begin="<|begin_of_text|>",
         normalizer=None,
-        pre_tokenizer=_LLAMA3_SPLITTING,
-        decoder=_BYTE_LEVEL,
+        pre_tokenizer=_SPLITTING,
+        decoder=_BYTES | {"use_regex": False},
         model={
-            "unk_token": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,  # as tiktoken, which looks a whole word up before it merges
+            "byte_fallback": False,  # by these two words llama.cpp knows a Llama 3
+            "ignore_merges": True,  # tiktoken, too, looks a whole word up before it merges
             "vocab": vocab,
             "merges": _merges(sorted(vocab, key=vocab.__getitem__)),
         },
@@ -272,15 +214,15 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
         normalizer={
             "type": "Sequence",
             "normalizers": [
-                {"type": "Prepend", "prepend": _SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
             ],
         },
         pre_tokenizer=None,
         decoder={
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0},
@@ -290,7 +232,6 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
             "unk_token": "<unk>",
             "fuse_unk": True,
             "byte_fallback": True,
-            "ignore_merges": False,
             "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
             "merges": _merges([piece.piece for piece in by_score]),
         },
@@ -318,8 +259,8 @@ def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
     ]
     if problems:
         raise InputError(
-            f"{file}: not built as LLaMA 1's and 2's are, so Hugging Face's ids would differ\n  "
-            + "\n  ".join(problems)
+            f"{file}: not built as LLaMA 1's and 2's are, so Hugging Face's ids would differ; "
+            f"export with convert.to_meta, which copies it\n  " + "\n  ".join(problems)
         )
 
 
@@ -350,8 +291,6 @@ def _tokenizer_json(
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [
             {"id": token, "content": name, **plain, "special": True}
             for name, token in specials.items()
@@ -363,11 +302,5 @@ def _tokenizer_json(
             "pair": [start, first, start, second],
             "special_tokens": {begin: {"id": begin, "ids": [specials[begin]], "tokens": [begin]}},
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            **model,
-        },
+        "model": {"type": "BPE", **model},
     }

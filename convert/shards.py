@@ -11,6 +11,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from convert.blocks import refuse_if
-from convert.dtypes import DTYPES, as_numpy, is_finite
+from convert.dtypes import DTYPES, as_numpy, forget, is_finite
 from convert.names import (
     EMBEDDINGS,
     OUTPUT,
@@ -264,6 +265,7 @@ class MetaWeights:
     """Meta's files, opened and checked (`convert.blocks.Weights`)."""
 
     folder: Path
+    shards: Sequence[Shard]
     config: LlamaConfig
     dtype: np.dtype
 
@@ -273,26 +275,32 @@ class MetaWeights:
 
     @property
     def files(self) -> list[Path]:
-        return shard_files(self.folder)
+        return [self.folder / shard.name for shard in self.shards]
 
     def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Whole tensors in the dtype stored, and what is not finite in them.
+        """Whole tensors in the dtype stored, and what is not finite in them."""
+        for shard in self.shards:
+            forget(shard.tensors.values())  # what the block before has read
+        names = list(names)
+        with ThreadPoolExecutor() as threads:
+            joined = list(threads.map(self._join, names))
+        return (
+            {name: array for name, (array, _) in zip(names, joined, strict=True)},
+            [problem for _, problems in joined for problem in problems],
+        )
 
-        The files are mapped anew: what was read of them before is then no longer resident.
-        """
-        shards = open_shards(self.folder)
-        joined, problems = {}, []
-        for name in names:
-            parts = [shard.tensors[name] for shard in shards]
-            for shard, part in zip(shards, parts, strict=True):
-                if not is_finite(part):
-                    problems.append(f"{shard.name}: {name} holds NaN or infinity, expected finite")
-            columns = parts[0].shape[-1]
-            axis = embeddings_cut(columns, self.config.dim) if name == EMBEDDINGS else cut_of(name)
-            arrays = [as_numpy(part) for part in parts]
-            whole = axis is REPLICATED or len(arrays) == 1
-            joined[name] = arrays[0] if whole else np.concatenate(arrays, axis)
-        return joined, problems
+    def _join(self, name: str) -> tuple[np.ndarray, list[str]]:
+        parts = [shard.tensors[name] for shard in self.shards]
+        problems = [
+            f"{shard.name}: {name} holds NaN or infinity, expected finite"
+            for shard, part in zip(self.shards, parts, strict=True)
+            if not is_finite(part)
+        ]
+        columns = parts[0].shape[-1]
+        axis = embeddings_cut(columns, self.config.dim) if name == EMBEDDINGS else cut_of(name)
+        arrays = [as_numpy(part) for part in parts]
+        whole = axis is REPLICATED or len(arrays) == 1
+        return (arrays[0] if whole else np.concatenate(arrays, axis)), problems
 
 
 def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
@@ -303,4 +311,4 @@ def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
     """
     shards = open_shards(folder)
     config = checked_config(folder, shards, params)
-    return MetaWeights(folder, config, np.dtype(DTYPES[_usual_dtype(shards)]))
+    return MetaWeights(folder, shards, config, np.dtype(DTYPES[_usual_dtype(shards)]))

@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 def flags(root, output, *more, model):
     return [
         "--model", str(root / model), "--data", str(root / "rows.json"), "--output-dir",
-        str(output), "--precision", "fp32", "--max-seq-len", "32", "--micro-batch-size", "2",
+        str(output), "--precision", "fp32", "--max-seq-len", "256", "--micro-batch-size", "2",
         "--gradient-accumulation-steps", "1", "--epochs", "1", "--save-steps", "2",
         "--lora-targets", "q_proj,down_proj", "--lora-rank", "4", "--rslora",
         "--prompt-style", "alpaca", "--seed", "7", *more,
