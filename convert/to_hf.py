@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from convert.export import Export, exporting
@@ -25,7 +24,7 @@ from jllama.adapter import rotary_heads, to_half_rotated
 from jllama.checkpoint import CONFIG
 from jllama.cli import run_command
 from jllama.config import LlamaConfig
-from jllama.files import write_json
+from jllama.files import save_tensors, write_json
 from jllama.tokenizer import FILE_NAME, load_tokenizer
 
 PROG = "python -m convert.to_hf"
@@ -81,9 +80,7 @@ def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
         same = there.keys() == tensors.keys()
         if same and all(there[name].tobytes() == tensors[name].tobytes() for name in tensors):
             return
-    new = file.with_suffix(".new")
-    safetensors.numpy.save_file(tensors, new, metadata={"format": "pt"})
-    new.replace(file)
+    save_tensors(file, tensors, {"format": "pt"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from flax import nnx
 
 from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
-from jllama.files import read_json, room_for, whole_folder, write_json
+from jllama.files import read_json, room_for, save_tensors, whole_folder, write_json
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
 from jllama.manifest import (
@@ -107,7 +107,7 @@ def save_adapter(
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
     with room_for(size, Path(path)), whole_folder(path) as folder:
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         write_json(folder / PEFT_CONFIG, config)
         files = {name: file_sha256(folder / name) for name in (WEIGHTS, PEFT_CONFIG)}
         settings = {**dataclasses.asdict(lora), "scale": lora.scale}

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 from flax import nnx
 
 from jllama.attention import choose_implementation
@@ -32,7 +32,7 @@ from jllama.config import (
     linear_shapes,
 )
 from jllama.errors import InputError
-from jllama.files import read_json, room_for, whole_folder, write_json
+from jllama.files import read_json, room_for, save_tensors, whole_folder, write_json
 from jllama.lora import attach
 from jllama.manifest import MANIFEST, certificate, check_file, read_manifest, write_manifest
 from jllama.model import Llama, Remat, map_named, named_arrays
@@ -100,13 +100,10 @@ class ModelWriter:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise InputError(f"{block}: expected {expected}, found {found}")
-        file = block_file(self._folder, block)
-        new = file.with_suffix(".new")
         with ThreadPoolExecutor() as threads:  # hashing takes about as long as writing
             certificates = threads.map(certificate, tensors.values())
-            safetensors.numpy.save_file(dict(tensors), new)
+            save_tensors(block_file(self._folder, block), tensors)
             self._tensors |= zip(tensors, certificates, strict=True)
-        new.replace(file)
         write_manifest(self._folder, self._tensors, self._source, files=())
 
     def finish(self, tokenizer: bytes | None) -> None:
@@ -162,6 +159,10 @@ def read_config(path: str | Path) -> LlamaConfig:
         raise InputError(f"{path}: no {CONFIG} here; {advice}")
     check_file(path / CONFIG)
     fields = read_json(path / CONFIG)
+    if "model_type" in fields:
+        raise InputError(
+            f"{path}: these are Hugging Face's files; run: python -m convert.from_hf {path} DST"
+        )
     try:
         scaling = fields.pop("rope_scaling")
         return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))

@@ -72,6 +72,12 @@ def hf_hashes(folder: Path) -> Hashes:
     return found
 
 
+@pytest.fixture
+def model(original, tmp_path):
+    convert(FromMeta(original, tmp_path / "m"))
+    return tmp_path / "m"
+
+
 # ------------------------------------------------------------------------------ byte for byte
 
 
@@ -120,6 +126,20 @@ def test_splitting_differently_gives_the_same_model_folder(tmp_path):
     assert all(folders["m1"][name] == folders["h1"][name] for name in blocks)
 
 
+def test_written_files_can_be_read_by_whoever_may_read_any_file_of_the_user(model, tmp_path):
+    to_hf.export(ToHf(model, tmp_path / "hf"))
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    written = [*model.rglob("*.safetensors"), *(tmp_path / "hf").rglob("*.safetensors")]
+    assert {file.stat().st_mode for file in written} == {usual}
+
+
+def test_hugging_faces_files_are_sent_to_the_other_command(model, tmp_path):
+    to_hf.export(ToHf(model, tmp_path / "hf"))
+    with pytest.raises(InputError, match=r"run: python -m convert\.from_hf"):
+        load_model(tmp_path / "hf")
+
+
 def test_a_written_pth_is_a_zip_with_true_checksums(tmp_path):
     tensors = random_tensors(BASE)
     convert(FromMeta(write_meta(tmp_path / "a", tensors, BASE), tmp_path / "m"))
@@ -143,10 +163,8 @@ def test_a_stopped_export_goes_on_and_gives_the_same_bytes(
         write(*arguments)
 
     if command == "to_hf":
-        write = to_hf.safetensors.numpy.save_file
-        monkeypatch.setattr(
-            to_hf.safetensors.numpy, "save_file", lambda t, f, metadata: stop(t, f, metadata)
-        )
+        write = to_hf.save_tensors
+        monkeypatch.setattr(to_hf, "save_tensors", stop)
     else:
         write = archive._write_at
         monkeypatch.setattr(archive, "_write_at", stop)
@@ -281,12 +299,6 @@ def test_weights_that_cannot_be_cut_evenly_are_refused(original, tmp_path):
 
 
 # ------------------------------------------------------------------------------ the certificate
-
-
-@pytest.fixture
-def model(original, tmp_path):
-    convert(FromMeta(original, tmp_path / "m"))
-    return tmp_path / "m"
 
 
 def test_verify_reads_everything_and_names_all_that_is_damaged(model, capsys):
