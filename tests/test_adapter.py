@@ -112,6 +112,10 @@ def test_an_adapter_saved_here_gives_the_same_logits_in_peft(
     ours = adapted(base, config)
     save_adapter(tmp_path / "adapter", ours, config, "models/tiny", {})
     theirs = peft.PeftModel.from_pretrained(reference(PARAMS, tensors), tmp_path / "adapter").eval()
+    stored = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    keys = peft.set_peft_model_state_dict(theirs, stored)
+    assert not keys.unexpected_keys
+    assert not [name for name in keys.missing_keys if "lora_" in name]
     expected = torch_logits(theirs)
     assert_agree(logits(ours), expected)
     without = logits(load_model(base, "fp32"))
