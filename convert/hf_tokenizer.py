@@ -43,6 +43,13 @@ _FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
+# SentencePiece's remove_extra_whitespaces. (^ and $ would be the borders of lines.)
+_JOIN_SPACES = (
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+)
+
+
 def _byte_letters() -> str:
     """GPT-2's letter for each byte: itself where it can be seen, else the next one from 256 on.
 
@@ -207,6 +214,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
     proto = ModelProto.FromString(file.read_bytes())
     _check_sentencepiece(file, proto)
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
+    joins = proto.normalizer_spec.remove_extra_whitespaces  # LLaMA's do not, other small ones do
     by_score = sorted(normal, key=lambda piece: -piece.score)  # equal ones stay in order of ids
     return _tokenizer_json(
         specials={"<unk>": 0, "<s>": 1, "</s>": 2},
@@ -214,6 +222,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
         normalizer={
             "type": "Sequence",
             "normalizers": [
+                *(_JOIN_SPACES if joins else ()),
                 {"type": "Prepend", "prepend": "▁"},
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
             ],
@@ -249,7 +258,6 @@ def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
         ("byte fallback", trainer.byte_fallback, True),
         ("the normalizer's table", normalizer.precompiled_charsmap, b""),
         ("a space before the text", normalizer.add_dummy_prefix, True),
-        ("spaces joined", normalizer.remove_extra_whitespaces, False),
         ("user-defined pieces", user_defined, []),
     )
     problems = [

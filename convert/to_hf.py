@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from convert.export import Export, exporting
+from convert.export import Export, Model, exporting
 from convert.hf_config import hf_config
 from convert.hf_files import INDEX
 from convert.hf_tokenizer import write_hf_tokenizer
@@ -43,6 +43,7 @@ def export(settings: ToHf) -> None:
             disk is too small.
     """
     with exporting(settings) as (folder, model):
+        _write_small_files(settings.src, folder, model)  # first: they are refused at once or never
         placed: dict[str, str] = {}
         for number, tensors in enumerate(model, 1):
             file = f"model-{number:05d}-of-{len(model.blocks):05d}.safetensors"
@@ -53,18 +54,21 @@ def export(settings: ToHf) -> None:
             _save(folder / file, theirs)
             placed |= dict.fromkeys(theirs, file)
         write_json(folder / INDEX, {"metadata": {"total_size": model.size}, "weight_map": placed})
-        bos_id: int | None = None
-        eos_ids: tuple[int, ...] = ()
-        if (settings.src / FILE_NAME).is_file():
-            tokenizer = load_tokenizer(settings.src)
-            bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
-            content = (settings.src / FILE_NAME).read_bytes()
-            write_hf_tokenizer(content, folder, model.config.max_seq_len)
-        config = hf_config(model.config, model.dtype.name, bos_id, eos_ids)
-        write_json(folder / CONFIG, config)
-        ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-        write_json(folder / "generation_config.json", ends)
     print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
+
+
+def _write_small_files(src: Path, folder: Path, model: Model) -> None:
+    """The tokenizer, config.json and generation_config.json."""
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    if (src / FILE_NAME).is_file():
+        tokenizer = load_tokenizer(src)
+        bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
+        write_hf_tokenizer((src / FILE_NAME).read_bytes(), folder, model.config.max_seq_len)
+    config = hf_config(model.config, model.dtype.name, bos_id, eos_ids)
+    write_json(folder / CONFIG, config)
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ends)
 
 
 def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:

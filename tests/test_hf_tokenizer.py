@@ -379,11 +379,27 @@ NOT_LLAMA: dict[str, tuple[Callable[[], bytes], str]] = {
     "own pieces": (lambda: trained(user_defined_symbols=["<PRE>"]), "pieces: ['<PRE>'], expected"),
     "no bytes": (lambda: trained(byte_fallback=False), "byte fallback: False, expected True"),
     "no space": (lambda: trained(add_dummy_prefix=False), "before the text: False, expected True"),
-    "joined": (lambda: trained(remove_extra_whitespaces=True), "joined: True, expected False"),
     "moved": (lambda: trained(unk_id=2, bos_id=0, eos_id=1), "expected ['<unk>', '<s>', '</s>']"),
     "gap": (lambda: RANKS + b"aGVsbG8= 999\n", f"duplicate), the first {N}; copy"),
     "few bytes": (lambda: rank_lines([b"a", b"b"]), "254 of the 256 bytes without a token"),
 }
+
+
+def test_a_sentencepiece_that_joins_spaces_gives_its_ids(tmp_path):
+    """As the tokenizer of the tiny stories' models does."""
+    content = trained(remove_extra_whitespaces=True)
+    theirs = load(write(content, tmp_path / "hf"))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
+
+    @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=300)
+    @hypothesis.given(st.text(alphabet=" \n\tadogthe<é日", max_size=20))
+    @hypothesis.example("  the  dog \n  and ")
+    @hypothesis.example("   ")
+    def same(text):
+        assert hf_ids(theirs, text) == ours.encode(text)
+
+    same()
 
 
 @pytest.mark.parametrize("what", NOT_LLAMA)
