@@ -8,8 +8,9 @@ from meta_files import TOKENIZER
 
 from jllama.errors import InputError
 from jllama.prompt import Message, prompt_ids, render
+from jllama.rows import Example, make_examples, read_rows
 from jllama.tokenizer import load_tokenizer
-from train.data import Batches, Example, hold_out, make_examples, pack, read_rows, shuffled
+from train.data import Batches, hold_out, pack, shuffled
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 lora.py       `python -m train.lora`: the command
 config.py     every setting
-data.py       rows -> examples -> windows        lint.py  `python -m train.data`: the view of them
+data.py       examples -> windows                lint.py  `python -m train.data`: the view of them
 step.py       one optimizer step, compiled       optimizer.py  who learns, and by which rule
 loop.py       feeds the step                     state.py      what it saves (Orbax)
 run.py        the run folder: lock, resume, signals

@@ -17,8 +17,9 @@ from rich.table import Table
 import jllama
 from jllama.cli import run_command
 from jllama.prompt import PromptStyle
+from jllama.rows import Example, make_examples, read_rows
 from jllama.tokenizer import Tokenizer, load_tokenizer
-from train.data import Batches, Example, hold_out, make_examples, read_rows
+from train.data import Batches, hold_out
 from train.show import console, show_row
 
 

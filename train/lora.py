@@ -23,17 +23,11 @@ from jllama.cli import run_command
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
 from jllama.lora import attach
+from jllama.rows import Example, make_examples, read_rows
 from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.auto import choose, out_of_memory_explained, step_of
 from train.config import TrainConfig, model_sizes, read_defaults
-from train.data import (
-    Batches,
-    Example,
-    hold_out,
-    make_examples,
-    read_rows,
-    sequence_lengths,
-)
+from train.data import Batches, hold_out, sequence_lengths
 from train.loop import fit
 from train.metrics import peak_memory_mib
 from train.run import RESULTS, make_passport, run_folder

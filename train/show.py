@@ -10,9 +10,10 @@ from rich.text import Text
 
 from jllama.checkpoint import abstract_model
 from jllama.config import LlamaConfig, LoraConfig
+from jllama.rows import Example
 from jllama.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.data import Batches, Example
+from train.data import Batches
 from train.optimizer import count, split_learned
 
 # Plain output keeps its lines whole: what reads it is a file or another program.
