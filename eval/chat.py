@@ -14,7 +14,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -64,8 +64,8 @@ class ChatConfig:
     """Of weights and activations; by default that of the run, else bf16."""
     prompt_style: PromptStyle | None = None
     """By default the one that was trained with."""
-    temperature: float = 0.6
-    """0 takes the likeliest token."""
+    temperature: float | None = None
+    """0 takes the likeliest token; by default 0 for a run on the bundled sample, else 0.6."""
     top_p: float = 0.9
     """Only the likeliest tokens that together have this probability."""
     top_k: int = 0
@@ -84,6 +84,8 @@ class ChatConfig:
     def __post_init__(self):
         for name, kind in NUMBERS.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if kind is float and not math.isfinite(value):
                 raise InputError(f"{name} {value}, expected a finite number")
             least = 1 if name == "max_new_tokens" else 0
@@ -92,10 +94,9 @@ class ChatConfig:
         self.sampling()
 
     def sampling(self) -> jllama.Sampling:
-        return jllama.Sampling(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )  # fmt: skip
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        chosen = {name: getattr(self, name) for name in names}
+        return jllama.Sampling(**{k: v for k, v in chosen.items() if v is not None})
 
 
 class Chat:
@@ -203,13 +204,15 @@ class Chat:
         return ids
 
     def answer(self, name: str, prompt: Sequence[int]) -> str:
-        """Streams one answer; Ctrl-C ends it where it is."""
+        """Streams one answer; says where it was cut. Ctrl-C ends it where it is."""
         model, adapter_scale = self.voices[name]
         if self.who == "both":
             print(f"{name}: ", end="", flush=True)
-        said = ""
-        try:
-            for piece in jllama.stream(
+        said, cut = "", False
+
+        def pieces() -> Iterator[str]:
+            nonlocal cut
+            cut = yield from jllama.stream(
                 model,
                 self.tokenizer,
                 prompt,
@@ -217,18 +220,27 @@ class Chat:
                 self.config.sampling(),
                 seed=self.config.seed + self.turn,
                 adapter_scale=adapter_scale,
-            ):
+            )
+
+        try:
+            for piece in pieces():
                 said += piece
                 print(piece.translate(PICTURES), end="", flush=True)
             print("" if said else "[an empty answer]")
         except KeyboardInterrupt:
             print(" [stopped]")
+        room = model.config.max_seq_len - len(prompt)
+        if cut and room < self.config.max_new_tokens:
+            print(f"[cut at {room} tokens: the context is full; /clear makes room]")
+        elif cut:
+            print(f"[cut at {self.config.max_new_tokens} tokens; /set max_new_tokens changes that]")
         return said
 
 
 def chat(config: ChatConfig) -> None:
     """Loads the models, and reads lines until /quit or the end of the input."""
-    names = ("run", "model", "adapter", "tuned", "precision", "prompt_style", "force")
+    names = ("run", "model", "adapter", "tuned", "precision", "prompt_style", "temperature",
+             "force")  # fmt: skip
     found, _ = resolve(PromptsConfig(**{name: getattr(config, name) for name in names}))
     check_base(found)
     style = config.prompt_style or read_style(found.adapter or found.tuned)
@@ -241,7 +253,9 @@ def chat(config: ChatConfig) -> None:
         voices["tuned"] = (jllama.load_adapter(model, found.adapter), 1.0)
     if found.tuned:
         voices["tuned"] = (jllama.load_model(found.tuned, precision), 1.0)
-    talk = Chat(config, style, tokenizer, voices)
+    default = jllama.Sampling.temperature
+    temperature = default if found.temperature is None else found.temperature
+    talk = Chat(replace(config, temperature=temperature), style, tokenizer, voices)
     print(f"{found.adapter or found.tuned or found.model}, prompt style {style}; /help lists "
           "commands")  # fmt: skip
     if style not in WITH_TURNS:

@@ -1,15 +1,15 @@
 """`python -m eval.prompts`: answers prompts with the base and the tuned model, side by side.
 
-Both come from one load and one compilation: the adapter's scale is an argument, 0 or 1. (A run that
-tuned every weight left a second model, which is loaded after the first has answered.) Writes
-`generations.jsonl`, one object a prompt:
+Both come from one load and one compilation: the adapter's scale is an argument, 0 or 1. (With
+--merge the tuned answers are compiled again; a run that tuned every weight left a second model,
+which is loaded after the first has answered.) Writes `generations.jsonl`, one object a prompt:
 
     {"prompt": "...", "base": "...", "tuned": "...", "base_ids": [...], "tuned_ids": [...]}
 """
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from jllama.cli import Progress, run_command, settings_from_run
 from jllama.config import PrecisionName
 from jllama.errors import InputError
 from jllama.files import write_json_lines
+from jllama.lora import merge
 from jllama.prompt import PromptStyle, prompt_ids
 
 LATEST = Path("runs/latest")
@@ -50,6 +51,10 @@ class PromptsConfig:
     tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Model folder to compare with --model, instead of an adapter; without either only the base
     answers."""
+    merge: bool = False
+    """Fold the adapter into the base weights before the tuned answers. Saves two small products for
+    every adapted weight and token; costs a second compilation and, in bf16, a rounding of the sum,
+    by which answers may differ."""
     prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
     reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
@@ -85,6 +90,9 @@ class PromptsConfig:
 def answer_prompts(config: PromptsConfig) -> None:
     """Generates, writes and shows the answers."""
     config, run = resolve(config)
+    if config.merge and not config.adapter:
+        raise InputError("--merge, but no adapter to fold in; name one with --adapter or a LoRA "
+                         "run with --run")  # fmt: skip
     output = Path(config.output) if config.output else (run or Path()) / FILE
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
@@ -95,19 +103,11 @@ def answer_prompts(config: PromptsConfig) -> None:
     tokenizer = jllama.load_tokenizer(config.model)
     ids = [prompt_ids(style, row, tokenizer) for row in rows]
     budgets = [budget(row, len(prompt), config) for row, prompt in zip(rows, ids, strict=True)]
-    # Model folders to load, one after the other, and the adapter's scale for each name.
-    loads: list[tuple[str, dict[str, float]]] = [(config.model, {"base": 0.0})]
-    if config.adapter:
-        loads[0][1]["tuned"] = 1.0
-    if config.tuned:
-        loads.append((config.tuned, {"tuned": 1.0}))
-    answers: dict[str, list[list[int]]] = {name: [] for _, scales in loads for name in scales}
+    names = ["base", "tuned"] if config.adapter or config.tuned else ["base"]
+    answers: dict[str, list[list[int]]] = {name: [] for name in names}
     starts = range(0, len(ids), config.batch_size)
     with Progress("answer", len(starts) * len(answers), "batches") as progress:
-        for folder, scales in loads:
-            model = jllama.load_model(folder, config.precision or "bf16")
-            if config.adapter:
-                jllama.load_adapter(model, config.adapter)
+        for model, scales in models(config):
             for start, (name, scale) in itertools.product(starts, scales.items()):
                 chosen = slice(start, start + config.batch_size)
                 answers[name] += jllama.generate(
@@ -133,8 +133,31 @@ def answer_prompts(config: PromptsConfig) -> None:
             generation["expected"] = expected
         generations.append(generation | references.get(generation["prompt"].strip(), {}))
     write_json_lines(output, generations)
-    show(generations, list(answers))
+    show(generations, names)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, float]]]:
+    """Each model in turn; for the names that it answers under, the scale of its adapter.
+
+    an adapter      ->  (the two, {"base": 0, "tuned": 1})
+    --merge         ->  (the two, {"base": 0}), (merged, {"tuned": 1})
+    a second model  ->  (the first, {"base": 0}), (the second, {"tuned": 1})
+    """
+    precision = config.precision or "bf16"
+    model = jllama.load_model(config.model, precision)
+    if config.adapter:
+        jllama.load_adapter(model, config.adapter)
+    if config.adapter and not config.merge:
+        yield model, {"base": 0.0, "tuned": 1.0}
+        return
+    yield model, {"base": 0.0}
+    if config.merge:
+        merge(model)
+        yield model, {"tuned": 1.0}
+    if config.tuned:
+        del model
+        yield jllama.load_model(config.tuned, precision), {"tuned": 1.0}
 
 
 def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:

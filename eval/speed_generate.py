@@ -3,12 +3,12 @@
     python -m eval.speed generate --random 110m --peer transformers --output FILE
 
 Greedy, each side in a process of its own, on the same number of cores and from the same weights.
-A figure is the median of several repeats after a warm-up; the fraction of the bandwidth is bytes of
-weights read per decoded token, times tokens per second and row, over what is measured in the same
-process as it negates 256 MiB in place (read and written bytes counted).
+A figure is the median of several repeats after a warm-up. Both sides also measure the bandwidth:
+each negates 256 MiB in place, read and written bytes counted, and the faster is the machine's. The
+fraction of it that is used is bytes of weights read per decoded token, times tokens per second and
+row.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from eval.hugging_face import write_hugging_face
 from eval.speed_side import Job
 from jllama.checkpoint import ModelWriter, read_config, tensor_shapes
 from jllama.config import LlamaConfig, PrecisionName
@@ -45,6 +44,7 @@ ROWS = (
     ("measured bandwidth", "measured_bandwidth_gb_per_second", 1, "GB/s"),
     ("used for weights", "fraction_of_bandwidth", 100, "%"),
 )
+RATIOS = ("decode_tokens_per_second", "prompt_tokens_per_second", "peak_memory_mib")
 BUNDLED = "models/sample"
 # Fields: dim, layers, heads, kv heads, hidden, vocabulary. 110m has the sizes of tinyllamas' 110M.
 RANDOM = {"110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, tied=True, max_seq_len=1024)}
@@ -94,7 +94,7 @@ def measure(config: GenerateSpeed) -> None:
         raise InputError(f"--threads {config.threads}, but this process may use {cores} cores")
     if not config.model and not config.random:
         raise InputError("no model to measure; name a folder with --model or a size with --random")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         for name, folder in folders(config, Path(place)):
@@ -105,7 +105,7 @@ def measure(config: GenerateSpeed) -> None:
             "date": time.strftime("%Y-%m-%d"),
             "command": ["python", "-m", "eval.speed", *sys.argv[1:]],
             "device": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
-            "load_average_before": load,
+            "load_average_before": load_average,
             "settings": asdict(config),
             "models": found,
         }
@@ -155,8 +155,8 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path) -> dict[str,
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, shape).tolist()
     sides = {"jllama": folder}
     if config.peer:
-        hf = tempfile.mkdtemp(dir=place, prefix="hf-")
-        sides[config.peer] = write_hugging_face(folder, Path(hf))
+        sides[config.peer] = Path(tempfile.mkdtemp(dir=place)) / "hf"
+        run([sys.executable, "-m", "convert.to_hf", str(folder), str(sides[config.peer])])
     figures = {
         side: run_side(
             Job(
@@ -174,25 +174,25 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path) -> dict[str,
         for side, source in sides.items()
     }
     answers = {side: figure.pop("ids") for side, figure in figures.items()}
+    bandwidth = 1e9 * max(x["measured_bandwidth_gb_per_second"] for x in figures.values())
+    for figure in figures.values():
+        steps = figure["decode_tokens_per_second"] / config.batch_size
+        figure["fraction_of_bandwidth"] = figure["weight_bytes_per_token"] * steps / bandwidth
     found: dict[str, Any] = {"parameters": model.parameter_count, "figures": figures}
     if config.peer:
-        ours, theirs = figures["jllama"], figures[config.peer]
-        if ours["platform"] != theirs["platform"]:
-            raise InputError(
-                f"jllama ran on {ours['platform']}, {config.peer} on {theirs['platform']}; "
-                "set JAX_PLATFORMS=cpu to compare the two"
-            )
         found["ids"] = compare_ids(answers["jllama"], answers[config.peer])
-        found["ratio"] = {
-            "decode_tokens_per_second": _ratio(ours, theirs, "decode_tokens_per_second"),
-            "prompt_tokens_per_second": _ratio(ours, theirs, "prompt_tokens_per_second"),
-            "peak_memory": _ratio(ours, theirs, "peak_memory_mib"),
-        }
+        found["ratio"] = ratios(figures["jllama"], figures[config.peer])
     return found
 
 
-def _ratio(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> float:
-    return ours[figure] / theirs[figure]
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Ours over theirs; only of two that ran on the same kind of device."""
+    if ours["platform"] != theirs["platform"]:
+        raise InputError(
+            f"jllama ran on {ours['platform']}, its peer on {theirs['platform']}; "
+            "set JAX_PLATFORMS=cpu to compare the two"
+        )
+    return {figure: ours[figure] / theirs[figure] for figure in RATIOS}
 
 
 def compare_ids(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def compare_ids(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) 
 def run_side(job: Job, place: Path) -> dict[str, Any]:
     """Runs one side in a process of its own and reads its figures."""
     task = place / "job.json"
-    task.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    task.write_text(json.dumps(asdict(job)), encoding="utf-8")
     run([sys.executable, "-m", "eval.speed_side", str(task)])
     return read_json(Path(job.output))
 

@@ -5,6 +5,7 @@
 What only one side needs is imported by that side: its process holds nothing of the other.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -47,7 +48,8 @@ class Opened(NamedTuple):
     Attributes:
         generate: new tokens asked for -> the new ids of every prompt, greedy.
         streamer: makes a call that reads and writes `STREAMED` fp32 numbers on the model's device.
-        weights: bytes that a decoded token reads: all weights but the unread rows of embeddings.
+        weights: bytes that a decoded token reads: all but the table of embeddings, of which it
+            reads one row (a tied table is read whole, as the head).
         facts: what else to write down.
     """
 
@@ -70,23 +72,20 @@ def measure(job: Job, opened: Opened) -> dict[str, Any]:
     """
     firsts, rests, ids = [], [], opened.generate(job.new_tokens)
     for _ in range(job.repeats):
-        first = seconds(lambda: opened.generate(1))
-        firsts.append(first)
-        rests.append(seconds(lambda: opened.generate(job.new_tokens)) - first)
+        firsts.append(seconds(opened.generate, 1))
+        rests.append(seconds(opened.generate, job.new_tokens) - firsts[-1])
     peak = peak_memory_mib()
     stream = opened.streamer()
     stream()
     bandwidth = 2 * 4 * STREAMED / statistics.median(seconds(stream) for _ in range(5))
     first, rest, rows = statistics.median(firsts), statistics.median(rests), len(job.prompts)
-    steps = (job.new_tokens - 1) / rest
     return {
-        "decode_tokens_per_second": rows * steps,
+        "decode_tokens_per_second": rows * (job.new_tokens - 1) / rest,
         "prompt_tokens_per_second": rows * len(job.prompts[0]) / first,
         "seconds_to_first_token": first,
         "peak_memory_mib": peak,
         "weight_bytes_per_token": opened.weights,
         "measured_bandwidth_gb_per_second": bandwidth / 1e9,
-        "fraction_of_bandwidth": opened.weights * steps / bandwidth,
         "repeats": {"seconds_to_first_token": firsts, "seconds_of_decoding": rests},
         **opened.facts,
         "ids": ids,
@@ -157,12 +156,9 @@ def open_transformers(job: Job) -> Opened:
 
     tried = {}
     for cache in ("dynamic", "static"):
-
-        def generate(new_tokens: int, cache=cache) -> list[list[int]]:
-            return generate_with(cache, new_tokens)
-
+        generate = functools.partial(generate_with, cache)
         warm_up(generate, job)
-        tried[cache] = min(seconds(lambda: generate(job.new_tokens)) for _ in range(2))
+        tried[cache] = min(seconds(generate, job.new_tokens) for _ in range(2))
     cache = min(tried, key=lambda name: tried[name])
 
     def streamer() -> Callable[[], Any]:
@@ -170,7 +166,7 @@ def open_transformers(job: Job) -> Opened:
 
     tables = () if model.config.tie_word_embeddings else ("model.embed_tokens.weight",)
     return Opened(
-        lambda new_tokens: generate_with(cache, new_tokens),
+        functools.partial(generate_with, cache),
         streamer,
         sum(x.nbytes for name, x in model.named_parameters() if name not in tables),
         {
@@ -194,9 +190,9 @@ def warm_up(generate: Callable[[int], Any], job: Job) -> None:
     generate(job.new_tokens)
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
 
 

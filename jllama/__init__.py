@@ -13,9 +13,10 @@ from jllama.adapter import load_adapter, save_adapter
 from jllama.checkpoint import load_model
 from jllama.config import PRESETS, LlamaConfig, LoraConfig, RopeScaling
 from jllama.errors import InputError
-from jllama.generate import generate, generate_with_logprobs, stream
+from jllama.generate import generate, generate_with_logprobs
 from jllama.model import Llama
 from jllama.sampling import Sampling
+from jllama.stream import stream
 from jllama.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE = Path(__file__).parent / "sample"  # a small LLaMA in Meta's files, with instructions

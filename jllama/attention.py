@@ -1,5 +1,11 @@
-"""Causal, packed and cached attention, and the one place that picks cuDNN or XLA."""
+"""Causal, packed and cached attention, and the one place that picks cuDNN or XLA.
 
+A layer's cache is the pair of its keys and its values, in the layout of the implementation: cuDNN
+takes `[B, S, K, H]` alone; XLA's is `[B, K, S, H]`, so that what a head reads lies together and a
+score is a dot product of rows.
+"""
+
+import math
 from typing import Literal
 
 import jax
@@ -7,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
+LayerCache = tuple[Float[Array, "B ... H"], Float[Array, "B ... H"]]
 
 
 def choose_implementation(platform: str, dtype: jnp.dtype, head_dim: int) -> Implementation:
@@ -39,23 +46,66 @@ def causal_attention(
     )
 
 
+def make_cache(
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    slots: int,
+    implementation: Implementation,
+) -> LayerCache:
+    """A cache of `slots` slots, the first T of them filled."""
+
+    def laid_out(filled):
+        cache = jnp.pad(filled, ((0, 0), (0, slots - filled.shape[1]), (0, 0), (0, 0)))
+        return cache if implementation == "cudnn" else cache.swapaxes(1, 2)
+
+    return laid_out(key), laid_out(value)
+
+
 def cached_attention(
     query: Float[Array, "B 1 N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "B 1 K H"],
+    value: Float[Array, "B 1 K H"],
     positions: Int[Array, "B 1"],
+    cache: LayerCache,
     implementation: Implementation,
-) -> Float[Array, "B 1 N H"]:
-    """A query at position p sees the cache's slots 0 to p; what lies behind is never read.
+) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
+    """Writes a key and a value into slot p of each row; its query then sees the slots 0 to p.
+
+    What lies behind p has no weight.
+    """
+    attend = {"xla": _cached_xla, "cudnn": _cached_cudnn}[implementation]
+    return attend(query, key, value, positions, cache)
+
+
+def _cached_xla(query, key, value, positions, cache: LayerCache):
+    """Two batched products over `[B, K, S, H]`, fp32 between them."""
+    B, K, S, H = cache[0].shape
+    at = jnp.arange(B)[:, None], jnp.arange(K)[None], positions
+    keys, values = cache[0].at[at].set(key[:, 0]), cache[1].at[at].set(value[:, 0])
+    query_BKGH = query.reshape(B, K, -1, H)
+    scores_BKGS = jnp.einsum(
+        "BKGH,BKSH->BKGS", query_BKGH, keys, preferred_element_type=jnp.float32
+    ) / math.sqrt(H)
+    seen = jnp.arange(S)[None] <= positions
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores_BKGS, -jnp.inf))
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(values.dtype), values)
+    return out_BKGH.reshape(query.shape), (keys, values)
+
+
+def _cached_cudnn(query, key, value, positions, cache: LayerCache):
+    """Flash attention over the filled slots of `[B, S, K, H]`.
 
     On a GPU, XLA would write the product of all values and weights to memory before it sums them.
     """
-    seen = positions[:, 0] + 1
-    return jax.nn.dot_product_attention(
+    at = jnp.arange(len(query))[:, None], positions
+    keys, values = cache[0].at[at].set(key), cache[1].at[at].set(value)
+    filled = positions[:, 0] + 1
+    out = jax.nn.dot_product_attention(
         query,
-        key,
-        value,
-        query_seq_lengths=jnp.ones_like(seen),
-        key_value_seq_lengths=seen,
-        implementation=implementation,
+        keys,
+        values,
+        query_seq_lengths=jnp.ones_like(filled),
+        key_value_seq_lengths=filled,
+        implementation="cudnn",
     )
+    return out, (keys, values)

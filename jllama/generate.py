@@ -3,6 +3,9 @@
 Prompts of different lengths stand left in one batch. A row's key and value of position p lie in
 slot p of its cache, and a query at position p reads slots 0 to p; so what padding wrote behind a
 short prompt is overwritten before anything can see it.
+
+Every shape is compiled once, so few are used: prompts are padded to a width, and an answer is
+decoded in chunks of one size.
 """
 
 import functools
@@ -21,8 +24,8 @@ from jllama.model import Cache, Llama
 from jllama.sampling import Choice, Sampling, make_choice, pick
 from jllama.tokenizer import Tokenizer
 
-CHUNK = 32  # tokens decoded between two looks at who has stopped
-PROMPT_BUCKET = 32  # lengths are rounded up to these, so that few shapes are compiled
+CHUNK = 32  # at most so many tokens are decoded between two looks at who has stopped
+PROMPT_BUCKET = 32  # multiples to which lengths are rounded up
 CACHE_BUCKET = 128
 
 Weights = tuple[nnx.State, nnx.State, Float[Array, ""]]  # adapters, base, the adapters' scale
@@ -105,62 +108,21 @@ def generate_with_logprobs(
         list(range(samples)) * len(prompts),
     )
     ends = [0 if budget == 0 else None for budget in budgets]
-    for tokens, logprobs in decode_chunks(model, rows, int(budgets.max()), choice, adapter_scale):
+    budget = int(budgets.max())
+    width = _round_up(max(map(len, prompts)), PROMPT_BUCKET)
+    for tokens, logprobs in decode_chunks(
+        model, rows, budget, choice, adapter_scale, width, chunk_for(budget - 1)
+    ):
         for row, answer in enumerate(found):
             if ends[row] is None:
                 answer.ids.extend(tokens[row].tolist())
                 answer.logprobs.extend(logprobs[row].tolist())
-                ends[row] = _end(answer.ids, int(budgets[row]), stop_ids, stop_strings, tokenizer)
+                ends[row] = answer_end(
+                    answer.ids, int(budgets[row]), stop_ids, stop_strings, tokenizer
+                )
         if None not in ends:
             break
     return [Answer(x.ids[:end], x.logprobs[:end]) for x, end in zip(found, ends, strict=True)]
-
-
-def stream(
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    *,
-    seed: int = 0,
-    stop_strings: Sequence[str] = (),
-    adapter_scale: float = 1.0,
-    chunk: int = 8,
-) -> Iterator[str]:
-    """The answer to one prompt as pieces of text, which end at whole characters.
-
-    A stop string and what follows it are not given out; errors as for `generate_with_logprobs`.
-    """
-    check_prompts(model, [prompt], np.array([max_new_tokens]))
-    budget = min(max_new_tokens, model.config.max_seq_len - len(prompt))
-    choice = make_choice(sampling or Sampling(), [seed], [0])
-    ids: list[int] = []
-    sent = ""
-    steps = decode_chunks(model, [prompt], budget, choice, adapter_scale, chunk) if budget else ()
-    for tokens, _ in steps:
-        ids += tokens[0].tolist()
-        end = _end(ids, budget, tokenizer.stop_ids, (), None)
-        text = tokenizer.decode([i for i in ids[:end] if i not in tokenizer.stop_ids])
-        stops = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
-        if stops:
-            text, end = text[: min(stops)], len(ids)
-        whole = text if end is not None else _whole(text, stop_strings)
-        if len(whole) > len(sent):
-            yield whole[len(sent) :]
-            sent = whole
-        if end is not None:
-            return
-
-
-def _whole(text: str, stop_strings: Sequence[str]) -> str:
-    """Text without an unfinished character, and without what may be the start of a stop string."""
-    text = text.rstrip("\ufffd")
-    longest = max(
-        (n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
-        default=0,
-    )
-    return text[: len(text) - longest]
 
 
 def decode_chunks(
@@ -169,17 +131,22 @@ def decode_chunks(
     budget: int,
     choice: Choice,
     adapter_scale: float,
-    chunk: int = CHUNK,
+    width: int,
+    chunk: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """New ids and their log-probabilities `[B, n]`: first one of each row, then chunks of them.
 
     It ends when every row has `budget` tokens; a reader that has enough may stop before.
+
+    Args:
+        width: to which the prompts are padded.
+        chunk: tokens decoded by one call of the compiled function.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Decoding runs on until the last row is done: the cache has room for whole chunks.
     chunks = -(-(budget - 1) // chunk)
-    slots = _round_up(int(lengths.max()) + chunks * chunk, CACHE_BUCKET)
-    tokens = np.zeros((len(prompts), _round_up(int(lengths.max()), PROMPT_BUCKET)), np.int32)
+    slots = _round_up(width + chunks * chunk, CACHE_BUCKET)
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     graphdef, adapters, base = split(model)
@@ -189,6 +156,16 @@ def decode_chunks(
     for _ in range(chunks):
         state, *new = decode(weights, state, choice, graphdef=graphdef, chunk=chunk)
         yield _checked(*new)
+
+
+def chunk_for(tokens: int) -> int:
+    """The multiple of 4 up to `CHUNK` in which so many tokens are decoded with least waste.
+
+    What a last chunk decodes too much is waste, and so is a call, which costs about a token.
+
+    199  ->  20, ten times with one token too many; 32 would decode 25 too many
+    """
+    return min(range(CHUNK, 0, -4), key=lambda chunk: -(-tokens // chunk) * (chunk + 1))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
@@ -204,9 +181,7 @@ def prefill(
     """Reads the prompts; chooses the first new token of each, and gives its log-probability."""
     model = _model(graphdef, weights)
     B, T = tokens.shape
-    x, read = model.prefill(tokens)
-    room = ((0, 0), (0, slots - T), (0, 0), (0, 0))
-    cache = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in read]
+    x, cache = model.prefill(tokens, slots)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = model.head(last)[:, 0]
     rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
@@ -267,23 +242,7 @@ def check_prompts(model: Llama, prompts: Sequence[Sequence[int]], budgets: np.nd
         raise InputError("; ".join(problems))
 
 
-def _model(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
-    adapters, base, adapter_scale = weights
-    return nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
-
-
-def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
-    return seen.at[jnp.arange(token.size), token].set(True)
-
-
-def _checked(tokens: Array, logprobs: Array) -> tuple[np.ndarray, np.ndarray]:
-    found = np.asarray(logprobs)
-    if not np.all(np.isfinite(found)):
-        raise InputError("the model's logits are not finite; its weights or adapter are damaged")
-    return np.asarray(tokens), found
-
-
-def _end(
+def answer_end(
     ids: list[int],
     budget: int,
     stop_ids: Sequence[int],
@@ -304,6 +263,22 @@ def _end(
     if len(ids) == budget:
         ends.append(budget)
     return min(ends, default=None)
+
+
+def _model(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
+    adapters, base, adapter_scale = weights
+    return nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
+
+
+def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    return seen.at[jnp.arange(token.size), token].set(True)
+
+
+def _checked(tokens: Array, logprobs: Array) -> tuple[np.ndarray, np.ndarray]:
+    found = np.asarray(logprobs)
+    if not np.all(np.isfinite(found)):
+        raise InputError("the model's logits are not finite; its weights or adapter are damaged")
+    return np.asarray(tokens), found
 
 
 def _round_up(length: int, multiple: int) -> int:

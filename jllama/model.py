@@ -15,7 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from jllama.attention import Implementation, cached_attention, causal_attention
+from jllama.attention import (
+    Implementation,
+    LayerCache,
+    cached_attention,
+    causal_attention,
+    make_cache,
+)
 from jllama.config import LlamaConfig
 from jllama.layers import (
     Embedding,
@@ -45,7 +51,6 @@ _POLICIES = {
     "block": None,
 }
 
-LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 Cache = list[LayerCache]
 
 
@@ -67,21 +72,18 @@ class Attention(nnx.Module):
         seen = checkpoint_name(seen, _ATTENTION)
         return self.wo(seen.reshape(x.shape), _at(key, 1))
 
-    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache):
-        """Writes the new keys and values into the cache at `positions`, then attends to it.
-
-        Without a cache x is a whole prompt, and its keys and values become the cache.
-        """
+    def prefill(self, x: Float[Array, "B T D"], rotary: Rotation, slots: int):
+        """Attends as without a cache, and makes one of the keys and values."""
         query, keys, values = self._project(x, rotary, None)
-        if cache is None:
-            seen = causal_attention(query, keys, values, None, self.implementation)
-            return self.wo(seen.reshape(x.shape)), (keys, values)
-        rows = jnp.arange(x.shape[0])[:, None]
-        old_keys, old_values = cache
-        keys = old_keys.at[rows, positions].set(keys)
-        values = old_values.at[rows, positions].set(values)
-        seen = cached_attention(query, keys, values, positions, self.implementation)
-        return self.wo(seen.reshape(x.shape)), (keys, values)
+        seen = causal_attention(query, keys, values, None, self.implementation)
+        cache = make_cache(keys, values, slots, self.implementation)
+        return self.wo(seen.reshape(x.shape)), cache
+
+    def decode(self, x: Float[Array, "B 1 D"], rotary: Rotation, positions, cache: LayerCache):
+        """Attends to the cache, with the new keys and values in it."""
+        query, key, value = self._project(x, rotary, None)
+        seen, cache = cached_attention(query, key, value, positions, cache, self.implementation)
+        return self.wo(seen.reshape(x.shape)), cache
 
     def _project(self, x, rotary, key):
         def heads(y):
@@ -119,7 +121,12 @@ class Block(nnx.Module):
         feed = jax.checkpoint(Block._feed) if remat == "ffn" else Block._feed
         return x + feed(self, x, key)
 
-    def decode(self, x: Float[Array, "B T D"], rotary: Rotation, positions, cache):
+    def prefill(self, x: Float[Array, "B T D"], rotary: Rotation, slots: int):
+        seen, cache = self.attention.prefill(self.attention_norm(x), rotary, slots)
+        x = x + seen
+        return x + self._feed(x, None), cache
+
+    def decode(self, x: Float[Array, "B 1 D"], rotary: Rotation, positions, cache: LayerCache):
         seen, cache = self.attention.decode(self.attention_norm(x), rotary, positions, cache)
         x = x + seen
         return x + self._feed(x, None), cache
@@ -186,17 +193,21 @@ class Llama(nnx.Module):
                 x = run(block, x, rotary, segments, _at(keys, index), self.remat)
         return self.norm(x)
 
-    def prefill(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Cache]:
-        """`hidden` of prompts, and their keys and values: a cache of T slots."""
+    def prefill(self, tokens: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """`hidden` of prompts, and a cache of `slots` slots that holds their keys and values."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        return self.decode(tokens, positions, [None] * len(self.layers))
+        x = self.tok_embeddings(tokens)
+        rotary = rotation(positions, rotary_frequencies(self.config))
+        cache = []
+        with _matmul_precision(x.dtype):
+            for block in self.layers:
+                x, layer_cache = block.prefill(x, rotary, slots)
+                cache.append(layer_cache)
+        return self.norm(x), cache
 
     def decode(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        cache: Cache | list[None],
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: Cache
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """`hidden` of new tokens that see the cache, and the cache with them written in."""
         x = self.tok_embeddings(tokens)
         rotary = rotation(positions, rotary_frequencies(self.config))

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from meta_files import BASE, model_folder
 
 import jllama
@@ -46,10 +48,15 @@ def heard(monkeypatch):
     def stream(model, tokenizer, prompt, max_new_tokens, sampling, *, seed, adapter_scale):
         row = {"prompt": list(prompt), "max_new_tokens": max_new_tokens, "sampling": sampling}
         rows.append(row | {"seed": seed, "scale": adapter_scale, "text": ""})
-        for piece in real(
+        pieces = real(
             model, tokenizer, prompt, max_new_tokens, sampling, seed=seed,
             adapter_scale=adapter_scale, chunk=2,
-        ):  # fmt: skip
+        )  # fmt: skip
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                return end.value
             rows[-1]["text"] += piece
             yield piece
 
@@ -151,6 +158,43 @@ def test_every_setting_reaches_the_next_answer(heard, talk):
 def test_a_wrong_command_says_why_and_changes_nothing(heard, talk, line, message):
     assert message in talk(line, "Say 3.", arguments=[])
     assert {name: heard[0][name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_cut_answer_says_what_cut_it(place, heard, talk):
+    arguments = ["--prompt-style", "llama3-chat", "--temperature", "0", "--max-new-tokens", "5"]
+    out = talk("/base", "Say 3.", "/set max_new_tokens 300", "/clear", "Say 3.",
+               arguments=arguments)  # fmt: skip
+    room = CONTEXT - len(heard[1]["prompt"])
+    assert heard[1]["text"].startswith(heard[0]["text"])
+    said = [line for line in out.splitlines() if line.startswith("[cut")]
+    assert said == [
+        "[cut at 5 tokens; /set max_new_tokens changes that]",
+        f"[cut at {room} tokens: the context is full; /clear makes room]",
+    ]
+
+
+def test_an_answer_that_ends_by_itself_is_not_called_cut(talk, monkeypatch):
+    def ends(*_, **__):
+        yield "3"
+        return False
+
+    monkeypatch.setattr(jllama, "stream", ends)
+    assert "[cut" not in talk("Say 3.")
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "expected"),
+    [("sample", [], 0.0), ("sample", ["--temperature", "0.4"], 0.4), ("other", [], 0.6)],
+)
+def test_a_run_on_the_sample_answers_greedily(place, tmp_path, heard, talk, data, flags, expected):
+    run = shutil.copytree(place / "lora", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if data == "sample":
+        config["data"] = str(jllama.SAMPLE / "train.json")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out = talk("/set", "Say 3.", arguments=["--max-new-tokens", "2", *flags], of=run)
+    assert f"temperature {expected}, " in out
+    assert heard[0]["sampling"].temperature == expected
 
 
 def test_a_turns_seed_is_its_number_and_a_cleared_history_starts_again(place, heard, talk):

@@ -12,10 +12,12 @@ from scipy import stats
 
 import jllama
 from convert.from_meta import FromMeta, convert
+from jllama.attention import cached_attention, causal_attention, make_cache
 from jllama.config import LoraConfig
 from jllama.errors import InputError
-from jllama.generate import decode, meta_budgets, prefill
+from jllama.generate import chunk_for, decode, meta_budgets, prefill
 from jllama.lora import attach
+from jllama.model import Llama
 from jllama.sampling import Sampling, make_choice, pick
 
 PARAMS = BASE | {"n_kv_heads": 2}
@@ -58,16 +60,96 @@ def test_greedy_ids_equal_transformers_for_256_tokens_in_a_batch_of_any_order(tm
         )  # fmt: skip
         expected.append(out[0, len(prompt) :].tolist())
     assert jllama.generate(model, EIGHT, 256, GREEDY) == expected
+    assert without_a_cache(model, EIGHT, expected) == expected
     assert jllama.generate(model, EIGHT[::-1], 256, GREEDY) == expected[::-1]
     assert jllama.generate(model, EIGHT[2:3], 256, GREEDY) == expected[2:3]
 
 
-def test_cached_ids_equal_those_without_a_cache(model):
-    ids = list(PROMPTS[0])
-    for _ in range(12):
-        logits = model(np.array([ids], np.int32))
-        ids.append(int(logits[0, -1].argmax()))
-    assert jllama.generate(model, [PROMPTS[0]], 12, GREEDY)[0] == ids[3:]
+def without_a_cache(model, prompts, answers):
+    """The likeliest token at every position of the answers, from one forward pass without a cache.
+
+    If they are the answers themselves, decoding without a cache would have given just these.
+    """
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    likeliest = np.asarray(jax.jit(Llama.__call__)(model, tokens).argmax(-1))
+    return [
+        likeliest[row, len(prompt) - 1 : len(ids) - 1].tolist()
+        for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["multi-head", "grouped"])
+def test_a_cached_query_sees_what_it_would_see_without_a_cache(heads):
+    """At another position in every row, with something else in the slots behind it."""
+    (N, K), positions = heads, np.array([[0], [5], [11]])
+    draw = np.random.default_rng(0)
+    keys, values = draw.normal(size=(2, 3, 12, K, 16)).astype(np.float32)
+    query = draw.normal(size=(3, 12, N, 16)).astype(np.float32)
+    whole = causal_attention(query, keys, values, None, "xla")
+    rows = np.arange(3)[:, None]
+    # The slot that is written holds something else before; 14 slots, so that some are never filled.
+    cache = make_cache(*(x.at[rows, positions].set(9) for x in map(jnp.asarray, (keys, values))),
+                       14, "xla")  # fmt: skip
+    new = [x[rows, positions] for x in (query, keys, values)]
+    seen, written = cached_attention(*new, positions, cache, "xla")
+    np.testing.assert_allclose(seen, whole[rows, positions], atol=1e-5)
+    for found, expected in zip(written, (keys, values), strict=True):
+        assert found.shape == (3, K, 14, 16)
+        np.testing.assert_array_equal(found[:, :, :12], expected.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 31, 33, 39, 63, 100, 116, 127, 136, 199, 255, 1000])
+def test_a_chunk_wastes_little_and_is_one_of_few(tokens):
+    chunk = chunk_for(tokens)
+    calls = -(-tokens // chunk)
+    assert chunk in range(4, 33, 4)
+    assert calls * chunk - tokens <= max(3, tokens // 20)
+    assert calls <= 1 + tokens // 16
+
+
+def test_a_growing_conversation_compiles_a_handful_of_times(folder, model):
+    tokenizer = jllama.load_tokenizer(folder)
+    prefill.clear_cache()
+    decode.clear_cache()
+    for length in (1, 20, 63, 64):
+        list(jllama.stream(model, tokenizer, [5] * length, 20, GREEDY))
+    assert (prefill._cache_size(), decode._cache_size()) == (1, 1)
+    for length in (65, 100, 128, 129, 256):
+        list(jllama.stream(model, tokenizer, [5] * length, 20, GREEDY))
+    assert (prefill._cache_size(), decode._cache_size()) == (3, 3)
+
+
+def test_a_stream_returns_whether_it_was_cut(folder, model):
+    tokenizer = jllama.load_tokenizer(folder)
+
+    def cut(prompt, budget, **more):
+        pieces = jllama.stream(model, tokenizer, prompt, budget, GREEDY, **more)
+        try:
+            while True:
+                next(pieces)
+        except StopIteration as end:
+            return end.value
+
+    (free,) = jllama.generate(model, [[1, 5]], 30, GREEDY)
+    assert not set(free) & set(tokenizer.stop_ids)
+    assert cut([1, 5], 30) is True
+    assert cut([1, 5], 0) is True
+    assert cut([1] * (model.config.max_seq_len - 3), 30) is True
+    text = tokenizer.decode(free)
+    assert cut([1, 5], 30, stop_strings=[text[-1]]) is False
+
+    class Stops:
+        stop_ids = (free[9],)
+        decode = tokenizer.decode
+
+    n = free.index(free[9]) + 1
+    tokenizer = Stops()
+    assert cut([1, 5], 30) is False
+    assert cut([1, 5], n) is False  # it ends by itself with its last token
+    assert cut([1, 5], n - 1) is True
 
 
 def test_a_seed_fixes_a_prompts_sample_in_whatever_batch(model):
@@ -189,12 +271,12 @@ def test_a_stream_never_splits_a_character_and_loses_nothing(monkeypatch, model)
     text = "naïve — 日本語 🙂 end"
     ids = list(text.encode())
 
-    def chunks(model, prompts, budget, choice, scale, chunk):
+    def chunks(model, prompts, budget, choice, scale, width, chunk):
         for start in range(0, len(ids), 3):
             yield np.array([ids[start : start + 3]]), np.zeros((1, 3))
         yield np.array([[0, 65, 65]]), np.zeros((1, 3))
 
-    monkeypatch.setattr(sys.modules["jllama.generate"], "decode_chunks", chunks)
+    monkeypatch.setattr(sys.modules["jllama.stream"], "decode_chunks", chunks)
     pieces = list(jllama.stream(model, Bytes(), [1], 1000))
     assert "".join(pieces) == text
     assert len(pieces) > 5

@@ -5,8 +5,10 @@ import json
 import pytest
 from meta_files import BASE, model_folder
 
+import jllama
 from eval.prompts import REPORT_PROMPTS, main
 from jllama.generate import decode, prefill
+from jllama.lora import adapted_linears
 from train.lora import main as train
 
 
@@ -57,6 +59,26 @@ def test_seeds_repeat_and_references_become_columns(place, tmp_path, capsys):
     assert "exact answers, tuned: " in capsys.readouterr().out
 
 
+def test_merged_answers_are_those_of_the_adapter_beside_the_base(place, tmp_path, monkeypatch):
+    real, asked, found = jllama.generate, [], {}
+
+    def generate(model, *arguments, adapter_scale, **more):
+        asked.append((len(adapted_linears(model)), adapter_scale))
+        return real(model, *arguments, adapter_scale=adapter_scale, **more)
+
+    monkeypatch.setattr(jllama, "generate", generate)
+    for name, more in (("apart", []), ("merged", ["--merge"])):
+        output = tmp_path / f"{name}.jsonl"
+        main([
+            "--run", str(place / "run"), "--max-new-tokens", "24", "--temperature", "0",
+            "--batch-size", "4", "--output", str(output), *more,
+        ])  # fmt: skip
+        found[name] = answers(output)
+    assert asked == [(4, 0), (4, 1)] * 2 + [(4, 0)] * 2 + [(0, 1)] * 2
+    assert found["merged"] == found["apart"]
+    assert any(line["base_ids"] != line["tuned_ids"] for line in found["merged"])
+
+
 def test_an_adapter_is_asked_in_the_style_it_was_trained_in(place, tmp_path):  # lesson 22
     found = {}
     for style in ("", "report", "plain"):
@@ -81,6 +103,7 @@ def test_an_adapter_is_asked_in_the_style_it_was_trained_in(place, tmp_path):  #
         ),
         (["--model", "{place}/model", "--prompts", "nowhere.json"], "nowhere.json: no such file"),
         (["--model", "{place}/model", "--run", "{place}/run"], "drop --model or --run"),
+        (["--model", "{place}/model", "--merge"], "--merge, but no adapter to fold in"),
     ],
 )
 def test_wrong_pairs_are_refused(place, capsys, arguments, message):

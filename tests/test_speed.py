@@ -2,11 +2,8 @@ import json
 import statistics
 
 import pytest
-import torch
-import transformers
-from meta_files import BASE, GROUPED, model_folder, random_tensors, reference
+from meta_files import BASE, model_folder
 
-from eval.hugging_face import write_hugging_face
 from eval.speed import main
 from eval.speed_generate import RANDOM, compare_ids, write_random
 from jllama.checkpoint import read_config
@@ -51,21 +48,6 @@ def test_a_failing_run_is_shown_and_no_steps_are_refused(place, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("params", [BASE, GROUPED], ids=["heads", "grouped heads"])
-def test_hugging_face_form_is_the_same_model(params, tmp_path):
-    folder = model_folder(tmp_path, params)
-    (tmp_path / "hf").mkdir()
-    write_hugging_face(folder, tmp_path / "hf")
-    written = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    expected = reference(params, random_tensors(params))
-    tensors = expected.state_dict()
-    assert written.state_dict().keys() == tensors.keys()
-    for name, tensor in written.state_dict().items():
-        assert torch.equal(tensor, tensors[name]), name
-    tokens = torch.arange(24)[None]
-    torch.testing.assert_close(written(tokens).logits, expected(tokens).logits)
-
-
 def test_random_models_are_the_same_for_the_same_seed(tmp_path):
     config = LlamaConfig(16, 1, 2, 2, 24, 64, tied=True, max_seq_len=32)
     one, again, other = (
@@ -88,12 +70,12 @@ def test_generation_is_compared_with_transformers_on_the_same_weights(place, tmp
     found = said["models"][str(place / "model")]
     assert found["ids"] == {"equal": True}
     ours, theirs = found["figures"]["jllama"], found["figures"]["transformers"]
+    bandwidth = 1e9 * max(x["measured_bandwidth_gb_per_second"] for x in (ours, theirs))
     for figure in (ours, theirs):
         first, rest = (statistics.median(x) for x in figure["repeats"].values())
         assert figure["seconds_to_first_token"] == first
         assert figure["prompt_tokens_per_second"] == pytest.approx(2 * 5 / first)
         assert figure["decode_tokens_per_second"] == pytest.approx(2 * 7 / rest)
-        bandwidth = 1e9 * figure["measured_bandwidth_gb_per_second"]
         used = figure["weight_bytes_per_token"] * figure["decode_tokens_per_second"] / 2
         assert figure["fraction_of_bandwidth"] == pytest.approx(used / bandwidth)
         assert figure["peak_memory_mib"] > 50
