@@ -6,7 +6,8 @@ verify.py                 a model folder against its certificate and its source 
 speed.py                  how fast, beside cp (command)
 blocks.py, export.py      what all commands in, and all commands out, share
 merge.py                  an adapter folded into the blocks that pass, and what rounding took
-shards.py, archive.py     consolidated.NN.pth: checked and joined; laid out and filled in
+shards.py, meta_weights.py  consolidated.NN.pth: checked; joined block by block
+archive.py                consolidated.NN.pth: laid out and filled in
 params.py                 params.json: read and written
 hf_files.py               safetensors and their index: checked and read
 hf_config.py              config.json: read and written

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # where torch's own notes import it from
 
+from jllama.tensors import write_at
+
 _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<28xHHH12x")
 
 
@@ -51,7 +53,7 @@ class Archive:
         entry = self._places[name]
         start = self._start(entry)
         if not (self._begun and os.pread(self._file, len(content), start) == content):
-            _write_at(self._file, content, start)
+            write_at(self._file, content, start)
         entry.CRC = zlib.crc32(content)
 
     def close(self) -> None:
@@ -61,8 +63,8 @@ class Archive:
             checksum = struct.pack("<I", entry.CRC)
             if "/data/" in entry.filename:
                 descriptor = self._start(entry) + entry.file_size + 4  # behind its signature
-                _write_at(self._file, checksum, descriptor)
-                _write_at(self._file, checksum, position + 16)
+                write_at(self._file, checksum, descriptor)
+                write_at(self._file, checksum, position + 16)
             lengths = _CENTRAL.unpack(os.pread(self._file, _CENTRAL.size, position))
             position += _CENTRAL.size + sum(lengths)
         os.close(self._file)
@@ -84,11 +86,3 @@ def _lay_out(
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(tensors, file)
-
-
-def _write_at(file: int, content: bytes | memoryview, offset: int) -> None:
-    """All of it; one call of the kernel writes at most 2 GiB."""
-    rest = memoryview(content)
-    while rest:
-        written = os.pwrite(file, rest, offset)
-        rest, offset = rest[written:], offset + written

@@ -16,8 +16,8 @@ from tyro.conf import Positional, arg
 
 import jllama
 from convert.blocks import to_model_folder
+from convert.meta_weights import open_meta
 from convert.params import PARAMS, read_params
-from convert.shards import open_meta
 from jllama.checkpoint import CONFIG
 from jllama.cli import run_command
 from jllama.errors import InputError

@@ -1,4 +1,4 @@
-"""Meta's shards: mapped into memory, checked against params.json, joined one block at a time.
+"""Meta's shards: mapped into memory, checked against params.json and each other.
 
     consolidated.00.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
     consolidated.01.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
@@ -11,8 +11,6 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 
 from convert.blocks import refuse_if
-from convert.dtypes import DTYPES, as_numpy, forget, is_finite
+from convert.dtypes import DTYPES
 from convert.names import (
     EMBEDDINGS,
     OUTPUT,
@@ -238,12 +236,13 @@ def _weights(shards: Iterable[Shard]) -> Iterator[tuple[str, str, torch.Tensor]]
                 yield shard.name, name, tensor
 
 
-def _usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
+def usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
+    """The dtype of most weights."""
     return Counter(tensor.dtype for *_, tensor in _weights(shards)).most_common(1)[0][0]
 
 
 def _mixed_dtypes(shards: Sequence[Shard]) -> Iterator[str]:
-    usual = _usual_dtype(shards)
+    usual = usual_dtype(shards)
     for file, name, tensor in _weights(shards):
         if tensor.dtype != usual:
             found, expected = (np.dtype(DTYPES[dtype]).name for dtype in (tensor.dtype, usual))
@@ -258,57 +257,3 @@ def _differing_copies(shards: Sequence[Shard]) -> Iterator[str]:
             continue
         if not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
             yield f"{file}: {name} differs from {first.name}, expected equal copies"
-
-
-@dataclass(frozen=True)
-class MetaWeights:
-    """Meta's files, opened and checked (`convert.blocks.Weights`)."""
-
-    folder: Path
-    shards: Sequence[Shard]
-    config: LlamaConfig
-    dtype: np.dtype
-
-    @property
-    def source(self) -> str:
-        return f"Meta's files in {self.folder.resolve().name}"
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.folder / shard.name for shard in self.shards]
-
-    def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Whole tensors in the dtype stored, and what is not finite in them."""
-        for shard in self.shards:
-            forget(shard.tensors.values())  # what the block before has read
-        names = list(names)
-        with ThreadPoolExecutor() as threads:
-            joined = list(threads.map(self._join, names))
-        return (
-            {name: array for name, (array, _) in zip(names, joined, strict=True)},
-            [problem for _, problems in joined for problem in problems],
-        )
-
-    def _join(self, name: str) -> tuple[np.ndarray, list[str]]:
-        parts = [shard.tensors[name] for shard in self.shards]
-        problems = [
-            f"{shard.name}: {name} holds NaN or infinity, expected finite"
-            for shard, part in zip(self.shards, parts, strict=True)
-            if not is_finite(part)
-        ]
-        columns = parts[0].shape[-1]
-        axis = embeddings_cut(columns, self.config.dim) if name == EMBEDDINGS else cut_of(name)
-        arrays = [as_numpy(part) for part in parts]
-        whole = axis is REPLICATED or len(arrays) == 1
-        return (arrays[0] if whole else np.concatenate(arrays, axis)), problems
-
-
-def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
-    """Meta's weights, after all checks that shapes and params.json allow.
-
-    Raises:
-        InputError: if files are missing or damaged, or contradict each other.
-    """
-    shards = open_shards(folder)
-    config = checked_config(folder, shards, params)
-    return MetaWeights(folder, shards, config, np.dtype(DTYPES[_usual_dtype(shards)]))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from convert.export import Export, Model, exporting
 from convert.hf_config import hf_config
@@ -24,7 +23,8 @@ from jllama.adapter import rotary_heads, to_half_rotated
 from jllama.checkpoint import CONFIG
 from jllama.cli import run_command
 from jllama.config import LlamaConfig
-from jllama.files import save_tensors, write_json
+from jllama.files import write_json
+from jllama.tensors import map_tensors, save_tensors
 from jllama.tokenizer import FILE_NAME, load_tokenizer
 
 PROG = "python -m convert.to_hf"
@@ -80,11 +80,11 @@ def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:
 def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes a file under its name once it is whole; one that is there and equal stays."""
     if file.is_file():
-        there = safetensors.numpy.load_file(file)
+        there = map_tensors(file)
         same = there.keys() == tensors.keys()
         if same and all(there[name].tobytes() == tensors[name].tobytes() for name in tensors):
             return
-    save_tensors(file, tensors, {"format": "pt"})
+    save_tensors(file, tensors, {"format": "pt"}, hashed=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

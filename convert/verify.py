@@ -18,8 +18,8 @@ from tyro.conf import Positional, arg
 
 from convert.blocks import Weights, block_progress, refuse_if
 from convert.hf_files import open_hf
+from convert.meta_weights import open_meta
 from convert.params import PARAMS, read_params
-from convert.shards import open_meta
 from jllama.checkpoint import CONFIG, check_manifest, read_block, read_config, tensor_shapes
 from jllama.cli import run_command
 from jllama.config import LlamaConfig

@@ -24,7 +24,7 @@ from flax import nnx
 
 from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
-from jllama.files import read_json, room_for, save_tensors, whole_folder, write_json
+from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.layers import Linear
 from jllama.lora import adapted_linears, attach
 from jllama.manifest import (
@@ -35,6 +35,7 @@ from jllama.manifest import (
     write_sealed,
 )
 from jllama.model import Llama, map_named, named_arrays
+from jllama.tensors import save_tensors
 from jllama.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
@@ -107,7 +108,7 @@ def save_adapter(
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
     with room_for(size, Path(path)), whole_folder(path) as folder:
-        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, hashed=False)
         write_json(folder / PEFT_CONFIG, config)
         files = {name: file_sha256(folder / name) for name in (WEIGHTS, PEFT_CONFIG)}
         settings = {**dataclasses.asdict(lora), "scale": lora.scale}

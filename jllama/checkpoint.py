@@ -10,7 +10,6 @@ host, and a folder has its final name only when it is complete.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,15 +31,14 @@ from jllama.config import (
     linear_shapes,
 )
 from jllama.errors import InputError
-from jllama.files import read_json, room_for, save_tensors, whole_folder, write_json
+from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.lora import attach
-from jllama.manifest import MANIFEST, certificate, check_file, read_manifest, write_manifest
+from jllama.manifest import MANIFEST, certificate, check_file, entry, read_manifest, write_manifest
 from jllama.model import Llama, Remat, map_named, named_arrays
+from jllama.tensors import map_tensors, save_tensors
 from jllama.tokenizer import FILE_NAME
 
 CONFIG, BLOCKS = "config.json", "blocks"
-# safetensors' names of the dtypes that a model folder holds.
-_DTYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32}
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -100,10 +98,8 @@ class ModelWriter:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise InputError(f"{block}: expected {expected}, found {found}")
-        with ThreadPoolExecutor() as threads:  # hashing takes about as long as writing
-            certificates = threads.map(certificate, tensors.values())
-            save_tensors(block_file(self._folder, block), tensors)
-            self._tensors |= zip(tensors, certificates, strict=True)
+        hashes = save_tensors(block_file(self._folder, block), tensors)
+        self._tensors |= {name: entry(tensor, hashes[name]) for name, tensor in tensors.items()}
         write_manifest(self._folder, self._tensors, self._source, files=())
 
     def finish(self, tokenizer: bytes | None) -> None:
@@ -183,7 +179,7 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise InputError(f"{file}: block missing; convert the model again")
     try:
-        tensors = _mapped(file)
+        tensors = map_tensors(file)
     except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype of no weight
         raise InputError(f"{file}: damaged ({error}); convert the model again") from error
     with ThreadPoolExecutor() as threads:
@@ -201,25 +197,6 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
             "was written, convert the model again"
         )
     return tensors
-
-
-def _mapped(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, mapped: only what is read of them takes memory.
-
-    `[length of the header, 8 bytes] [header, JSON] [tensors]`
-    """
-    with safetensors.safe_open(file, "numpy"):
-        pass  # refuses a header that lies
-    raw = np.memmap(file, np.uint8, "r")
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start].tobytes())
-    header.pop("__metadata__", None)
-    return {
-        name: raw[start + stored["data_offsets"][0] : start + stored["data_offsets"][1]]
-        .view(_DTYPES[stored["dtype"]])
-        .reshape(stored["shape"])
-        for name, stored in header.items()
-    }
 
 
 def _block_of(name: str) -> str:

@@ -28,6 +28,7 @@ COMMANDS = {
     "lint": "train.lint",
     "prompts": "eval.prompts",
     "chat": "eval.chat",
+    "score": "eval.score",
     "speed": "eval.speed",
 }
 

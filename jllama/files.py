@@ -8,9 +8,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-import safetensors.numpy
-
 from jllama.errors import InputError
 
 # Config, tokenizer and Orbax's index: small beside any model.
@@ -110,21 +107,6 @@ def write_json_lines(path: Path, lines: Iterable[object]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     whole.write_text(text, encoding="utf-8")
     whole.replace(path)
-
-
-def save_tensors(
-    file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file that takes its name when it is whole, with the permissions of any file.
-
-    safetensors itself makes files that only their owner can read.
-    """
-    new = file.with_name(file.name + ".new")
-    new.touch()
-    mode = new.stat().st_mode
-    safetensors.numpy.save_file(dict(tensors), new, metadata)
-    new.chmod(mode)
-    new.replace(file)
 
 
 def read_json(path: Path) -> dict:

@@ -27,12 +27,13 @@ def tensor_sha256(tensor: np.ndarray) -> str:
 
 
 def certificate(tensor: np.ndarray) -> dict[str, Any]:
-    """A tensor's entry in the manifest."""
-    return {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype),
-        "sha256": tensor_sha256(tensor),
-    }
+    """A tensor's entry in the manifest, from its bytes."""
+    return entry(tensor, tensor_sha256(tensor))
+
+
+def entry(tensor: np.ndarray, sha256: str) -> dict[str, Any]:
+    """A tensor's entry in the manifest, its hash being known."""
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": sha256}
 
 
 def write_manifest(

@@ -22,6 +22,7 @@ class Example(NamedTuple):
     row: int
     ids: list[int]
     learned: list[bool]
+    cut: bool = False  # at max_seq_len
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class Examples:
     """The usable rows of a file, and what happened to the others."""
 
     rows: list[Example]
-    truncated: int
     skipped: list[str]
+
+    @property
+    def truncated(self) -> int:
+        """Rows that lost their end."""
+        return sum(example.cut for example in self.rows)
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -97,7 +102,7 @@ def make_examples(
     Raises:
         InputError: if more than `skip_bad_rows` rows are unusable.
     """
-    examples, problems, truncated = [], [], 0
+    examples, problems = [], []
     for index, row in enumerate(rows):
         try:
             messages = row_messages(row)
@@ -116,12 +121,11 @@ def make_examples(
         if not any(learned[1:]):
             problems.append(f"row {index}: its prompt fills all {max_seq_len} tokens")
             continue
-        examples.append(Example(index, ids, learned))
-        truncated += too_long
+        examples.append(Example(index, ids, learned, too_long))
     if len(problems) > skip_bad_rows or not examples:
         raise InputError(
             f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "
             f"--max-seq-len, or allow them with --skip-bad-rows {len(problems)}\n  "
             + _some(problems)
         )
-    return Examples(examples, truncated, problems)
+    return Examples(examples, problems)

@@ -156,18 +156,18 @@ def test_a_stopped_export_goes_on_and_gives_the_same_bytes(
     convert(FromMeta(original, tmp_path / "m"))
     written: list[str] = []
 
-    def stop(*arguments):
+    def stop(*arguments, **more):
         written.append("?")
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        write(*arguments)
+        return write(*arguments, **more)
 
     if command == "to_hf":
         write = to_hf.save_tensors
         monkeypatch.setattr(to_hf, "save_tensors", stop)
     else:
-        write = archive._write_at
-        monkeypatch.setattr(archive, "_write_at", stop)
+        write = archive.write_at
+        monkeypatch.setattr(archive, "write_at", stop)
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path / "m"), str(tmp_path / "out")])
     assert stopped.value.code == 130

@@ -1,0 +1,70 @@
+"""Short answers asked of a model by greedy decoding, and whether it gives them to the letter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jllama
+from jllama.prompt import PromptStyle, prompt_ids, row_messages
+from jllama.rows import Example
+from jllama.tokenizer import Tokenizer
+
+
+class Asked(NamedTuple):
+    """A row's number in the file, its prompt, and the answer that is right."""
+
+    row: int
+    prompt: list[int]
+    answer: str
+
+
+def short_answers(
+    rows: Sequence[Mapping],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    *,
+    most: int,
+    context: int,
+) -> list[Asked]:
+    """The whole rows whose last answer has at most `most` tokens, its end token counted.
+
+    Args:
+        rows: the data file, which the examples are numbered after.
+        context: longest row that the model can write to its end.
+    """
+    asked = []
+    for example in examples:
+        prompt = prompt_ids(style, rows[example.row], tokenizer)
+        fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most
+        if fits and not example.cut:
+            answer = row_messages(rows[example.row])[-1].content.strip()
+            asked.append(Asked(example.row, prompt, answer))
+    return asked
+
+
+def exact_answers(
+    voice: tuple[jllama.Llama, float],
+    asked: Sequence[Asked],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Callable[[], None],
+) -> dict[int, bool]:
+    """By row: whether greedy decoding gives the answer, white space around it aside, and stops."""
+    model, adapter_scale = voice
+    right = {}
+    ordered = sorted(asked, key=lambda row: len(row.prompt))
+    for start in range(0, len(ordered), batch_size):
+        chosen = ordered[start : start + batch_size]
+        prompts = [row.prompt for row in chosen]
+        prompts += prompts[-1:] * (batch_size - len(chosen))  # another size is another compilation
+        answers = jllama.generate(
+            model, prompts, max_new_tokens, jllama.Sampling(temperature=0),
+            stop_ids=tokenizer.stop_ids, adapter_scale=adapter_scale,
+        )  # fmt: skip
+        for row, ids in zip(chosen, answers, strict=False):
+            *text, last = ids
+            stops = last in tokenizer.stop_ids
+            right[row.row] = stops and tokenizer.decode(text).strip() == row.answer
+        advance()
+    return right

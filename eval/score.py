@@ -1,0 +1,290 @@
+"""`python -m eval.score`: how likely the base and the tuned model find the answers of a data file.
+
+All in nats, over the tokens that training learns from (the answer and its end token):
+
+    NLL    -log p(token), summed over a row or the file; per token it is the sum over the count, so
+           long answers weigh more; perplexity = exp(NLL per token)
+    KL     KL(tuned || base) = sum over v of p_tuned(v) (log p_tuned(v) - log p_base(v)), the mean
+           over the same tokens: how far tuning has moved what the model would say
+    exact  share of the short answers that greedy decoding gives to the letter and then stops
+    neutral  NLL of text that has nothing to do with any tuning (neutral.json), every token but the
+           first; its rise from base to tuned is a sign of forgetting
+
+The network runs in --precision; logits and log-softmax are fp32, sums over tokens fp64.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import jllama
+from eval.exact import exact_answers, short_answers
+from eval.likelihood import Score, Voices, count_batches, score_sequences
+from eval.prompts import PromptsConfig, check_base, read_style, resolve
+from jllama.checkpoint import read_config
+from jllama.cli import Progress, run_command, settings_from_run
+from jllama.config import PrecisionName
+from jllama.errors import InputError
+from jllama.files import read_json, write_json
+from jllama.manifest import read_manifest
+from jllama.prompt import PromptStyle
+from jllama.rows import make_examples, read_rows
+from jllama.tokenizer import FILE_NAME as TOKENIZER
+
+NEUTRAL = Path(__file__).parent / "neutral.json"
+FILE = "score.json"
+# Rows of the table, and where their figures stand in the result of a model.
+SHOWN = {
+    "NLL per token (nats)": ("answers", "nll_per_token"),
+    "perplexity": ("answers", "perplexity"),
+    "KL(tuned || base) per token (nats)": ("answers", "kl_per_token"),
+    "exact short answers": ("exact", "share"),
+    "NLL per token of neutral text (nats)": ("neutral", "nll_per_token"),
+}
+
+console = Console(markup=False, emoji=False)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score the answers of a data file with the base and the tuned model.
+
+    Without --run and --model, of the newest run. Only answers are scored, also of a run that
+    learned its prompts.
+    """
+
+    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Run folder of train.lora; names the model, what was tuned, the data and the prompt style."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder, instead of a run."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """PEFT adapter folder for --model."""
+    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder to compare with --model, instead of an adapter; both are held in memory."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON or JSONL rows as for training; by default all that the run was given."""
+    precision: PrecisionName | None = None
+    """Of weights and activations; by default that of the run, else bf16."""
+    prompt_style: PromptStyle | None = None
+    """By default the one that was trained with."""
+    max_seq_len: int = 0
+    """Tokens after which a row is cut; 0 takes the run's, else 512."""
+    skip_bad_rows: int = 0
+    """Rows without an answer that may be left out; at least as many as in the run."""
+    exact_tokens: int = 32
+    """Longest answer, in tokens with its end, that greedy decoding is asked for; 0 asks none."""
+    batch_size: int = 8
+    """Rows at a time."""
+    limit: int = 0
+    """Only the first rows; 0 takes all."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Where to write that object; by default score.json in the run folder, else here (with --json
+    nowhere)."""
+    force: bool = False
+    """Load an adapter whose passport names another base model."""
+
+    def __post_init__(self):
+        names = ("max_seq_len", "skip_bad_rows", "exact_tokens", "limit")
+        wrong = [f"{name} {getattr(self, name)}, expected 0 or more"
+                 for name in names if getattr(self, name) < 0]  # fmt: skip
+        if self.batch_size < 1:
+            wrong.append(f"batch_size {self.batch_size}, expected 1 or more")
+        if self.adapter and self.tuned:
+            wrong.append("--adapter and --tuned; expected one of them")
+        if self.model and not self.data:
+            wrong.append("--model without --data; give the rows to score")
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+def complete(config: ScoreConfig) -> ScoreConfig:
+    """The settings with what the run and the passport say filled in; pairs that do not fit refused.
+
+    Raises:
+        InputError: if there is no such run, or base and tuned are of different kinds.
+    """
+    names = ("run", "model", "adapter", "tuned", "precision", "force")
+    found, run = resolve(PromptsConfig(**{name: getattr(config, name) for name in names}))
+    check_base(found)
+    if found.tuned:
+        _check_tuned(found.model, found.tuned)
+    settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0}
+    if run:
+        settings = settings_from_run(run)
+    return dataclasses.replace(
+        config,
+        run=str(run or ""),
+        model=found.model,
+        adapter=found.adapter,
+        tuned=found.tuned,
+        data=config.data or settings["data"],
+        precision=found.precision or "bf16",
+        prompt_style=config.prompt_style or read_style(found.adapter or found.tuned),
+        max_seq_len=config.max_seq_len or settings["max_seq_len"],
+        skip_bad_rows=max(config.skip_bad_rows, settings["skip_bad_rows"]),
+    )
+
+
+def _check_tuned(model: str, tuned: str) -> None:
+    """Two models are compared token by token, so they must share sizes and tokenizer."""
+    configs = [read_config(folder) for folder in (model, tuned)]
+    tokenizers = [read_manifest(folder)["files"].get(TOKENIZER) for folder in (model, tuned)]
+    if configs[0] != configs[1] or tokenizers[0] != tokenizers[1]:
+        what = "sizes" if configs[0] != configs[1] else "tokenizer"
+        raise InputError(f"{tuned} and {model} differ in {what}; give the base that was tuned")
+
+
+def load_voices(config: ScoreConfig, precision: PrecisionName) -> Voices:
+    """The base and, if something was tuned, the tuned model; with an adapter they are one model."""
+    model = jllama.load_model(config.model, precision)
+    voices = {"base": (model, 0.0)}
+    if config.adapter:
+        voices["tuned"] = (jllama.load_adapter(model, config.adapter), 1.0)
+    if config.tuned:
+        voices["tuned"] = (jllama.load_model(config.tuned, precision), 1.0)
+    return voices
+
+
+def measure(config: ScoreConfig) -> dict[str, Any]:
+    """The JSON object of a config that `complete` gave.
+
+    The figures at the top are those of the model that `scored` names: the tuned one, if any.
+
+        {"nll_per_token": 0.5, "tokens": 900, "rows": 60, "scored": "tuned", "cut": 0,
+         "skipped": [],
+         "base": {...},
+         "tuned": {"answers": {"tokens": 900, "nll": 450.0, "nll_per_token": 0.5,
+                               "perplexity": 1.6, "kl_per_token": 0.9},
+                   "exact": {"rows": 58, "share": 0.8},
+                   "neutral": {...}},
+         "settings": {...},
+         "per_row": [{"row": 0, "cut": false, "base": {...}, "tuned": {...}}, ...]}
+    """
+    assert config.precision
+    assert config.prompt_style
+    tokenizer = jllama.load_tokenizer(config.model)
+    rows = read_rows(config.data)[: config.limit or None]
+    data = make_examples(
+        rows, tokenizer, config.prompt_style, max_seq_len=config.max_seq_len,
+        train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
+    )  # fmt: skip
+    examples = data.rows
+    paragraphs = [
+        [tokenizer.bos_id, *tokenizer.encode(text)] for text in read_json(NEUTRAL)["paragraphs"]
+    ]
+    sequences = [(example.ids, example.learned) for example in examples]
+    sequences += [(ids, [True] * len(ids)) for ids in paragraphs]
+    voices = load_voices(config, config.precision)
+    context = voices["base"][0].config.max_seq_len
+    short = short_answers(
+        rows, examples, tokenizer, config.prompt_style, most=config.exact_tokens, context=context
+    )
+    total = count_batches(sequences, config.batch_size)
+    total += len(voices) * -(-len(short) // config.batch_size)
+    with Progress("score", total, "batches") as progress:
+        scores = score_sequences(voices, sequences, config.batch_size, progress.advance)
+        exact = {
+            who: exact_answers(
+                voice, short, tokenizer, config.exact_tokens, config.batch_size, progress.advance
+            )
+            for who, voice in voices.items()
+        }
+    answers, neutral = scores[: len(examples)], scores[len(examples) :]
+    found = {
+        who: {
+            "answers": rates(who, answers),
+            "exact": share(exact[who]),
+            "neutral": rates(who, neutral),
+        }
+        for who in voices
+    }
+    last = list(voices)[-1]
+    return {
+        "nll_per_token": found[last]["answers"]["nll_per_token"],
+        "tokens": found[last]["answers"]["tokens"],
+        "rows": len(examples),
+        "scored": last,
+        "cut": data.truncated,
+        "skipped": data.skipped,
+        **found,
+        "settings": dataclasses.asdict(config),
+        "per_row": [
+            {"row": example.row, "cut": example.cut}
+            | {who: rates(who, [score]) | {"exact": exact[who].get(example.row)} for who in voices}
+            for example, score in zip(examples, answers, strict=True)
+        ],
+    }
+
+
+def share(right: Mapping[int, bool]) -> dict[str, Any]:
+    """How many rows were asked, and the share that was right; None of none."""
+    rows = len(right)
+    return {"rows": rows, "share": sum(right.values()) / rows if rows else None}
+
+
+def rates(who: str, scores: Sequence[Score]) -> dict[str, Any]:
+    """Sums and token-weighted means of one model; for the tuned one with its KL from the base."""
+    tokens = sum(score.tokens for score in scores)
+    nll = math.fsum(score.nll[who] for score in scores)
+    found = {"tokens": tokens, "nll": nll, "nll_per_token": nll / tokens}
+    found["perplexity"] = math.exp(min(nll / tokens, 700))  # a float ends soon after
+    if who == "tuned":
+        found["kl_per_token"] = math.fsum(score.kl for score in scores) / tokens
+    return found
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The figures of the models side by side, and what tuning changed."""
+    models = [who for who in ("base", "tuned") if who in result]
+    table = Table("", *models, *(["change"] if len(models) > 1 else []))
+    for title, (part, name) in SHOWN.items():
+        values = [result[who][part].get(name) for who in models]
+        known = [value for value in values if value is not None]
+        if known:
+            cells = ["" if value is None else f"{value:.4f}" for value in values]
+            change = [f"{known[1] - known[0]:+.4f}"] if len(known) > 1 else []
+            table.add_row(title, *cells, *change)
+    console.print(table)
+    console.print(
+        f"{result['rows']} rows, {result['tokens']} answer tokens; {result['cut']} rows cut at "
+        f"{result['settings']['max_seq_len']} tokens, {len(result['skipped'])} left out"
+    )
+
+
+def score_data(config: ScoreConfig) -> None:
+    """Scores, writes and shows."""
+    asked, config = config, complete(config)
+    output = Path(asked.output) if asked.output else Path(config.run) / FILE
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
+    if not config.json:
+        result = measure(config)
+        show(result)
+    else:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the object alone
+            result = measure(config)
+        print(json.dumps(result, ensure_ascii=False))
+    if asked.output or not config.json:
+        write_json(output, result)
+    if not config.json:
+        console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(score_data, ScoreConfig, argv, prog="python -m eval.score")
+
+
+if __name__ == "__main__":
+    main()
