@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # where torch's own notes import it from
 
 from jllama.tensors import write_at
 
@@ -81,8 +80,8 @@ def _lay_out(
     dtype: torch.dtype,
     aliases: Mapping[str, str],
 ) -> None:
-    with FakeTensorMode():
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    # Never touched, so they take address space and no memory.
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
+    with torch.serialization.skip_data():
         torch.save(tensors, file)

@@ -50,7 +50,7 @@ _MIB = 2**20
 _CHILD = """
 import importlib, json, os, sys, time
 from pathlib import Path
-import jax
+import jax, tiktoken, tyro
 jax.config.update("jax_platforms", "cpu")
 module, source, destination, more = sys.argv[1:]
 command = importlib.import_module(f"convert.{module}")
