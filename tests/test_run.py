@@ -579,11 +579,11 @@ def test_a_run_killed_before_its_adapter_was_written_is_finished_by_resume(place
 
 def test_a_run_that_cannot_load_its_model_leaves_no_folder(place, tmp_path, capsys):
     shutil.copytree(place / "model", tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / "blocks" / "head")
+    (tmp_path / "model" / "blocks" / "head.safetensors").unlink()
     with pytest.raises(SystemExit) as ended:
         main(flags(place, tmp_path / "run", model=tmp_path / "model"))
     assert ended.value.code == 2
-    assert "head: block missing" in capsys.readouterr().err
+    assert "head.safetensors: block missing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

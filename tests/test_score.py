@@ -237,13 +237,13 @@ def test_logits_of_a_batch_are_never_held_at_once_and_chunks_change_nothing():
 def test_only_whole_short_rows_are_asked_for_their_last_answer(tmp_path, style):
     (tmp_path / "tokenizer.model").write_bytes(TOKENIZER)
     tokenizer = load_tokenizer(tmp_path)
-    long = {"prompt": "Count.", "completion": "1, 2, " * 99}
+    long = {"prompt": "Count.", "completion": "1, 2, " * 300}
     rows = [{"question": 1}, *ROWS, TALK, long]
     examples = make_examples(
-        rows, tokenizer, style, max_seq_len=320, train_on_prompt=False, skip_bad_rows=1, source="-"
+        rows, tokenizer, style, max_seq_len=1024, train_on_prompt=False, skip_bad_rows=1, source="-"
     )
     assert examples.truncated == 1
-    asked = short_answers(rows, examples.rows, tokenizer, style, most=40, context=320)
+    asked = short_answers(rows, examples.rows, tokenizer, style, most=40, context=1024)
     assert [x.row for x in asked] == [1, 3, 5, 6, 7]  # by the bytes of their answers
     assert (asked[-1].answer, asked[0].answer) == ("Me.", "one" * 10)
     for question in asked:
