@@ -12,5 +12,6 @@ params.py                 params.json: read and written
 hf_files.py               safetensors and their index: checked and read
 hf_config.py              config.json: read and written
 hf_tokenizer.py           tokenizer files: read and written
+rules.py                  what a field of a foreign JSON file must be
 names.py, dtypes.py       tables: cuts, Hugging Face's names, dtypes
 """

@@ -20,6 +20,7 @@ from jllama.config import LlamaConfig
 from jllama.errors import InputError
 from jllama.files import bytes_begun, room_for, whole_folder
 from jllama.manifest import manifest_sha256
+from jllama.tokenizer import make_tokenizer
 
 _SHOWN = 20  # problems of one kind of mistake repeat in every layer
 
@@ -54,13 +55,24 @@ def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
         raise InputError(f"{folder}: {advice}\n  {lines}")
 
 
-def to_model_folder(weights: Weights, tokenizer: bytes, dst: Path) -> None:
+def to_model_folder(weights: Weights, tokenizer: bytes, tokenizer_from: Path, dst: Path) -> None:
     """Makes the model folder, whole or not at all, and says what it is.
 
+    Args:
+        tokenizer: the content of Meta's tokenizer.model.
+        tokenizer_from: where it was found, for messages.
+
     Raises:
-        InputError: if a weight is not finite, the folder exists or the disk is too small.
+        InputError: if the tokenizer is of no known kind or has more ids than the weights have rows,
+            a weight is not finite, the folder exists or the disk is too small.
     """
     config = weights.config
+    known = make_tokenizer(tokenizer, tokenizer_from).vocab_size
+    if known > config.vocab_size:
+        raise InputError(
+            f"{tokenizer_from}: {known} tokens, but the weights have {config.vocab_size} rows; "
+            "copy the tokenizer of this very model"
+        )
     size = config.parameter_count * weights.dtype.itemsize
     origin = {
         "files": fingerprint(weights.files),

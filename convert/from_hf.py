@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
 from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
@@ -21,7 +20,6 @@ from convert.shards import shard_files
 from jllama.checkpoint import CONFIG
 from jllama.cli import run_command
 from jllama.errors import InputError
-from jllama.tokenizer import make_tokenizer
 
 PROG = "python -m convert.from_hf"
 
@@ -50,19 +48,12 @@ def convert(settings: FromHf) -> None:
     weights = open_hf(src)
     place = settings.tokenizer or src
     tokenizer = place.read_bytes() if place.is_file() else read_hf_tokenizer(place)
-    known = make_tokenizer(tokenizer, place).vocab_size
-    if known > weights.config.vocab_size:
-        raise InputError(
-            f"{place}: {known} tokens, but the weights have {weights.config.vocab_size} rows; "
-            "copy the tokenizer of this very model"
-        )
-    to_model_folder(weights, tokenizer, dst)
+    to_model_folder(weights, tokenizer, place, dst)
     print(f"next: python -m train.lora --model {dst} --data FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
-    run_command(convert, FromHf, argv, prog=PROG)
+    run_command(convert, FromHf, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
 from tyro.conf import Positional, arg
 
 import jllama
@@ -21,7 +20,7 @@ from convert.params import PARAMS, read_params
 from jllama.checkpoint import CONFIG
 from jllama.cli import run_command
 from jllama.errors import InputError
-from jllama.tokenizer import FILE_NAME, load_tokenizer
+from jllama.tokenizer import FILE_NAME
 
 PROG = "python -m convert.from_meta"
 
@@ -55,8 +54,8 @@ def convert(settings: FromMeta) -> None:
             f"Face's files: python -m convert.from_hf {src} DST"
         )
     weights = open_meta(src, _params(settings))
-    tokenizer = find_tokenizer(settings, weights.config.vocab_size)
-    to_model_folder(weights, tokenizer.read_bytes(), dst)
+    tokenizer = find_tokenizer(settings)
+    to_model_folder(weights, tokenizer.read_bytes(), tokenizer, dst)
     sample = src == jllama.SAMPLE and dst == Path("models/sample")
     print("next: python -m train.lora" + ("" if sample else f" --model {dst} --data FILE"))
 
@@ -77,12 +76,8 @@ def _params(settings: FromMeta) -> dict:
     return params
 
 
-def find_tokenizer(settings: FromMeta, vocab_size: int) -> Path:
-    """The tokenizer file, loaded once to see that its ids fit the embedding table.
-
-    Raises:
-        InputError: if there is none, it is of no known kind, or it has more ids than rows.
-    """
+def find_tokenizer(settings: FromMeta) -> Path:
+    """The tokenizer file; InputError if there is none."""
     beside = settings.src.resolve()
     places = [settings.tokenizer or beside / FILE_NAME]
     if settings.tokenizer is None:
@@ -93,18 +88,11 @@ def find_tokenizer(settings: FromMeta, vocab_size: int) -> Path:
             f"no tokenizer: {' and '.join(map(str, places))} missing; copy Meta's {FILE_NAME} "
             f"into {settings.src} or name it with --tokenizer FILE"
         )
-    known = load_tokenizer(file).vocab_size
-    if known > vocab_size:
-        raise InputError(
-            f"{file}: {known} tokens, but the weights have {vocab_size} rows; "
-            f"copy the {FILE_NAME} of this very model"
-        )
     return file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
-    run_command(convert, FromMeta, argv, prog=PROG)
+    run_command(convert, FromMeta, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

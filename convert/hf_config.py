@@ -1,18 +1,14 @@
 """Hugging Face's config.json: read and checked on the way in, written on the way out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.rules import COUNT, FLAG, NUMBER, Rule, broken
 from jllama.config import LlamaConfig, RopeScaling
 from jllama.errors import InputError
 from jllama.files import read_json
 
-# In words, and as a test. null counts as absent.
-Rule = tuple[str, Callable[[Any], bool]]
-_COUNT: Rule = ("a positive integer", lambda x: type(x) is int and 0 < x < 2**31)
-_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < 1e12)
-_FLAG: Rule = ("true or false", lambda x: type(x) is bool)
 _OBJECT: Rule = ("an object", lambda x: isinstance(x, dict))
 
 
@@ -20,21 +16,22 @@ def _only(value: object) -> Rule:
     return f"{value!r}, all that is built here", lambda x: x == value
 
 
+# null counts as absent.
 _FIELDS: Mapping[str, Rule] = {
     "model_type": _only("llama"),
-    "hidden_size": _COUNT,
-    "num_hidden_layers": _COUNT,
-    "num_attention_heads": _COUNT,
-    "num_key_value_heads": _COUNT,
-    "intermediate_size": _COUNT,
-    "vocab_size": _COUNT,
-    "head_dim": _COUNT,
-    "max_position_embeddings": _COUNT,
-    "rms_norm_eps": _NUMBER,
-    "rope_theta": _NUMBER,
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT,
+    "intermediate_size": COUNT,
+    "vocab_size": COUNT,
+    "head_dim": COUNT,
+    "max_position_embeddings": COUNT,
+    "rms_norm_eps": NUMBER,
+    "rope_theta": NUMBER,
     "rope_scaling": _OBJECT,
     "rope_parameters": _OBJECT,  # transformers 5: theta and scaling in one
-    "tie_word_embeddings": _FLAG,
+    "tie_word_embeddings": FLAG,
     "attention_bias": _only(False),
     "mlp_bias": _only(False),
     "hidden_act": _only("silu"),
@@ -59,11 +56,7 @@ def config_from_hf(file: Path) -> LlamaConfig:
         InputError: if the model is none that jllama builds; everything that is wrong is listed.
     """
     content = {name: value for name, value in read_json(file).items() if value is not None}
-    problems = [
-        f"{name} is {content.get(name)!r}, expected {words}"
-        for name, (words, holds) in _FIELDS.items()
-        if (not holds(content[name]) if name in content else name in _REQUIRED)
-    ]
+    problems = broken(content, _FIELDS, _REQUIRED)
     if not problems:
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
         problems = _rope_problems(rope)
@@ -102,17 +95,13 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
     if kind == "default":
         rules: dict[str, Rule] = {}
     elif kind == "llama3":
-        rules = dict.fromkeys(_LLAMA3_ROPE, _NUMBER)
-        rules["original_max_position_embeddings"] = _COUNT
+        rules = dict.fromkeys(_LLAMA3_ROPE, NUMBER)
+        rules["original_max_position_embeddings"] = COUNT
     else:
         return [f"rope_type is {kind!r}, expected 'default' or 'llama3'"]
     if "rope_theta" in rope:
-        rules["rope_theta"] = _NUMBER
-    return [
-        f"rope {name} is {rope.get(name)!r}, expected {words}"
-        for name, (words, holds) in rules.items()
-        if not holds(rope.get(name))
-    ]
+        rules["rope_theta"] = NUMBER
+    return [f"rope {problem}" for problem in broken(rope, rules, rules)]
 
 
 def hf_config(

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jllama.adapter import adapter_shapes, check_base, put_adapter, read_adapter
 from jllama.checkpoint import read_block, read_config
-from jllama.layers import Rotation, rotary_frequencies, rotation
+from jllama.layers import RMSNorm, Rotation, rotary_frequencies, rotation
 from jllama.lora import adapted_linears, merge
 from jllama.model import Llama, map_named, named_arrays
 from jllama.tokenizer import load_tokenizer
@@ -111,11 +111,11 @@ class Merge:
         if self._config.tied:
             stored = tensors | read_block(self._model, "embeddings")
         head = stored["tok_embeddings.weight" if self._config.tied else "output.weight"]
-        norm = tensors["norm.weight"].astype(np.float32)
+        norm = RMSNorm(self._config.dim, self._config.norm_eps, dtype=jnp.float32)
+        norm.weight[...] = jnp.asarray(tensors["norm.weight"], jnp.float32)
+        wide = head.astype(np.float32)
         for who, x in self._streams.items():
-            wide = np.asarray(x)
-            scale = 1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + self._config.norm_eps)
-            self._logits[who] = (wide * scale * norm) @ head.astype(np.float32).T
+            self._logits[who] = np.asarray(norm(x)) @ wide.T
 
     def report(self) -> dict[str, Any]:
         """What the merge changed and what rounding took, in logits over the probe prompts."""

@@ -67,6 +67,13 @@ def embeddings_cut(columns: int, dim: int) -> int:
     return ROWS if columns == dim else COLUMNS
 
 
+def part_shape(shape: tuple[int, ...], axis: int | None, shards: int) -> tuple[int, ...]:
+    """The shape of one shard's part of a tensor that is cut in a dimension."""
+    if axis is REPLICATED:
+        return shape
+    return tuple(size // shards if i == axis else size for i, size in enumerate(shape))
+
+
 def hf_name(name: str) -> str:
     """Hugging Face's name of a tensor.
 

@@ -1,32 +1,30 @@
 """Meta's params.json: read and checked on the way in, written on the way out."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.rules import COUNT, FLAG, NUMBER, Rule, broken
 from jllama.config import LlamaConfig, RopeScaling, config_from_meta, hidden_size
 from jllama.errors import InputError
 from jllama.files import read_json
 
 PARAMS = "params.json"
 
-# In words, and as a test. null counts as absent.
-Rule = tuple[str, Callable[[Any], bool]]
-_COUNT: Rule = ("a positive integer", lambda x: type(x) is int and 0 < x < 2**31)
-_NUMBER: Rule = ("a positive number", lambda x: type(x) in (int, float) and 0 < x < 1e12)
+# null counts as absent.
 _FIELDS: Mapping[str, Rule] = {
-    "dim": _COUNT,
-    "n_layers": _COUNT,
-    "n_heads": _COUNT,
-    "norm_eps": _NUMBER,
-    "n_kv_heads": _COUNT,
-    "multiple_of": _COUNT,
-    "max_seq_len": _COUNT,
-    "ffn_dim_multiplier": _NUMBER,
-    "rope_theta": _NUMBER,
-    "rope_scaling_factor": _NUMBER,
-    "use_scaled_rope": ("true or false", lambda x: type(x) is bool),
+    "dim": COUNT,
+    "n_layers": COUNT,
+    "n_heads": COUNT,
+    "norm_eps": NUMBER,
+    "n_kv_heads": COUNT,
+    "multiple_of": COUNT,
+    "max_seq_len": COUNT,
+    "ffn_dim_multiplier": NUMBER,
+    "rope_theta": NUMBER,
+    "rope_scaling_factor": NUMBER,
+    "use_scaled_rope": FLAG,
     "vocab_size": ("an integer", lambda x: type(x) is int),  # -1: take it from the tensors
 }
 _REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
@@ -43,11 +41,7 @@ def read_params(file: Path) -> dict[str, Any]:
     if not isinstance(nested, dict):
         raise InputError(f'{file}: "model" is {nested!r}, expected an object with dim, ...')
     params = {name: value for name, value in nested.items() if value is not None}
-    problems = [
-        f"{name} is {params.get(name)!r}, expected {words}"
-        for name, (words, holds) in _FIELDS.items()
-        if (not holds(params[name]) if name in params else name in _REQUIRED)
-    ]
+    problems = broken(params, _FIELDS, _REQUIRED)
     if problems:
         raise InputError(
             f"{file} is not Meta's params.json; copy it again beside the weights\n  "

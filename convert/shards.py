@@ -22,11 +22,11 @@ from convert.dtypes import DTYPES
 from convert.names import (
     EMBEDDINGS,
     OUTPUT,
-    REPLICATED,
     ROWS,
     cut_of,
     embeddings_cut,
     is_skipped,
+    part_shape,
 )
 from convert.params import PARAMS
 from jllama.checkpoint import tensor_shapes
@@ -193,7 +193,7 @@ def _is_tied(shards: Sequence[Shard], axis: int) -> bool:
 def _wrong_shapes(shards: Sequence[Shard], config: LlamaConfig, axis: int) -> Iterator[str]:
     """Missing, unknown and misshapen tensors, file by file."""
     expected = {
-        name: _part_shape(shape, axis if name == EMBEDDINGS else cut_of(name), len(shards))
+        name: part_shape(shape, axis if name == EMBEDDINGS else cut_of(name), len(shards))
         for block in tensor_shapes(config).values()
         for name, shape in block.items()
     }
@@ -216,12 +216,6 @@ def _wrong_shapes(shards: Sequence[Shard], config: LlamaConfig, axis: int) -> It
                 yield (
                     f"{shard.name}: {name} is {list(found[name])}, expected {list(expected[name])}"
                 )
-
-
-def _part_shape(shape: tuple[int, ...], axis: int | None, count: int) -> tuple[int, ...]:
-    if axis is REPLICATED:
-        return shape
-    return tuple(size // count if i == axis else size for i, size in enumerate(shape))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

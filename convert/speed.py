@@ -34,7 +34,7 @@ import tyro
 from convert.archive import Archive
 from convert.dtypes import as_numpy
 from convert.params import PARAMS, meta_params
-from convert.to_meta import cut_axis, part_shape
+from convert.to_meta import cut_axis, even_part
 from jllama.checkpoint import tensor_shapes
 from jllama.cli import run_command
 from jllama.config import LlamaConfig
@@ -51,7 +51,6 @@ _CHILD = """
 import importlib, json, os, sys, time
 from pathlib import Path
 import jax, tiktoken, tyro
-jax.config.update("jax_platforms", "cpu")
 module, source, destination, more = sys.argv[1:]
 command = importlib.import_module(f"convert.{module}")
 def memory(name):
@@ -192,7 +191,7 @@ def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
     draw = torch.Generator().manual_seed(0)
     names = {k: shape for block in tensor_shapes(config).values() for k, shape in block.items()}
     axes = {name: cut_axis(name, config) for name in names}
-    parts = {name: part_shape(name, shape, axes[name], shards) for name, shape in names.items()}
+    parts = {name: even_part(name, shape, axes[name], shards) for name, shape in names.items()}
     for index in range(shards):
         archive = Archive(folder / f"consolidated.{index:02d}.pth", parts, torch.bfloat16, {})
         for name, shape in parts.items():
@@ -207,7 +206,7 @@ def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(measure, ConvertSpeed, argv, prog=PROG)
+    run_command(measure, ConvertSpeed, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from convert.export import Export, Model, exporting
@@ -88,8 +87,7 @@ def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
-    run_command(export, ToHf, argv, prog=PROG)
+    run_command(export, ToHf, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from convert.archive import Archive
 from convert.dtypes import as_torch_dtype
 from convert.export import Export, exporting
-from convert.names import COLUMNS, EMBEDDINGS, OUTPUT, REPLICATED, ROWS, cut_of
+from convert.names import COLUMNS, EMBEDDINGS, OUTPUT, REPLICATED, ROWS, cut_of, part_shape
 from convert.params import PARAMS, meta_params
 from jllama.cli import run_command
 from jllama.config import LlamaConfig
@@ -53,7 +52,7 @@ def export(settings: ToMeta) -> None:
         shapes = {name: shape for block in model.blocks.values() for name, shape in block.items()}
         axes = {name: cut_axis(name, model.config) for name in shapes}
         parts = {
-            name: part_shape(name, shape, axes[name], settings.shards)
+            name: even_part(name, shape, axes[name], settings.shards)
             for name, shape in shapes.items()
         }
         tied = {OUTPUT: EMBEDDINGS} if model.config.tied else {}  # one storage under two names
@@ -94,18 +93,15 @@ def cut_axis(name: str, config: LlamaConfig) -> int | None:
     return ROWS if config.rope_theta > 10000 else COLUMNS  # Llama 3 cuts the vocabulary
 
 
-def part_shape(name: str, shape: tuple[int, ...], axis: int | None, shards: int) -> tuple[int, ...]:
+def even_part(name: str, shape: tuple[int, ...], axis: int | None, shards: int) -> tuple[int, ...]:
     """The shape of one shard's part of a tensor; InputError if it cannot be cut evenly."""
-    if axis is REPLICATED:
-        return shape
-    if shape[axis] % shards:
+    if axis is not REPLICATED and shape[axis] % shards:
         raise InputError(f"--shards {shards}: {name} {list(shape)} cannot be cut evenly")
-    return tuple(size // shards if i == axis else size for i, size in enumerate(shape))
+    return part_shape(shape, axis, shards)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    jax.config.update("jax_platforms", "cpu")  # copying needs no GPU, and takes none
-    run_command(export, ToMeta, argv, prog=PROG)
+    run_command(export, ToMeta, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

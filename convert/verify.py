@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 from tyro.conf import Positional, arg
 
 from convert.blocks import Weights, block_progress, refuse_if
@@ -117,8 +116,7 @@ def certificates(weights: Weights) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    jax.config.update("jax_platforms", "cpu")  # reading needs no GPU, and takes none
-    run_command(verify, Verify, argv, prog=PROG)
+    run_command(verify, Verify, argv, prog=PROG, gpu=False)
 
 
 if __name__ == "__main__":

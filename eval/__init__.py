@@ -1,5 +1,6 @@
 """Reads models and runs, never trains.
 
+subject.py    whom a command is about: a base model, and what was tuned of it
 prompts.py    `python -m eval.prompts`: base and tuned answers, side by side
 chat.py       `python -m eval.chat`: a conversation with the tuned model and its base
 score.py      `python -m eval.score`: likelihood of a data file's answers, and what was forgotten

@@ -16,14 +16,10 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-import tyro
 
 import jllama
-from eval.prompts import PromptsConfig, check_base, read_style, resolve
+from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama.cli import run_command
-from jllama.config import PrecisionName
 from jllama.errors import InputError
 from jllama.prompt import Message, PromptStyle, encode, render
 from jllama.tokenizer import Tokenizer
@@ -46,24 +42,12 @@ PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Subject):
     """Talk with a run's tuned model, and with its base.
 
     Without --run and --model, of the newest run. /help lists what can be typed besides questions.
     """
 
-    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Run folder of train.lora; names the model, what was tuned and the prompt style."""
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder, instead of a run."""
-    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """PEFT adapter folder for --model."""
-    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder to compare with --model, instead of an adapter; both are held in memory."""
-    precision: PrecisionName | None = None
-    """Of weights and activations; by default that of the run, else bf16."""
-    prompt_style: PromptStyle | None = None
-    """By default the one that was trained with."""
     temperature: float | None = None
     """0 takes the likeliest token; by default 0 for a run on the bundled sample, else 0.6."""
     top_p: float = 0.9
@@ -78,10 +62,9 @@ class ChatConfig:
     """Tokens of an answer."""
     seed: int = 0
     """Of the first turn; each further one adds 1."""
-    force: bool = False
-    """Load an adapter whose passport names another base model."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name, kind in NUMBERS.items():
             value = getattr(self, name)
             if value is None:
@@ -112,7 +95,7 @@ class Chat:
         config: ChatConfig,
         style: PromptStyle,
         tokenizer: Tokenizer,
-        voices: dict[str, tuple[jllama.Llama, float]],
+        voices: Voices,
     ):
         self.config, self.style, self.tokenizer, self.voices = config, style, tokenizer, voices
         self.who = "tuned" if "tuned" in voices else "base"
@@ -239,24 +222,16 @@ class Chat:
 
 def chat(config: ChatConfig) -> None:
     """Loads the models, and reads lines until /quit or the end of the input."""
-    names = ("run", "model", "adapter", "tuned", "precision", "prompt_style", "temperature",
-             "force")  # fmt: skip
-    found, _ = resolve(PromptsConfig(**{name: getattr(config, name) for name in names}))
-    check_base(found)
-    style = config.prompt_style or read_style(found.adapter or found.tuned)
-    tokenizer = jllama.load_tokenizer(found.model)
+    config, settings = resolve(config)
+    style = config.prompt_style
+    assert style
+    tokenizer = jllama.load_tokenizer(config.model)
     encode(render(style, [Message("user", "?")]), tokenizer)  # fails now if the two do not fit
-    precision = found.precision or "bf16"
-    model = jllama.load_model(found.model, precision)
-    voices = {"base": (model, 0.0)}
-    if found.adapter:
-        voices["tuned"] = (jllama.load_adapter(model, found.adapter), 1.0)
-    if found.tuned:
-        voices["tuned"] = (jllama.load_model(found.tuned, precision), 1.0)
-    default = jllama.Sampling.temperature
-    temperature = default if found.temperature is None else found.temperature
-    talk = Chat(replace(config, temperature=temperature), style, tokenizer, voices)
-    print(f"{found.adapter or found.tuned or found.model}, prompt style {style}; /help lists "
+    if config.temperature is None:
+        default = 0.0 if is_of_sample(settings) else jllama.Sampling.temperature
+        config = replace(config, temperature=default)
+    talk = Chat(config, style, tokenizer, load_voices(config))
+    print(f"{config.adapter or config.tuned or config.model}, prompt style {style}; /help lists "
           "commands")  # fmt: skip
     if style not in WITH_TURNS:
         print(f"[{style} has no turns: each question is sent alone, without what was said before]")

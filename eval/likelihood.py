@@ -7,7 +7,7 @@ Logits and log-softmax are fp32 and never `[B, T, V]`; sums over tokens are fp64
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,16 +16,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-import jllama
+from eval.subject import Voices
 from jllama.errors import InputError
-from jllama.generate import Weights
+from jllama.generate import Weights, power_of_two
 from jllama.lora import scaled, split
-from jllama.loss import CHUNK_BYTES
+from jllama.loss import chunk_logits, supervised_chunks
 
 SHORTEST = 32  # positions to which a row is padded; then 64, 128, ...
 
 Learned = tuple[Sequence[int], Sequence[bool]]  # ids, and for each whether it is learned
-Voices = Mapping[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
 
 
 class Score(NamedTuple):
@@ -43,7 +42,7 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int
     """
     alike: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
-        alike.setdefault(max(SHORTEST, 1 << (length - 1).bit_length()), []).append(row)
+        alike.setdefault(power_of_two(length, SHORTEST), []).append(row)
     return [
         (width, rows[start : start + batch_size])
         for width, rows in sorted(alike.items())
@@ -81,35 +80,24 @@ def compare(
         chunk: supervised positions whose logits `[chunk, V]` are held at a time.
     """
     B, T, D = xs[0].shape
-    chunk = chunk or min(B * T, max(64, CHUNK_BYTES // (4 * heads[0].shape[0])))
-    rows, targets, mask = [x.reshape(-1, D) for x in xs], jnp.ravel(targets), jnp.ravel(mask)
-    supervised = jnp.sum(mask)
-    order = jnp.argsort(~mask, stable=True)  # supervised positions first
-    order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)  # dropped below
+    rows, targets = [x.reshape(-1, D) for x in xs], jnp.ravel(targets)
+    chunks, positions = supervised_chunks(mask, heads[0].shape[0], chunk)
 
     def one_chunk(index, found):
-        at = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
-        counts = index * chunk + jnp.arange(chunk) < supervised
-        logs = [_log_probabilities(x[at], head) for x, head in zip(rows, heads, strict=True)]
+        at, counts = positions(index)
+        logs = [
+            jax.nn.log_softmax(chunk_logits(x[at], head.astype(x.dtype)), axis=-1)
+            for x, head in zip(rows, heads, strict=True)
+        ]
         wanted = targets[at][:, None]
         nll = [-jnp.take_along_axis(log, wanted, axis=-1)[:, 0] for log in logs]
         kl = jnp.sum(jnp.exp(logs[-1]) * (logs[-1] - logs[0]), axis=-1)
         new = jnp.where(counts[None], jnp.stack([*nll, kl]), 0)
         return found.at[:, at].set(new, mode="drop")
 
-    chunks = (supervised + chunk - 1) // chunk
     nothing = jnp.zeros((len(xs) + 1, B * T), jnp.float32)
     *nll, kl = jax.lax.fori_loop(0, chunks, one_chunk, nothing).reshape(-1, B, T)
     return nll, kl
-
-
-def _log_probabilities(x, head):
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    logits = jnp.einsum(
-        "CD,VD->CV", x, head.astype(x.dtype), precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return jax.nn.log_softmax(logits, axis=-1)
 
 
 def score_sequences(

@@ -19,15 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from jllama.adapter import read_passport
-from jllama.cli import Progress, run_command, settings_from_run
-from jllama.config import PrecisionName
+from eval.subject import Subject, is_of_sample, resolve
+from jllama.cli import Progress, run_command
 from jllama.errors import InputError
 from jllama.files import write_json_lines
 from jllama.lora import merge
-from jllama.prompt import PromptStyle, prompt_ids
+from jllama.prompt import prompt_ids
 
-LATEST = Path("runs/latest")
 REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
 FILE = "generations.jsonl"
 
@@ -35,22 +33,13 @@ console = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
-class PromptsConfig:
+class PromptsConfig(Subject):
     """Answer prompts with the base and the tuned model.
 
     Without --run and --model, of the newest run. The prompts are the original report's eight; for
     a run on the bundled sample they are its held-out instructions, decoded greedily.
     """
 
-    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Run folder of train.lora; names the model, the adapter and the prompt style."""
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder, instead of a run."""
-    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """PEFT adapter folder for --model."""
-    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder to compare with --model, instead of an adapter; without either only the base
-    answers."""
     merge: bool = False
     """Fold the adapter into the base weights before the tuned answers. Saves two small products for
     every adapted weight and token; costs a second compilation and, in bf16, a rounding of the sum,
@@ -59,10 +48,6 @@ class PromptsConfig:
     """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
     reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON rows with recorded answers, shown as further columns."""
-    precision: PrecisionName | None = None
-    """Of weights and activations; by default that of the run, else bf16."""
-    prompt_style: PromptStyle | None = None
-    """By default the one that the adapter was trained with."""
     temperature: float | None = None
     """0 takes the likeliest token; by default what the prompts' file says, else 0.6."""
     top_p: float | None = None
@@ -77,31 +62,29 @@ class PromptsConfig:
     """Only the first prompts; 0 takes all."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Where to write; by default generations.jsonl in the run folder, else here."""
-    force: bool = False
-    """Load an adapter whose passport names another base model."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.batch_size < 1 or self.limit < 0:
             raise InputError(f"batch_size {self.batch_size}, limit {self.limit}; expected >= 1, 0")
-        if self.adapter and self.tuned:
-            raise InputError("--adapter and --tuned; expected one of them")
 
 
 def answer_prompts(config: PromptsConfig) -> None:
     """Generates, writes and shows the answers."""
-    config, run = resolve(config)
+    config, settings = resolve(config)
+    if is_of_sample(settings) and not config.prompts:
+        config = with_sample(config)
+    assert config.prompt_style
     if config.merge and not config.adapter:
         raise InputError("--merge, but no adapter to fold in; name one with --adapter or a LoRA "
                          "run with --run")  # fmt: skip
-    output = Path(config.output) if config.output else (run or Path()) / FILE
+    output = Path(config.output) if config.output else Path(config.run) / FILE
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     rows, decoding = read_prompts(config)
     references = read_references(config.reference) if config.reference else {}
-    style = config.prompt_style or read_style(config.adapter or config.tuned)
-    check_base(config)
     tokenizer = jllama.load_tokenizer(config.model)
-    ids = [prompt_ids(style, row, tokenizer) for row in rows]
+    ids = [prompt_ids(config.prompt_style, row, tokenizer) for row in rows]
     budgets = [budget(row, len(prompt), config) for row, prompt in zip(rows, ids, strict=True)]
     names = ["base", "tuned"] if config.adapter or config.tuned else ["base"]
     answers: dict[str, list[list[int]]] = {name: [] for name in names}
@@ -144,8 +127,8 @@ def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, floa
     --merge         ->  (the two, {"base": 0}), (merged, {"tuned": 1})
     a second model  ->  (the first, {"base": 0}), (the second, {"tuned": 1})
     """
-    precision = config.precision or "bf16"
-    model = jllama.load_model(config.model, precision)
+    assert config.precision
+    model = jllama.load_model(config.model, config.precision)
     if config.adapter:
         jllama.load_adapter(model, config.adapter)
     if config.adapter and not config.merge:
@@ -157,39 +140,17 @@ def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, floa
         yield model, {"tuned": 1.0}
     if config.tuned:
         del model
-        yield jllama.load_model(config.tuned, precision), {"tuned": 1.0}
+        yield jllama.load_model(config.tuned, config.precision), {"tuned": 1.0}
 
 
-def resolve(config: PromptsConfig) -> tuple[PromptsConfig, Path | None]:
-    """Fills in model, adapter and prompts from the run; returns its folder, if there is one."""
-    if config.model:
-        if config.run:
-            raise InputError("--run names the model itself; drop --model or --run")
-        return config, None
-    run = Path(config.run) if config.run else LATEST
-    if not run.is_dir():
-        raise InputError(f"{run}: no run folder; make one with: python -m train.lora")
-    settings = settings_from_run(run)
-    result = run / {"lora": "adapter", "full": "model"}[settings["tune"]]
-    if not result.is_dir():
-        raise InputError(f"{run}: no {result.name}/ yet; the run has not finished")
-    found = replace(
+def with_sample(config: PromptsConfig) -> PromptsConfig:
+    """The bundled sample's held-out instructions, greedily and shortly answered unless asked."""
+    return replace(
         config,
-        model=settings["model"],
-        precision=config.precision or settings["precision"],
+        prompts=str(jllama.SAMPLE / "heldout.json"),
+        temperature=0.0 if config.temperature is None else config.temperature,
+        max_new_tokens=config.max_new_tokens or 32,
     )
-    if not (config.adapter or config.tuned):
-        lora = settings["tune"] == "lora"
-        found = replace(found, adapter=str(result)) if lora else replace(found, tuned=str(result))
-    sample = Path(settings["data"]) == jllama.SAMPLE / "train.json"
-    if not config.prompts and sample:
-        found = replace(
-            found,
-            prompts=str(jllama.SAMPLE / "heldout.json"),
-            temperature=0.0 if config.temperature is None else config.temperature,
-            max_new_tokens=config.max_new_tokens or 32,
-        )
-    return found, run
 
 
 def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, Any]]:
@@ -230,17 +191,6 @@ def read_references(path: str) -> dict[str, dict[str, str]]:
         row["prompt"].strip(): {k: v for k, v in row.items() if k.endswith("answer")}
         for row in rows
     }
-
-
-def read_style(tuned: str) -> PromptStyle:
-    """The prompt style in the passport of what was tuned; `plain` where there is none."""
-    return read_passport(tuned).get("prompt_style", "plain") if tuned else "plain"
-
-
-def check_base(config: PromptsConfig) -> None:
-    """Refuses an adapter that was trained on another base model."""
-    if config.adapter:
-        jllama.adapter.check_base(config.adapter, config.model, force=config.force)
 
 
 def budget(row: dict, prompt_length: int, config: PromptsConfig) -> int:

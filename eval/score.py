@@ -29,15 +29,13 @@ from rich.table import Table
 
 import jllama
 from eval.exact import exact_answers, short_answers
-from eval.likelihood import Score, Voices, count_batches, score_sequences
-from eval.prompts import PromptsConfig, check_base, read_style, resolve
+from eval.likelihood import Score, count_batches, score_sequences
+from eval.subject import Subject, load_voices, resolve
 from jllama.checkpoint import read_config
-from jllama.cli import Progress, run_command, settings_from_run
-from jllama.config import PrecisionName
+from jllama.cli import Progress, run_command
 from jllama.errors import InputError
 from jllama.files import read_json, write_json
 from jllama.manifest import read_manifest
-from jllama.prompt import PromptStyle
 from jllama.rows import make_examples, read_rows
 from jllama.tokenizer import FILE_NAME as TOKENIZER
 
@@ -56,27 +54,15 @@ console = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Subject):
     """Score the answers of a data file with the base and the tuned model.
 
     Without --run and --model, of the newest run. Only answers are scored, also of a run that
     learned its prompts.
     """
 
-    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Run folder of train.lora; names the model, what was tuned, the data and the prompt style."""
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder, instead of a run."""
-    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """PEFT adapter folder for --model."""
-    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Model folder to compare with --model, instead of an adapter; both are held in memory."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON or JSONL rows as for training; by default all that the run was given."""
-    precision: PrecisionName | None = None
-    """Of weights and activations; by default that of the run, else bf16."""
-    prompt_style: PromptStyle | None = None
-    """By default the one that was trained with."""
     max_seq_len: int = 0
     """Tokens after which a row is cut; 0 takes the run's, else 512."""
     skip_bad_rows: int = 0
@@ -92,19 +78,14 @@ class ScoreConfig:
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Where to write that object; by default score.json in the run folder, else here (with --json
     nowhere)."""
-    force: bool = False
-    """Load an adapter whose passport names another base model."""
 
     def __post_init__(self):
+        super().__post_init__()
         names = ("max_seq_len", "skip_bad_rows", "exact_tokens", "limit")
         wrong = [f"{name} {getattr(self, name)}, expected 0 or more"
                  for name in names if getattr(self, name) < 0]  # fmt: skip
         if self.batch_size < 1:
             wrong.append(f"batch_size {self.batch_size}, expected 1 or more")
-        if self.adapter and self.tuned:
-            wrong.append("--adapter and --tuned; expected one of them")
-        if self.model and not self.data:
-            wrong.append("--model without --data; give the rows to score")
         if wrong:
             raise InputError("; ".join(wrong))
 
@@ -115,23 +96,15 @@ def complete(config: ScoreConfig) -> ScoreConfig:
     Raises:
         InputError: if there is no such run, or base and tuned are of different kinds.
     """
-    names = ("run", "model", "adapter", "tuned", "precision", "force")
-    found, run = resolve(PromptsConfig(**{name: getattr(config, name) for name in names}))
-    check_base(found)
-    if found.tuned:
-        _check_tuned(found.model, found.tuned)
-    settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0}
-    if run:
-        settings = settings_from_run(run)
+    if config.model and not config.data:
+        raise InputError("--model without --data; give the rows to score")
+    config, run = resolve(config)
+    if config.tuned:
+        _check_tuned(config.model, config.tuned)
+    settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0} | run
     return dataclasses.replace(
         config,
-        run=str(run or ""),
-        model=found.model,
-        adapter=found.adapter,
-        tuned=found.tuned,
         data=config.data or settings["data"],
-        precision=found.precision or "bf16",
-        prompt_style=config.prompt_style or read_style(found.adapter or found.tuned),
         max_seq_len=config.max_seq_len or settings["max_seq_len"],
         skip_bad_rows=max(config.skip_bad_rows, settings["skip_bad_rows"]),
     )
@@ -144,17 +117,6 @@ def _check_tuned(model: str, tuned: str) -> None:
     if configs[0] != configs[1] or tokenizers[0] != tokenizers[1]:
         what = "sizes" if configs[0] != configs[1] else "tokenizer"
         raise InputError(f"{tuned} and {model} differ in {what}; give the base that was tuned")
-
-
-def load_voices(config: ScoreConfig, precision: PrecisionName) -> Voices:
-    """The base and, if something was tuned, the tuned model; with an adapter they are one model."""
-    model = jllama.load_model(config.model, precision)
-    voices = {"base": (model, 0.0)}
-    if config.adapter:
-        voices["tuned"] = (jllama.load_adapter(model, config.adapter), 1.0)
-    if config.tuned:
-        voices["tuned"] = (jllama.load_model(config.tuned, precision), 1.0)
-    return voices
 
 
 def measure(config: ScoreConfig) -> dict[str, Any]:
@@ -172,7 +134,6 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
          "settings": {...},
          "per_row": [{"row": 0, "cut": false, "base": {...}, "tuned": {...}}, ...]}
     """
-    assert config.precision
     assert config.prompt_style
     tokenizer = jllama.load_tokenizer(config.model)
     rows = read_rows(config.data)[: config.limit or None]
@@ -186,7 +147,7 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
     ]
     sequences = [(example.ids, example.learned) for example in examples]
     sequences += [(ids, [True] * len(ids)) for ids in paragraphs]
-    voices = load_voices(config, config.precision)
+    voices = load_voices(config)
     context = voices["base"][0].config.max_seq_len
     short = short_answers(
         rows, examples, tokenizer, config.prompt_style, most=config.exact_tokens, context=context

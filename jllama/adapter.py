@@ -22,7 +22,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig, linear_shapes
+from jllama.checkpoint import tensor_shapes
+from jllama.config import HF_LINEARS, HF_PARTS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.files import read_json, room_for, whole_folder, write_json
 from jllama.layers import Linear
@@ -207,14 +208,17 @@ def _is_finite(array: np.ndarray) -> bool:
 def adapter_shapes(lora: LoraConfig, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The arrays of an adapter under our names, and their shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for index in range(config.n_layers):
-        for target in lora.targets:
-            outs, ins = linear_shapes(config)[target]
-            part = "attention" if target in ("wq", "wk", "wv", "wo") else "feed_forward"
-            name = f"layers.{index}.{part}.{target}.lora"
-            shapes |= {f"{name}.a": (lora.rank, ins), f"{name}.b": (outs, lora.rank)}
-            if lora.dora:
-                shapes[f"{name}.magnitude"] = (outs,)
+    for block in tensor_shapes(config).values():
+        for tensor, shape in block.items():
+            linear = tensor.removesuffix(".weight")
+            if linear.rpartition(".")[2] in lora.targets:
+                outs, ins = shape
+                shapes |= {
+                    f"{linear}.lora.a": (lora.rank, ins),
+                    f"{linear}.lora.b": (outs, lora.rank),
+                }
+                if lora.dora:
+                    shapes[f"{linear}.lora.magnitude"] = (outs,)
     return shapes
 
 

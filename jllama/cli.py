@@ -41,11 +41,13 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     prog: str,
+    gpu: bool = True,
     default: Callable[[Sequence[str]], tuple[Settings | None, list[str]]] | None = None,
 ) -> None:
     """Parses `argv` into `settings` and calls `function`.
 
     Args:
+        gpu: False for a command that reads and writes only, and takes no GPU from others.
         default: reads a settings file named among the arguments; returns it and the rest.
 
     A wrong input ends in one message and exit code 2, Ctrl-C in exit code 130.
@@ -57,7 +59,10 @@ def run_command(
         loaded, arguments = default(arguments) if default else (None, arguments)
         defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
         parsed = tyro.cli(settings, prog=prog, args=arguments, **defaults)
-        pass_over_absent_gpu()
+        if gpu:
+            pass_over_absent_gpu()
+        else:
+            _use_cpu()
         use_private_compilation_cache()
         function(parsed)
     except (InputError, OSError) as error:
@@ -134,12 +139,16 @@ def user_cache(name: str) -> Path:
 
 def pass_over_absent_gpu() -> None:
     """Keeps JAX's CUDA plugin, which the `plan` extra brings, quiet where there is no driver."""
-    import jax
-
     drivers = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Windows' subsystem for it
     plugin = importlib.util.find_spec("jax_cuda13_plugin") is not None
     if plugin and "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, drivers)):
-        jax.config.update("jax_platforms", "cpu")
+        _use_cpu()
+
+
+def _use_cpu() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def use_private_compilation_cache() -> None:

@@ -281,5 +281,10 @@ def _checked(tokens: Array, logprobs: Array) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(tokens), found
 
 
+def power_of_two(length: int, least: int) -> int:
+    """The power of two that a length is padded to where it is to be compiled a few times only."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple

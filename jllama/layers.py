@@ -13,6 +13,11 @@ from jllama.config import LlamaConfig
 INITIAL_STD = 0.02
 
 
+def matmul_precision(dtype: jnp.dtype) -> str:
+    """fp32 means fp32: no TF32 on a GPU."""
+    return "highest" if dtype == jnp.float32 else "default"
+
+
 class Linear(nnx.Module):
     """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached.
 

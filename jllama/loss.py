@@ -1,10 +1,13 @@
 """Cross-entropy that never holds `[B, T, V]` in fp32."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from jllama.layers import matmul_precision
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
 
@@ -29,23 +32,17 @@ def cross_entropy(
 
 
 def _forward(x, head, targets, mask, head_learns, chunk):
-    B, T, D = x.shape
+    D = x.shape[-1]
     stored, head = head, head.astype(x.dtype)
-    chunk = chunk or min(B * T, max(64, CHUNK_BYTES // (4 * head.shape[0])))
-    rows, targets, mask = x.reshape(-1, D), jnp.ravel(targets), jnp.ravel(mask)
-    supervised = jnp.sum(mask)
-    order = jnp.argsort(~mask, stable=True)  # supervised positions first
-    order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)  # dropped below
-    precision = "highest" if x.dtype == jnp.float32 else "default"
+    rows, targets = x.reshape(-1, D), jnp.ravel(targets)
+    chunks, positions = supervised_chunks(mask, head.shape[0], chunk)
+    precision = matmul_precision(x.dtype)
 
     def one_chunk(index, carry):
         total, gradient, head_gradient = carry
-        at = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
-        counts = index * chunk + jnp.arange(chunk) < supervised
+        at, counts = positions(index)
         wanted = targets[at]
-        logits = jnp.einsum(
-            "CD,VD->CV", rows[at], head, precision=precision, preferred_element_type=jnp.float32
-        )
+        logits = chunk_logits(rows[at], head)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         losses = log_sum - jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         slope = jnp.exp(logits - log_sum[:, None]) - jax.nn.one_hot(wanted, head.shape[0])
@@ -61,11 +58,42 @@ def _forward(x, head, targets, mask, head_learns, chunk):
 
     nothing = jnp.zeros(head.shape, jnp.float32) if head_learns else None
     carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(rows), nothing)
-    chunks = (supervised + chunk - 1) // chunk
     total, gradient, head_gradient = jax.lax.fori_loop(0, chunks, one_chunk, carry)
     if head_learns:
         head_gradient = head_gradient.astype(stored.dtype)
     return total, (gradient.reshape(x.shape), head_gradient)
+
+
+def supervised_chunks(
+    mask: Bool[Array, "B T"], vocab_size: int, chunk: int | None
+) -> tuple[Int[Array, ""], Callable]:
+    """The supervised positions in chunks: how many, and a function of a chunk's index.
+
+    It gives the chunk's positions in the flat `[B * T]`, and which of them count: the last chunk is
+    filled up with positions that are not supervised, or behind the end.
+
+    Args:
+        chunk: positions in a chunk; by default so many that `[chunk, V]` in fp32 takes CHUNK_BYTES.
+    """
+    size = chunk or min(mask.size, max(64, CHUNK_BYTES // (4 * vocab_size)))
+    mask = jnp.ravel(mask)
+    supervised = jnp.sum(mask)
+    order = jnp.argsort(~mask, stable=True)  # supervised positions first
+    order = jnp.pad(order, (0, -order.size % size), constant_values=order.size)
+
+    def positions(index):
+        at = jax.lax.dynamic_slice(order, (index * size,), (size,))
+        return at, index * size + jnp.arange(size) < supervised
+
+    return (supervised + size - 1) // size, positions
+
+
+def chunk_logits(x: Float[Array, "C D"], head: Float[Array, "V D"]) -> Float[Array, "C V"]:
+    """Logits of some positions, in fp32; head in x's dtype."""
+    return jnp.einsum(
+        "CD,VD->CV", x, head, precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def _backward(head_learns, chunk, gradients, slope):

@@ -28,6 +28,7 @@ from jllama.layers import (
     Linear,
     RMSNorm,
     Rotation,
+    matmul_precision,
     rotary_frequencies,
     rotate,
     rotation,
@@ -185,7 +186,7 @@ class Llama(nnx.Module):
         rotary = rotation(positions, rotary_frequencies(self.config))
         # One draw of all keys, [L, 4]: the inputs of wq wk wv, of wo, of w1 w3 and of w2.
         keys = None if key is None else jax.random.split(key, (len(self.layers), 4))
-        with _matmul_precision(x.dtype):
+        with jax.default_matmul_precision(matmul_precision(x.dtype)):
             for index, block in enumerate(self.layers):
                 run = Block.__call__
                 if self.remat in _POLICIES:
@@ -199,7 +200,7 @@ class Llama(nnx.Module):
         x = self.tok_embeddings(tokens)
         rotary = rotation(positions, rotary_frequencies(self.config))
         cache = []
-        with _matmul_precision(x.dtype):
+        with jax.default_matmul_precision(matmul_precision(x.dtype)):
             for block in self.layers:
                 x, layer_cache = block.prefill(x, rotary, slots)
                 cache.append(layer_cache)
@@ -212,7 +213,7 @@ class Llama(nnx.Module):
         x = self.tok_embeddings(tokens)
         rotary = rotation(positions, rotary_frequencies(self.config))
         written = []
-        with _matmul_precision(x.dtype):
+        with jax.default_matmul_precision(matmul_precision(x.dtype)):
             for block, layer_cache in zip(self.layers, cache, strict=True):
                 x, layer_cache = block.decode(x, rotary, positions, layer_cache)
                 written.append(layer_cache)
@@ -220,7 +221,7 @@ class Llama(nnx.Module):
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, accumulated and kept in fp32."""
-        with _matmul_precision(x.dtype):
+        with jax.default_matmul_precision(matmul_precision(x.dtype)):
             weight = self.head_weight[...].astype(x.dtype)
             return jnp.einsum("BTD,VD->BTV", x, weight, preferred_element_type=jnp.float32)
 
@@ -258,8 +259,3 @@ def named_arrays(state: nnx.State) -> dict[str, Any]:
 
 def _at(keys: Key[Array, "..."] | None, index: int) -> Key[Array, "..."] | None:
     return None if keys is None else keys[index]
-
-
-def _matmul_precision(dtype: jnp.dtype):
-    """fp32 means fp32: no TF32 on a GPU."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from jllama.generate import answer_end, check_prompts, decode_chunks
+from jllama.generate import answer_end, check_prompts, decode_chunks, power_of_two
 from jllama.model import Llama
 from jllama.sampling import Sampling, make_choice
 from jllama.tokenizer import Tokenizer
@@ -35,8 +35,9 @@ def stream(
     choice = make_choice(sampling or Sampling(), [seed], [0])
     ids: list[int] = []
     sent, cut = "", True
+    width = power_of_two(len(prompt), LEAST_WIDTH)  # a conversation compiles a few times
     steps = (
-        decode_chunks(model, [prompt], budget, choice, adapter_scale, width(len(prompt)), chunk)
+        decode_chunks(model, [prompt], budget, choice, adapter_scale, width, chunk)
         if budget
         else ()
     )
@@ -55,11 +56,6 @@ def stream(
             cut = not stops and ids[end - 1] not in tokenizer.stop_ids
             break
     return cut
-
-
-def width(length: int) -> int:
-    """What a prompt is padded to: a power of two, so that a conversation compiles a few times."""
-    return max(LEAST_WIDTH, 1 << (length - 1).bit_length())
 
 
 def _whole(text: str, stop_strings: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from meta_files import GROUPED, random_tensors, write_meta  # noqa: E402
 
+from jllama.errors import InputError  # noqa: E402
+
 ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 
 
@@ -33,6 +35,20 @@ def meta(original, tmp_path):
 def assets() -> Path:
     """The folder of real weights and their expected outputs."""
     return ASSETS
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """Calls a conversion that must be refused; gives its message. Nothing new may be left."""
+
+    def call(convert, settings) -> str:
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(InputError) as refused:
+            convert(settings)
+        assert sorted(os.listdir(tmp_path)) == before  # no model, no *.partial, nothing executed
+        return str(refused.value)
+
+    return call
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -227,16 +227,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_named_and_leaves_nothing(what, meta, tmp_path):
+def test_damage_is_named_and_leaves_nothing(what, meta, tmp_path, refusal):
     change, fragments = DAMAGE[what]
     change(meta)
-    before = sorted(os.listdir(tmp_path))
-    with pytest.raises(InputError) as refused:
-        convert(FromMeta(meta, tmp_path / "model"))
+    message = refusal(convert, FromMeta(meta, tmp_path / "model"))
     for fragment in fragments:
-        assert fragment in str(refused.value)
-    assert "weights_only" not in str(refused.value)  # torch's advice to load it unsafely
-    assert sorted(os.listdir(tmp_path)) == before  # no model, no *.partial, nothing executed
+        assert fragment in message
+    assert "weights_only" not in message  # torch's advice to load it unsafely
 
 
 def test_a_long_list_of_problems_is_cut(meta, tmp_path):

@@ -90,26 +90,22 @@ def edit(file: Path, changes: list[tuple[float, int]], span: int) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name", "span", "convert", "settings"),
+    [
+        ("meta", "consolidated.00.pth", 4000, from_meta.convert, FromMeta),
+        ("one", "model.safetensors", 1500, from_hf.convert, FromHf),
+    ],
+)
 @hypothesis.settings(**SETTINGS)
 @hypothesis.given(changes=edits, cut=st.none() | st.floats(0, 1))
-def test_bytes_of_a_pth(place, changes, cut):
-    with copy_of(place / "meta") as meta:
-        file = meta / "consolidated.00.pth"
-        edit(file, changes, 4000)
+def test_bytes_of_weights(place, folder, name, span, convert, settings, changes, cut):
+    with copy_of(place / folder) as source:
+        file = source / name
+        edit(file, changes, span)
         if cut is not None:
             file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
-        converted_or_refused(from_meta.convert, FromMeta, meta)
-
-
-@hypothesis.settings(**SETTINGS)
-@hypothesis.given(changes=edits, cut=st.none() | st.floats(0, 1))
-def test_bytes_of_a_safetensors_header(place, changes, cut):
-    with copy_of(place / "one") as hf:
-        file = hf / "model.safetensors"
-        edit(file, changes, 1500)
-        if cut is not None:
-            file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
-        converted_or_refused(from_hf.convert, FromHf, hf)
+        converted_or_refused(convert, settings, source)
 
 
 @hypothesis.settings(**SETTINGS)

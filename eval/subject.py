@@ -1,0 +1,110 @@
+"""Whom a command of this package is about: a base model, and what was tuned of it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+import jllama
+from jllama.adapter import check_base, read_passport
+from jllama.cli import settings_from_run
+from jllama.config import PrecisionName
+from jllama.errors import InputError
+from jllama.prompt import PromptStyle
+
+LATEST = Path("runs/latest")
+
+Voices = dict[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The flags that name them."""
+
+    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Run folder of train.lora; names the model, what was tuned, the data and the prompt style."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder, instead of a run."""
+    adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """PEFT adapter folder for --model."""
+    tuned: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Model folder to compare with --model, instead of an adapter; without either there is only
+    the base."""
+    force: bool = False
+    """Load an adapter whose passport names another base model."""
+    precision: PrecisionName | None = None
+    """Of weights and activations; by default that of the run, else bf16."""
+    prompt_style: PromptStyle | None = None
+    """By default the one that was trained with, else plain."""
+
+    def __post_init__(self):
+        if self.adapter and self.tuned:
+            raise InputError("--adapter and --tuned; expected one of them")
+
+
+Named = TypeVar("Named", bound=Subject)
+
+
+def resolve(config: Named) -> tuple[Named, dict[str, Any]]:
+    """The flags with what the run and the passport say, and the run's settings, if there is one.
+
+    Raises:
+        InputError: if there is no such run, or the adapter was trained on another base.
+    """
+    settings: dict[str, Any] = {}
+    if not config.model:
+        config, settings = _from_run(config)
+    elif config.run:
+        raise InputError("--run names the model itself; drop --model or --run")
+    if config.adapter:
+        check_base(config.adapter, config.model, force=config.force)
+    result = config.adapter or config.tuned
+    trained: PromptStyle = "plain"
+    if result:
+        trained = read_passport(result).get("prompt_style", trained)
+    return dataclasses.replace(
+        config,
+        precision=config.precision or "bf16",
+        prompt_style=config.prompt_style or trained,
+    ), settings
+
+
+def _from_run(config: Named) -> tuple[Named, dict[str, Any]]:
+    run = Path(config.run) if config.run else LATEST
+    if not run.is_dir():
+        raise InputError(f"{run}: no run folder; make one with: python -m train.lora")
+    settings = settings_from_run(run)
+    result = run / {"lora": "adapter", "full": "model"}[settings["tune"]]
+    if not result.is_dir():
+        raise InputError(f"{run}: no {result.name}/ yet; the run has not finished")
+    found: dict[str, Any] = {
+        "run": str(run),
+        "model": settings["model"],
+        "precision": config.precision or settings["precision"],
+    }
+    if not (config.adapter or config.tuned):
+        found["adapter" if settings["tune"] == "lora" else "tuned"] = str(result)
+    return dataclasses.replace(config, **found), settings
+
+
+def is_of_sample(settings: dict[str, Any]) -> bool:
+    """Whether a run's settings are of one on the bundled sample."""
+    return bool(settings) and Path(settings["data"]) == jllama.SAMPLE / "train.json"
+
+
+def load_voices(config: Subject) -> Voices:
+    """The base and, if something was tuned, the tuned model; with an adapter they are one model.
+
+    Args:
+        config: what `resolve` gave.
+    """
+    assert config.precision
+    model = jllama.load_model(config.model, config.precision)
+    voices = {"base": (model, 0.0)}
+    if config.adapter:
+        voices["tuned"] = (jllama.load_adapter(model, config.adapter), 1.0)
+    if config.tuned:
+        voices["tuned"] = (jllama.load_model(config.tuned, config.precision), 1.0)
+    return voices
