@@ -4,10 +4,11 @@
 
 Makes a synthetic checkpoint in Meta's format for each number of shards, and converts it in, out,
 to Hugging Face's format and in again. Each conversion is a process of its own; its clock and its
-memory begin when everything is imported. `cp` of what it reads runs before it, the disk idle before
-both. Times are until all bytes are on the disk, and beside them until the command ends, when a
-part of them is still in the page cache: there cp does no more than copy memory, while a conversion
-hashes every byte. The ratios are those of the medians.
+memory begin when everything is imported. `cp` of what it reads runs before it. Each first removes
+what it made the last time and waits until the machine has settled: freed memory is cleared, or
+given back to a host, on a core that a conversion would use. Times are until all bytes are on the
+disk, where a conversion sees to that itself and cp is followed by sync. The ratios are those of the
+medians.
 """
 
 import base64
@@ -45,21 +46,23 @@ from jllama.tokenizer import FILE_NAME
 PROG = "python -m convert.speed"
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
 _MIB = 2**20
+_SETTLE = 5  # seconds
 
 # A process that converts once: what it took after its imports.
 _CHILD = """
-import importlib, json, os, sys, time
+import importlib, json, os, shutil, sys, time
 from pathlib import Path
 import jax, tiktoken, tyro
-module, source, destination, more = sys.argv[1:]
+module, source, destination, more, settle = sys.argv[1:]
 command = importlib.import_module(f"convert.{module}")
+shutil.rmtree(destination, ignore_errors=True)
+os.sync()
+time.sleep(int(settle))
 def memory(name):
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 before, started = memory("VmRSS"), time.monotonic()
 command.main([source, destination, *json.loads(more)])
-ended = time.monotonic() - started
-os.sync()
-print(json.dumps({"seconds": time.monotonic() - started, "cached_seconds": ended,
+print(json.dumps({"seconds": time.monotonic() - started,
                   "peak_mib": memory("VmHWM"), "imports_mib": before}))
 """
 
@@ -75,7 +78,7 @@ class ConvertSpeed:
     repeats: int = 3
     """Times that each conversion runs."""
     place: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Folder for the files, about five times their size; by default one of the system's."""
+    """Folder for the files, about six times their size; by default one of the system's."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
@@ -95,7 +98,7 @@ def measure(settings: ConvertSpeed) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=settings.place or None) as name:
         place = Path(name)
-        with room_for(5 * 2 * config.parameter_count, place / "files"):
+        with room_for(6 * 2 * config.parameter_count, place / "files"):
             for shards in settings.shards:
                 figures[f"{shards} shards"] = _round_trip(place, config, shards, settings.repeats)
     for title, ways in figures.items():
@@ -104,8 +107,7 @@ def measure(settings: ConvertSpeed) -> None:
                 figure["peak_mib"] - figure["imports_mib"] - 2 * largest / _MIB
             )
             print(
-                f"{title}, {way}: {figure['seconds']:.2f} s, {figure['ratio_to_cp']:.2f}x cp "
-                f"({figure['cached_ratio_to_cp']:.2f}x into the page cache); peak "
+                f"{title}, {way}: {figure['seconds']:.2f} s, {figure['ratio_to_cp']:.2f}x cp; peak "
                 f"{figure['peak_mib']:,.0f} MiB, of which imports {figure['imports_mib']:,.0f}; "
                 f"the largest block has {largest / _MIB:,.0f}"
             )
@@ -150,36 +152,31 @@ def _round_trip(place: Path, config: LlamaConfig, shards: int, repeats: int) -> 
 def _timed(
     module: str, source: Path, destination: Path, more: list[str], repeats: int
 ) -> dict[str, Any]:
+    copy = destination.with_name("copy")
     copies, runs = [], []
     for _ in range(repeats):
-        copy = destination.with_name("copy")
+        shutil.rmtree(copy, ignore_errors=True)
         os.sync()
+        time.sleep(_SETTLE)
         started = time.monotonic()
         subprocess.run(["cp", "-r", source, copy], check=True)
-        cached = time.monotonic() - started
         os.sync()
-        copies.append({"seconds": time.monotonic() - started, "cached_seconds": cached})
-        shutil.rmtree(copy)
-        shutil.rmtree(destination, ignore_errors=True)
-        os.sync()
-        arguments = [module, str(source), str(destination), json.dumps(more)]
+        copies.append(time.monotonic() - started)
+        arguments = [module, str(source), str(destination), json.dumps(more), str(_SETTLE)]
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise InputError(f"convert.{module} failed:\n{done.stderr}")
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-
-    def median(of: list[dict[str, float]], name: str) -> float:
-        return statistics.median(each[name] for each in of)
-
+    shutil.rmtree(copy)
+    seconds = statistics.median(run["seconds"] for run in runs)
     return {
-        "seconds": median(runs, "seconds"),
-        "cp_seconds": median(copies, "seconds"),
-        "ratio_to_cp": median(runs, "seconds") / median(copies, "seconds"),
-        "cached_ratio_to_cp": median(runs, "cached_seconds") / median(copies, "cached_seconds"),
+        "seconds": seconds,
+        "cp_seconds": statistics.median(copies),
+        "ratio_to_cp": seconds / statistics.median(copies),
         "peak_mib": max(run["peak_mib"] for run in runs),
-        "imports_mib": median(runs, "imports_mib"),
+        "imports_mib": statistics.median(run["imports_mib"] for run in runs),
         "runs": runs,
         "copies": copies,
     }

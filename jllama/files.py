@@ -19,6 +19,8 @@ _ORIGIN = ".origin.json"
 def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iterator[Path]:
     """A temporary folder that takes its final name when the body succeeds, else vanishes.
 
+    All of it is on the disk before it has its name.
+
     Args:
         origin: JSON that says what the folder is made from. An interrupted or killed body then
             leaves the temporary folder, and a later call with the same origin yields it again,
@@ -38,11 +40,23 @@ def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iter
         try:
             yield partial
             (partial / _ORIGIN).unlink(missing_ok=True)
+            for path in (*partial.rglob("*"), partial):
+                _sync(path)  # else a power cut could leave the final name with empty files
             partial.replace(destination)
+            _sync(destination.parent)
         except BaseException as error:
             if origin is None or isinstance(error, Exception):  # not Ctrl-C
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def bytes_begun(destination: Path) -> int:

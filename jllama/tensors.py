@@ -76,11 +76,16 @@ def _write(file: int, tensor: np.ndarray, offset: int, hashed: bool) -> str:
 
 
 def write_at(file: int, content: bytes | memoryview, offset: int) -> None:
-    """Writes all of it at a place of an open file; one call of the kernel may write a part."""
-    rest = memoryview(content)
-    while rest:
-        written = os.pwrite(file, rest, offset)
-        rest, offset = rest[written:], offset + written
+    """Writes all of it at a place of an open file, and has the kernel begin to put it on the disk.
+
+    Else gigabytes wait in memory until somebody asks for them to be on the disk.
+    """
+    rest, place = memoryview(content), offset
+    while rest:  # one call may write a part
+        written = os.pwrite(file, rest, place)
+        rest, place = rest[written:], place + written
+    if hasattr(os, "posix_fadvise"):  # not on macOS; pages on their way to the disk stay in memory
+        os.posix_fadvise(file, offset, len(content), os.POSIX_FADV_DONTNEED)
 
 
 def map_tensors(file: Path) -> dict[str, np.ndarray]:
