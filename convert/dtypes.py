@@ -15,6 +15,9 @@ DTYPES: Mapping[torch.dtype, type] = {
 }
 
 
+_MADV_PAGEOUT = 21  # of Linux 5.4; Python's mmap has no name for it
+
+
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """The same bytes as numpy, which has no bf16 of its own; a view where that is possible."""
     dtype = DTYPES[tensor.dtype]
@@ -32,10 +35,17 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # both carry a NaN on
 
 
-def forget(tensors: Iterable[torch.Tensor]) -> None:
-    """Takes tensors that are mapped from a file out of memory; they can be read again."""
+def forget(tensors: Iterable[torch.Tensor | np.ndarray]) -> None:
+    """Takes tensors that are mapped from a file out of memory; they can be read again.
+
+    On Linux also out of the page cache: what is written next finds their memory free, and other
+    programs keep theirs.
+    """
     libc = ctypes.CDLL(None)
     for tensor in tensors:
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        array = as_numpy(tensor) if isinstance(tensor, torch.Tensor) else tensor
+        start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        size = array.ctypes.data + array.nbytes - start
+        place = ctypes.c_void_p(start), ctypes.c_size_t(size)
+        if libc.madvise(*place, _MADV_PAGEOUT):
+            libc.madvise(*place, mmap.MADV_DONTNEED)

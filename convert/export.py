@@ -10,6 +10,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from convert.blocks import block_progress, fingerprint
+from convert.dtypes import forget
 from convert.merge import Merge, show_report
 from jllama.adapter import PEFT_CONFIG, WEIGHTS
 from jllama.checkpoint import check_manifest, read_block, read_config, tensor_shapes
@@ -55,6 +56,7 @@ class Model:
             tensors = read_block(self.src, block)
             yield tensors if self.merge is None else self.merge(block, tensors)
             self.advance(sum(tensor.nbytes for tensor in tensors.values()))
+            forget(tensors.values())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ rows of q and k change their order on the way in.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from convert.blocks import refuse_if
-from convert.dtypes import DTYPES, as_numpy, is_finite
+from convert.dtypes import DTYPES, as_numpy, forget, is_finite
 from convert.hf_config import config_from_hf
 from convert.names import EMBEDDINGS, OUTPUT, hf_name, is_skipped
 from jllama.adapter import rotary_heads, to_interleaved
@@ -52,6 +52,7 @@ class HfWeights:
     config: LlamaConfig
     dtype: np.dtype
     stored: Mapping[str, Stored]  # by Hugging Face's names
+    _last: list[torch.Tensor] = field(default_factory=list)  # of the block that was read last
 
     @property
     def source(self) -> str:
@@ -63,6 +64,8 @@ class HfWeights:
 
     def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
         """Tensors under Meta's names, in Meta's order of rows, and what is not finite in them."""
+        forget(self._last)
+        self._last.clear()
         read, problems = {}, []
         for name in names:
             theirs = hf_name(name)
@@ -72,6 +75,7 @@ class HfWeights:
                 problems.append(f"{file.name}: {theirs} holds NaN or infinity, expected finite")
             heads = rotary_heads(self.config, name.removesuffix(".weight"))
             array = as_numpy(tensor)
+            self._last.append(tensor)
             read[name] = to_interleaved(array, heads) if heads else array
         return read, problems
 

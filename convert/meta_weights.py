@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class MetaWeights:
     shards: Sequence[Shard]
     config: LlamaConfig
     dtype: np.dtype
+    _last: list[str] = field(default_factory=list)  # names in the block that was read last
 
     @property
     def source(self) -> str:
@@ -40,8 +41,9 @@ class MetaWeights:
         They live until the next call, which puts its own into the same memory.
         """
         for shard in self.shards:
-            forget(shard.tensors.values())  # what the block before has read
+            forget(shard.tensors[name] for name in self._last)
         names, start, jobs = list(names), 0, []
+        self._last[:] = names
         with ThreadPoolExecutor() as threads:
             for name in names:
                 size = sum(shard.tensors[name].numel() for shard in self.shards)

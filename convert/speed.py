@@ -4,11 +4,10 @@
 
 Makes a synthetic checkpoint in Meta's format for each number of shards, and converts it in, out,
 to Hugging Face's format and in again. Each conversion is a process of its own; its clock and its
-memory begin when everything is imported. `cp` of what it reads runs before it. Each first removes
-what it made the last time and waits until the machine has settled: freed memory is cleared, or
-given back to a host, on a core that a conversion would use. Times are until all bytes are on the
-disk, where a conversion sees to that itself and cp is followed by sync. The ratios are those of the
-medians.
+memory begin when everything is imported. `cp` of what it reads runs before it. Each finds what it
+made the last time removed, what it reads in the page cache, and an idle disk. Times are until all
+bytes are on the disk, where a conversion sees to that itself and cp is followed by sync. The ratios
+are those of the medians.
 """
 
 import base64
@@ -46,18 +45,14 @@ from jllama.tokenizer import FILE_NAME
 PROG = "python -m convert.speed"
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
 _MIB = 2**20
-_SETTLE = 5  # seconds
 
 # A process that converts once: what it took after its imports.
 _CHILD = """
-import importlib, json, os, shutil, sys, time
+import importlib, json, sys, time
 from pathlib import Path
 import jax, tiktoken, tyro
-module, source, destination, more, settle = sys.argv[1:]
+module, source, destination, more = sys.argv[1:]
 command = importlib.import_module(f"convert.{module}")
-shutil.rmtree(destination, ignore_errors=True)
-os.sync()
-time.sleep(int(settle))
 def memory(name):
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 before, started = memory("VmRSS"), time.monotonic()
@@ -75,10 +70,10 @@ class ConvertSpeed:
     """Size of the checkpoint, bf16."""
     shards: tuple[int, ...] = (1, 4)
     """In how many files the checkpoint comes; every number is measured."""
-    repeats: int = 3
+    repeats: int = 5
     """Times that each conversion runs."""
     place: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Folder for the files, about six times their size; by default one of the system's."""
+    """Folder for the files, about five times their size; by default one of the system's."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
@@ -98,7 +93,7 @@ def measure(settings: ConvertSpeed) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=settings.place or None) as name:
         place = Path(name)
-        with room_for(6 * 2 * config.parameter_count, place / "files"):
+        with room_for(5 * 2 * config.parameter_count, place / "files"):
             for shards in settings.shards:
                 figures[f"{shards} shards"] = _round_trip(place, config, shards, settings.repeats)
     for title, ways in figures.items():
@@ -155,21 +150,21 @@ def _timed(
     copy = destination.with_name("copy")
     copies, runs = [], []
     for _ in range(repeats):
-        shutil.rmtree(copy, ignore_errors=True)
-        os.sync()
-        time.sleep(_SETTLE)
+        _read_all(source)
         started = time.monotonic()
         subprocess.run(["cp", "-r", source, copy], check=True)
         os.sync()
         copies.append(time.monotonic() - started)
-        arguments = [module, str(source), str(destination), json.dumps(more), str(_SETTLE)]
+        shutil.rmtree(copy)
+        shutil.rmtree(destination, ignore_errors=True)
+        _read_all(source)
+        arguments = [module, str(source), str(destination), json.dumps(more)]
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise InputError(f"convert.{module} failed:\n{done.stderr}")
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    shutil.rmtree(copy)
     seconds = statistics.median(run["seconds"] for run in runs)
     return {
         "seconds": seconds,
@@ -180,6 +175,16 @@ def _timed(
         "runs": runs,
         "copies": copies,
     }
+
+
+def _read_all(folder: Path) -> None:
+    """Brings a folder's files into the page cache, which a conversion takes them out of again."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as content:
+                while content.read(2**24):
+                    pass
+    os.sync()
 
 
 def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:

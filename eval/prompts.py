@@ -4,7 +4,12 @@ Both come from one load and one compilation: the adapter's scale is an argument,
 --merge the tuned answers are compiled again; a run that tuned every weight left a second model,
 which is loaded after the first has answered.) Writes `generations.jsonl`, one object a prompt:
 
-    {"prompt": "...", "base": "...", "tuned": "...", "base_ids": [...], "tuned_ids": [...]}
+    {"prompt": "...", "base": "...", "base_ids": [...], "base_stopped": true,
+     "base_score": {"tokens": 12, "nll_per_token": {"base": 0.4, "tuned": 1.9}, "kl_per_token": 0.8},
+     "tuned": "...", ...}
+
+`stopped` tells an answer that ended itself from one that was cut; a score says how likely (NLL, nats)
+both models find that answer, and how far the tuned one is from the base along it.
 """
 
 import itertools
@@ -19,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jllama
-from eval.subject import Subject, is_of_sample, resolve
+from eval.likelihood import score_sequences
+from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama.cli import Progress, run_command
 from jllama.errors import InputError
 from jllama.files import write_json_lines
@@ -89,8 +95,11 @@ def answer_prompts(config: PromptsConfig) -> None:
     names = ["base", "tuned"] if config.adapter or config.tuned else ["base"]
     answers: dict[str, list[list[int]]] = {name: [] for name in names}
     starts = range(0, len(ids), config.batch_size)
+    voices: Voices = {}
     with Progress("answer", len(starts) * len(answers), "batches") as progress:
         for model, scales in models(config):
+            if len(scales) == len(names):
+                voices = {name: (model, scale) for name, scale in scales.items()}
             for start, (name, scale) in itertools.product(starts, scales.items()):
                 chosen = slice(start, start + config.batch_size)
                 answers[name] += jllama.generate(
@@ -104,13 +113,19 @@ def answer_prompts(config: PromptsConfig) -> None:
                 )
                 progress.advance()
             del model  # before the next one is loaded
+    scores = score_answers(voices or load_voices(config), ids, answers, config.batch_size)
 
     generations = []
     for index, row in enumerate(rows):
         generation: dict[str, Any] = {"prompt": shown_prompt(row)}
         for name, new in answers.items():
             kept = [token for token in new[index] if token not in tokenizer.stop_ids]
-            generation |= {name: tokenizer.decode(kept).strip(), f"{name}_ids": new[index]}
+            generation |= {
+                name: tokenizer.decode(kept).strip(),
+                f"{name}_ids": new[index],
+                f"{name}_stopped": len(kept) < len(new[index]),
+                f"{name}_score": scores[name][index],
+            }
         expected = row.get("output", row.get("completion"))
         if expected is not None:
             generation["expected"] = expected
@@ -118,6 +133,29 @@ def answer_prompts(config: PromptsConfig) -> None:
     write_json_lines(output, generations)
     show(generations, names)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def score_answers(
+    voices: Voices, prompts: list[list[int]], answers: dict[str, list[list[int]]], batch_size: int
+) -> dict[str, list[dict[str, Any]]]:
+    """For each answer how likely both models find it; unmerged adapters, also with --merge."""
+    found = {}
+    for name, ids in answers.items():
+        sequences = [
+            ([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+            for prompt, answer in zip(prompts, ids, strict=True)
+        ]
+        found[name] = [
+            {
+                "tokens": score.tokens,
+                "nll_per_token": {who: nll / score.tokens for who, nll in score.nll.items()},
+                "kl_per_token": score.kl / score.tokens,
+            }
+            if score.tokens
+            else {"tokens": 0}
+            for score in score_sequences(voices, sequences, batch_size, lambda: None)
+        ]
+    return found
 
 
 def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, float]]]:

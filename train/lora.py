@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from train.data import Batches, hold_out, sequence_lengths
 from train.loop import fit
 from train.metrics import peak_memory_mib
 from train.run import RESULTS, make_passport, run_folder
-from train.show import console, show_end, show_plan, show_row, show_settings
+from train.show import console, run_facts, show_end, show_plan, show_row, show_settings
 
 
 def train(config: TrainConfig) -> None:
@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> None:
     show_row(training[0], tokenizer)
 
     with out_of_memory_explained(step_of(config, llama, lora, longest)):
-        run_steps(config, lora, batches, evaluation, steps)
+        facts = run_facts(config, llama, lora, batches, (training, held_out), steps)
+        run_steps(config, lora, batches, evaluation, steps, facts)
 
 
 def run_steps(
@@ -65,6 +66,7 @@ def run_steps(
     batches: Batches,
     evaluation: Batches | None,
     steps: int,
+    facts: Mapping[str, Any],
 ) -> None:
     """Loads the model, trains it, and fills the run folder."""
     assert config.remat != "auto"  # `choose` was asked before
@@ -74,7 +76,7 @@ def run_steps(
         load_adapter(model, config.init_adapter)
     elif lora:
         attach(model, lora, jax.random.key(config.seed))
-    with run_folder(config) as run:
+    with run_folder(config, facts) as run:
         passport = make_passport(config, run)
 
         def save(name: str) -> None:

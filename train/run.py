@@ -1,7 +1,7 @@
 """The run folder: made or resumed, held by one process, ended by a signal without loss.
 
 config.yaml     the resolved settings; `--config` reads them back
-run.json        command, versions, hashes of base and data
+run.json        command, versions, hashes of base and data, and what was known before the first step
 metrics.jsonl   one line per optimizer step, evaluation and epoch
 state/          adapters, moments, accumulator and step (Orbax)
 adapter/        the result: a PEFT adapter; with full tuning model/, a model folder
@@ -19,7 +19,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,8 +44,11 @@ PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 
 @contextlib.contextmanager
-def run_folder(config: TrainConfig) -> Iterator[Path]:
+def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[Path]:
     """The folder of a new or resumed run, locked for this process.
+
+    Args:
+        facts: of `train.show.run_facts`, for the run.json of a new run.
 
     Raises:
         InputError: if a new run would overwrite something, another process holds the folder, or
@@ -59,7 +62,7 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
         else:
             write_config(_from_anywhere(config), run / "config.yaml")
             settings = {"config_sha256": file_sha256(run / "config.yaml")}
-            write_sealed(run / "run.json", found | settings)
+            write_sealed(run / "run.json", found | settings | {**facts})
         if not config.output_dir and not config.resume:
             _link_latest(run)
         yield run

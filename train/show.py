@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,8 @@ from jllama.checkpoint import abstract_model
 from jllama.config import LlamaConfig, LoraConfig
 from jllama.rows import Example
 from jllama.tokenizer import Tokenizer
+from train import arithmetic
+from train.auto import step_of, this_device
 from train.config import TrainConfig
 from train.data import Batches
 from train.optimizer import count, split_learned
@@ -29,17 +32,63 @@ def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | No
     console.print(table)
 
     for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
-        sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
-        _, learned, frozen = split_learned(
-            abstract_model(sizes, config.precision, lora=lora), config.tune
-        )
-        counts = count({"learned": learned, "frozen": frozen})
-        total = sum(counts.values())
+        counts = parameter_counts(config, dataclasses.replace(llama, ffn_bias=ffn_bias), lora)
         note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
         console.print(
-            f"parameters: {counts['learned']:,} trainable of {total:,} "
-            f"({100 * counts['learned'] / total:.2f} %){note}",
+            f"parameters: {counts['trainable']:,} trainable of {counts['total']:,} "
+            f"({100 * counts['trainable'] / counts['total']:.2f} %){note}",
         )
+
+
+def parameter_counts(
+    config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None
+) -> dict[str, int]:
+    """{"trainable": 8388608, "total": 6746804224}"""
+    _, learned, frozen = split_learned(
+        abstract_model(llama, config.precision, lora=lora), config.tune
+    )
+    counts = count({"learned": learned, "frozen": frozen})
+    return {"trainable": counts["learned"], "total": sum(counts.values())}
+
+
+def run_facts(
+    config: TrainConfig,
+    llama: LlamaConfig,
+    lora: LoraConfig | None,
+    batches: Batches,
+    examples: tuple[list[Example], list[Example]],
+    steps: int,
+) -> dict[str, Any]:
+    """What is known of a run before its first step; a report takes it from run.json.
+
+    Args:
+        examples: to train on, and held out.
+
+        {"parameters": {"trainable": 8388608, "total": 6746804224},
+         "model": {"dim": 4096, ...}, "steps": 125, "device_memory_mib": 40960,
+         "memory_bytes": {"base_weights": 13476831232, "adapters": 33554432, ...},
+         "data": {"rows": 200, "held_out_rows": 0, "tokens": 20000, "learned_tokens": 12000,
+                  "longest": 251, "cut_rows": 3, "padding_share": 0.6}}
+    """
+    training, held_out = examples
+    llama = dataclasses.replace(llama, ffn_bias=config.ffn_bias)
+    step = step_of(config, llama, lora, batches.lengths[-1])
+    return {
+        "parameters": parameter_counts(config, llama, lora),
+        "model": dataclasses.asdict(llama),
+        "steps": steps,
+        "device_memory_mib": this_device().memory_mib,
+        "memory_bytes": arithmetic.memory_classes(step),
+        "data": {
+            "rows": len(training),
+            "held_out_rows": len(held_out),
+            "tokens": sum(len(example.ids) for example in training),
+            "learned_tokens": sum(sum(example.learned[1:]) for example in training),
+            "longest": max(len(example.ids) for example in training),
+            "cut_rows": sum(example.cut for example in training),
+            "padding_share": batches.padding_share(),
+        },
+    }
 
 
 def show_plan(
