@@ -40,6 +40,7 @@ OPERATIONS: Mapping[str, Callable[..., float]] = {
     "difference": lambda a, *others: a - sum(others),
     "MiB": lambda size: size / 2**20,
     "sum": sum,
+    "total": lambda *parts: sum(parts),
     "max": max,
     "median": statistics.median,
     "length": len,
@@ -51,7 +52,7 @@ OPERATIONS: Mapping[str, Callable[..., float]] = {
 }
 
 
-class Missing(Exception):  # noqa: N818  # it is no error: a report says what it lacks
+class Missing(Exception):  # it is no error: a report says what it lacks
     """Something that a report would show is not there; the text says what."""
 
 
@@ -90,6 +91,7 @@ class Evidence:
         self.folder = folder
         self._shown_from = shown_from or folder
         self._read: dict[str, Any] = {}
+        self.cut: list[str] = []  # files whose last line a kill has cut
 
     def content(self, file: str) -> Any:
         """A file's JSON or YAML, or the lines of a JSONL up to one that a kill has cut.
@@ -102,7 +104,8 @@ class Evidence:
             path = self.folder / file
             if not path.is_file():
                 raise Missing(f"{file} is not there")
-            self._read[file] = _load(path)
+            self._read[file], cut = _load(path)
+            self.cut += [file] if cut else []
         return self._read[file]
 
     def has(self, file: str) -> bool:
@@ -164,29 +167,28 @@ def _figure(value: Any, source: Mapping[str, Any], form: str) -> Figure:
     return Figure(value, format(value, form), source)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> tuple[Any, bool]:
+    """A file's content, and whether its last line is cut."""
     if path.name == "run.json":
-        return read_sealed(path, "its run cannot be vouched for")
+        return read_sealed(path, "its run cannot be vouched for"), False
     if path.suffix == ".json":
-        return read_json(path)
+        return read_json(path), False
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
             content = yaml.safe_load(text)
             if not isinstance(content, dict):
                 raise InputError(f"{path}: expected settings, found {type(content).__name__}")
-            return content
+            return content, False
     except (UnicodeDecodeError, yaml.YAMLError, OSError) as error:
         raise InputError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+    *whole, last = text.split("\n")  # each line ends in one, so the last is empty or cut
     lines = []
-    texts = text.split("\n")
-    for number, line in enumerate(texts, 1):
+    for number, line in enumerate(whole, 1):
         try:
-            lines.append(json.loads(line)) if line else None
-            if line and not isinstance(lines[-1], dict):
+            lines.append(json.loads(line))
+            if not isinstance(lines[-1], dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            if number == len(texts):
-                break  # no newline behind it: cut by a kill
             raise InputError(f"{path}: line {number} is damaged ({error})") from error
-    return lines
+    return lines, bool(last)

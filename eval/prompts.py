@@ -5,11 +5,12 @@ Both come from one load and one compilation: the adapter's scale is an argument,
 which is loaded after the first has answered.) Writes `generations.jsonl`, one object a prompt:
 
     {"prompt": "...", "base": "...", "base_ids": [...], "base_stopped": true,
-     "base_score": {"tokens": 12, "nll_per_token": {"base": 0.4, "tuned": 1.9}, "kl_per_token": 0.8},
+     "base_score": {"tokens": 12, "nll_per_token": {"base": 0.4, "tuned": 1.9},
+                    "kl_per_token": 0.8},
      "tuned": "...", ...}
 
-`stopped` tells an answer that ended itself from one that was cut; a score says how likely (NLL, nats)
-both models find that answer, and how far the tuned one is from the base along it.
+`stopped` tells an answer that ended itself from one that was cut; a score says how likely (NLL,
+nats) both models find that answer, and how far the tuned one is from the base along it.
 """
 
 import itertools

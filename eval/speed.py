@@ -115,7 +115,12 @@ def run_variant(config: TrainSpeed, flags: Sequence[str]) -> dict:
         speed_generate.run(command)
         lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
         versions = read_json(run / "run.json")["versions"]
-    steps = [x for x in lines if "step_seconds" in x and x["step"] > config.warmup_steps]
+    return step_figures(lines, config.warmup_steps) | {"versions": versions}
+
+
+def step_figures(lines: Sequence[dict], warmup_steps: int) -> dict:
+    """The figures of a run's metrics.jsonl; times without the first steps, which compile."""
+    steps = [x for x in lines if "step_seconds" in x and x["step"] > warmup_steps]
     # Every step does the same work, so the median step stands for all; the rows in it differ.
     seconds = statistics.median(x["step_seconds"] for x in steps)
     return {
@@ -123,7 +128,6 @@ def run_variant(config: TrainSpeed, flags: Sequence[str]) -> dict:
         "median_step_seconds": seconds,
         "padding_share": statistics.mean(x["padding_share"] for x in steps),
         "peak_memory_mib": max(x["peak_memory_mib"] for x in steps),
-        "versions": versions,
     }
 
 

@@ -116,13 +116,18 @@ def measure(config: GenerateSpeed) -> None:
 def folders(config: GenerateSpeed, place: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of each model, in turn; made in `place` where there is none."""
     for name in config.model:
-        folder = Path(name)
-        if name == BUNDLED and not folder.is_dir():
-            folder = place / "sample"
-            run([sys.executable, "-m", "convert.from_meta", str(jllama.SAMPLE), str(folder)])
-        yield name, folder
+        yield name, converted(name, place)
     for size in config.random:
         yield f"random {size}", write_random(place / size, RANDOM[size])
+
+
+def converted(name: str, place: Path) -> Path:
+    """The model folder of this name; the bundled sample is converted in `place` if it has none."""
+    if name != BUNDLED or Path(name).is_dir():
+        return Path(name)
+    folder = place / "sample"
+    run([sys.executable, "-m", "convert.from_meta", str(jllama.SAMPLE), str(folder)])
+    return folder
 
 
 def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:

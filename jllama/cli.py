@@ -29,6 +29,8 @@ COMMANDS = {
     "prompts": "eval.prompts",
     "chat": "eval.chat",
     "score": "eval.score",
+    "ablate": "eval.ablate",
+    "report": "eval.report",
     "speed": "eval.speed",
 }
 

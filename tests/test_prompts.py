@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from meta_files import BASE, model_folder
 
@@ -9,6 +11,7 @@ import jllama
 from eval.prompts import REPORT_PROMPTS, main
 from jllama.generate import decode, prefill
 from jllama.lora import adapted_linears
+from jllama.prompt import prompt_ids
 from train.lora import main as train
 
 
@@ -111,3 +114,34 @@ def test_wrong_pairs_are_refused(place, capsys, arguments, message):
         main([word.format(place=place) for word in arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_answer_says_how_it_ended_and_how_likely_both_models_find_it(place, tmp_path):
+    arguments = [
+        "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
+        "--prompts", str(place / "rows.json"), "--precision", "fp32", "--max-new-tokens", "6",
+        "--temperature", "1", "--prompt-style", "plain",
+    ]  # fmt: skip
+    main([*arguments, "--output", str(tmp_path / "a.jsonl")])
+    tokenizer = jllama.load_tokenizer(place / "model")
+    model = jllama.load_model(place / "model", "fp32")
+    base = jllama.load_model(place / "model", "fp32")
+    jllama.load_adapter(model, place / "run" / "adapter")
+    rows = json.loads((place / "rows.json").read_text())
+    for row, line in zip(rows, answers(tmp_path / "a.jsonl"), strict=True):
+        for who in ("base", "tuned"):
+            new = line[f"{who}_ids"]
+            assert line[f"{who}_stopped"] == (new[-1] in tokenizer.stop_ids)
+            prompt = prompt_ids("plain", row, tokenizer)
+            ids = jnp.array([[*prompt, *new]])
+            logs = {
+                name: jax.nn.log_softmax(each(ids)[0, len(prompt) - 1 : -1])
+                for name, each in (("base", base), ("tuned", model))
+            }
+            score = line[f"{who}_score"]
+            assert score["tokens"] == len(new)
+            for name, log in logs.items():
+                nll = -float(jnp.mean(log[jnp.arange(len(new)), jnp.array(new)]))
+                assert score["nll_per_token"][name] == pytest.approx(nll, abs=1e-4)
+            kl = jnp.sum(jnp.exp(logs["tuned"]) * (logs["tuned"] - logs["base"]), axis=-1)
+            assert score["kl_per_token"] == pytest.approx(float(jnp.mean(kl)), abs=1e-5)

@@ -1,0 +1,43 @@
+"""The figures of an ablation's cells: their names and units in words, and memory by class."""
+
+from typing import NamedTuple
+
+
+class Words(NamedTuple):
+    """How a figure is called and written: `factor` turns its unit into the one shown."""
+
+    name: str
+    unit: str
+    factor: float = 1
+    digits: int = 0
+
+    def write(self, value: float) -> str:
+        return f"{self.factor * value:,.{self.digits}f}"
+
+
+FIGURES = {
+    "peak_memory_mib": Words("measured peak memory", "MiB"),
+    "planned_memory_mib": Words("planned memory of the step", "MiB", digits=1),
+    "peak_mib": Words("planned peak memory", "MiB"),
+    "weights_mib": Words("of it weights", "MiB"),
+    "activations_mib": Words("of it activations of the layers", "MiB"),
+    "accumulator_mib": Words("of it the accumulator of gradients", "MiB"),
+    "optimizer_state_mib": Words("of it optimizer state", "MiB"),
+    "temporaries_mib": Words("of it temporaries", "MiB"),
+    "step_seconds": Words("time of a step", "ms", 1000),
+    "tokens_per_second": Words("supervised tokens per second", "tokens/s"),
+    "flops_per_token": Words("operations per token", "GFLOP", 1e-9, 1),
+    "bound_tokens_per_second": Words("upper bound of tokens per second", "tokens/s"),
+    "loss": Words("loss of the last step", "nats/token", digits=4),
+    "eval_loss": Words("held-out loss", "nats/token", digits=4),
+    "trainable_parameters": Words("trainable parameters", ""),
+}
+# Figure -> classes of `train.plan` that it sums. Activations are what each layer adds to the
+# temporaries: with full tuning also the gradients of its weights, before they are accumulated.
+CLASSES = {
+    "weights_mib": ("base_weights", "adapters", "learned_weights"),
+    "activations_mib": ("saved_activations",),
+    "accumulator_mib": ("accumulator",),
+    "optimizer_state_mib": ("optimizer_state",),
+    "temporaries_mib": ("temporaries",),
+}

@@ -1,0 +1,350 @@
+"""The report: every number followed back to its file, what is missing said, and the page seen."""
+
+import json
+import math
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from meta_files import BASE, model_folder
+
+from eval.ablate import main as ablate
+from eval.evidence import repetition
+from eval.report import main as report
+from train.lora import main as train
+
+PLANNED = Path(__file__).parents[1] / "docs" / "results" / "ablation-llama-2-7b-a100-40gb"
+SECTIONS = ["Settings", "Parameters", "Memory", "Gradient checkpointing", "Loss", "Techniques",
+            "Scores", "Prompts", "Data", "How to reproduce"]  # fmt: skip
+FILES = ["run.json", "config.yaml", "metrics.jsonl", "score.json", "generations.jsonl"]
+RECORDED = [{"prompt": "Explain why a given topic is important. Environmental protection",
+             "report_tuned_answer": "It <b>matters</b> | a lot."}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with its report: everything there is, from a tiny model."""
+    place = tmp_path_factory.mktemp("place")
+    model_folder(place, BASE)
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(24)]
+    (place / "rows.json").write_text(json.dumps(rows))
+    (place / "answers.json").write_text(json.dumps(RECORDED))
+    (place / "losses.json").write_text(json.dumps({"average_loss_per_epoch": [1.5, 1.25]}))
+    train([
+        "--model", str(place / "model"), "--data", str(place / "rows.json"), "--epochs", "2",
+        "--output-dir", str(place / "run"), "--val-size", "4", "--prompt-style", "report",
+        "--ffn-bias",
+    ])  # fmt: skip
+    ablate([
+        "--model", str(place / "model"), "--data", str(place / "rows.json"), "--precision", "fp32",
+        "--accumulation", "1", "--remat", "none,block", "--tune", "lora", "--steps", "2",
+        "--repeats", "1", "--val-size", "4", "--output", str(place / "ablation"),
+    ])  # fmt: skip
+    report(flags(place))
+    return place
+
+
+def flags(place, *more):
+    return ["--run", str(place / "run"), "--ablation", str(place / "ablation"), str(PLANNED),
+            "--reference", str(place / "answers.json"), str(place / "losses.json"),
+            *more]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Headings, `<data>` elements, and the text of table cells outside of these."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.headings, self.data, self.bare, self._open = [], [], {}, []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "br", "use", "path"):
+            self._open.append(tag)
+        if tag == "data":
+            self.data.append([dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, text):
+        if self._open and self._open[-1] == "h2":
+            self.headings.append(text)
+        if self._open and self._open[-1] == "data":
+            self.data[-1][1] += text
+        elif "td" in self._open and self.headings:
+            self.bare.setdefault(self.headings[-1], []).append(text)
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return Page((made / "run" / "report.html").read_text())
+
+
+def stored(run, file, path):
+    """What stands at a place, read with nothing of the project."""
+    text = (run / file).read_text()
+    if file.endswith(".jsonl"):
+        found = [json.loads(line) for line in text.split("\n")[:-1]]
+    else:
+        found = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    if path[0] == "*":
+        return [line[path[1]] for line in found if line.get(path[1]) is not None]
+    for step in path:
+        found = found[step]
+    return found
+
+
+def follow(run, source):
+    """A figure, computed again from its sources."""
+    if "file" in source:
+        return stored(run, source["file"], source["path"])
+    values = [follow(run, each) for each in source["of"]]
+    first, *others = values
+    match source["operation"]:
+        case "percent":
+            return first / others[0] * 100
+        case "difference":
+            return first - sum(others)
+        case "MiB":
+            return first / 1024 / 1024
+        case "sum":
+            return sum(first)
+        case "total":
+            return sum(values)
+        case "max":
+            return max(first)
+        case "median":
+            return statistics.median(first)
+        case "length":
+            return len(first)
+        case "exact answers":
+            return sum(a == b.strip() for a, b in zip(*values, strict=True))
+        case "repetition":
+            runs = ["-".join(map(str, first[i : i + 4])) for i in range(len(first) - 3)]
+            return 100 - 100 * len(set(runs)) / len(runs) if runs else 0
+        case "feed-forward biases":
+            layers, hidden, dim = values
+            return layers * (hidden + hidden + dim)
+    raise AssertionError(source)
+
+
+def test_every_number_is_found_again_where_it_says_it_stands(made, page):
+    assert len(page.data) > 150
+    for attributes, text in page.data:
+        source = json.loads(attributes["data-source"])
+        value = follow(made / "run", source)
+        assert float(attributes["value"]) == pytest.approx(value, rel=1e-12), source
+        shown = text.replace(",", "").lstrip("+")
+        last = 0.5 * 10.0 ** -len(shown.partition(".")[2]) if "e" not in shown else 1e-9
+        scaled = (value, 1000 * value, 1e-9 * value)  # as it is, s in ms, operations in 10^9
+        assert any(abs(float(shown) - x) <= 1.001 * max(last, 1e-4 * abs(x)) for x in scaled), text
+
+
+def test_no_number_stands_outside_of_what_can_be_followed(page):
+    assert page.headings == SECTIONS
+    for section in ("Parameters", "Memory", "Gradient checkpointing", "Loss", "Scores", "Data"):
+        assert not re.search(r"\d", "".join(page.bare[section])), section
+
+
+def test_the_report_says_what_was_trained(made, page):
+    html = (made / "run" / "report.html").read_text()
+    markdown = (made / "run" / "report.md").read_text()
+    lines = [json.loads(x) for x in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "epoch_loss" in line:
+            assert f">{line['epoch_loss']:.4f}</data>" in html
+            assert f"| {line['epoch_loss']:.4f} |" in markdown
+    assert ">1.2500</data>" in html  # the reference's second epoch
+    assert "It &lt;b&gt;matters&lt;/b&gt; | a lot." in html
+    assert "It \\<b\\>matters\\</b\\> \\| a lot." in markdown
+    assert "biases" in html  # --ffn-bias explains its count
+    assert "one micro-batch" in html.lower() or "micro-batch" in html
+    assert str(made) not in html  # nobody's folders but the last two names
+    for name in re.findall(r"\((report-\S+\.svg)\)", markdown):
+        assert (made / "run" / name).read_text().startswith("<svg")
+    assert not re.search(r'(src|href)="(?!#|data:)', html)  # asks for nothing
+
+
+def test_repetition_counts_runs_that_stood_before():
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(20)
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([]) == 0
+    assert repetition([7] * 13) == pytest.approx(90)
+
+
+def copied(made, tmp_path):
+    for name in ("run", "ablation", "model"):
+        shutil.copytree(made / name, tmp_path / name)
+    for name in ("answers.json", "losses.json", "rows.json"):
+        shutil.copy(made / name, tmp_path / name)
+    (tmp_path / "run" / "report.html").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named_or_refused_never_made_up(name, made, tmp_path, capsys):
+    place = copied(made, tmp_path)
+    (place / "run" / name).unlink()
+    if name in ("run.json", "config.yaml"):
+        with pytest.raises(SystemExit) as ended:
+            report(flags(place, "--only-read"))
+        assert ended.value.code == 2
+        assert "expected a run of train.lora" in capsys.readouterr().err
+        return
+    report(flags(place, "--only-read"))
+    html = (place / "run" / "report.html").read_text()
+    assert f"Missing: {name} is not there." in html
+    assert f'"file": "{name}"' not in html.replace("&#34;", '"')  # no figure claims to be from it
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["half", "noise", "emptied", "a list", "letters"])
+def test_a_damaged_file_is_refused_or_said_to_be_wrong(name, damage, made, tmp_path, capsys):
+    place = copied(made, tmp_path)
+    file = place / "run" / name
+    text = file.read_text()
+    file.write_bytes({
+        "half": text[: len(text) // 2].encode(),
+        "noise": b"\x00\xff" + text.encode()[2:],
+        "emptied": b"",
+        "a list": b"[1, 2]",
+        "letters": re.sub(r"(?<=: )-?[0-9.e-]+", '"x"', text).encode(),
+    }[damage])  # fmt: skip
+    code = 0
+    try:
+        report(flags(place, "--only-read"))
+    except SystemExit as ended:
+        code = ended.code
+    if code:
+        assert code == 2
+        said = capsys.readouterr().err
+        assert str(file) in said
+        assert "Traceback" not in said
+        assert not (place / "run" / "report.html").exists()
+        return
+    for attributes, _ in Page((place / "run" / "report.html").read_text()).data:
+        value = follow(place / "run", json.loads(attributes["data-source"]))
+        assert math.isclose(float(attributes["value"]), value, rel_tol=1e-9)
+    assert "Missing: " in (place / "run" / "report.html").read_text()
+
+
+def test_a_run_that_was_killed_is_reported_as_far_as_it_came(made, tmp_path):
+    place = copied(made, tmp_path)
+    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "epoch_loss" in line)
+    text = "\n".join(lines[: first + 1]) + '\n{"step": 9, "lo'
+    (place / "run" / "metrics.jsonl").write_text(text)
+    report(flags(place, "--only-read"))
+    html = (place / "run" / "report.html").read_text()
+    assert "over 1 epochs" in html
+    assert "Missing: metrics.jsonl ends within a line" in html
+    assert re.search("Not all of the .*>2</data> epochs have ended", html)
+    (place / "run" / "metrics.jsonl").write_text(lines[0] + "\n")
+    report(flags(place, "--only-read"))
+    assert "no epoch has ended" in (place / "run" / "report.html").read_text()
+
+
+def test_wrong_arguments_are_refused(made, tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    for arguments, message in (
+        (["--run", str(tmp_path / "none")], "no run folder"),
+        (["--run", str(tmp_path)], "expected a run of train.lora"),
+        (["--run", str(made / "run"), "--only-read", "--reference", str(tmp_path / "x.json")],
+         "neither a list of recorded answers"),
+        (["--run", str(made / "run"), "--only-read", "--reference", "none.json"], "none.json"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            report(arguments)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_the_original_rows_on_a_real_model(assets, tmp_path):
+    from convert.from_meta import main as convert
+
+    convert([str(assets / "stories260K-meta"), str(tmp_path / "model")])
+    train([
+        "--config", "train/recipes/report.yaml", "--model", str(tmp_path / "model"),
+        "--data", str(assets / "alpaca" / "alpaca_data_200.json"), "--val-size", "20",
+        "--max-seq-len", "512", "--skip-bad-rows", "200", "--output-dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    given = assets.parent / "report"
+    report(["--run", str(tmp_path / "run"), "--reference", str(given / "prompts.json"),
+            str(given / "figures.json")])  # fmt: skip
+    html = (tmp_path / "run" / "report.html").read_text()
+    page = Page(html)
+    for loss in json.loads((given / "figures.json").read_text())["average_loss_per_epoch"]:
+        assert f">{loss:.4f}</data>" in html
+    sources = [json.loads(attributes["data-source"]) for attributes, _ in page.data]
+    assert sum(source.get("path", [0])[-1] == "epoch_loss" for source in sources) == 5
+    assert sum(source.get("path", [0])[-1] == "eval_loss" for source in sources) == 6
+    prompts = json.loads((given / "prompts.json").read_text())
+    assert len(prompts) == 8
+    shown = " ".join("".join(page.bare["Prompts"]).split())
+    for row in prompts:
+        for name, text in row.items():
+            if name.endswith("_answer"):
+                assert " ".join(text.split())[:200] in shown
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver, chrome = shutil.which("chromedriver"), shutil.which("chromium")
+    if not driver or not chrome:
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update"):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(driver)
+    found = webdriver.Chrome(options=options, service=service)
+    yield found
+    found.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_looks_right_in_a_browser(made, browser, width, scheme):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(f"file://{made / 'run' / 'report.html'}")
+    seen = browser.execute_script("""
+        const box = x => x.getBoundingClientRect();
+        return {
+          headings: [...document.querySelectorAll("h2")].map(x => x.textContent),
+          pictures: [...document.querySelectorAll("figure svg")].map(
+            x => [box(x).width, box(x).height]),
+          labels: [...document.querySelectorAll("figure")].map(x => x.getAttribute("aria-label")),
+          overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+          cut: [...document.querySelectorAll("table.wide")].filter(
+            x => box(x).width > box(x.parentNode).width + 1).length,
+          colours: ["color", "backgroundColor"].map(x => getComputedStyle(document.body)[x]),
+          ids: [...document.querySelectorAll("[id]")].map(x => x.id),
+        }""")
+    assert seen["headings"] == SECTIONS
+    assert len(seen["pictures"]) == 4
+    assert all(w > 200 and h > 50 for w, h in seen["pictures"])
+    assert all(seen["labels"])
+    assert seen["overflow"] <= 0
+    text, ground = (sum(map(int, re.findall(r"\d+", c)[:3])) for c in seen["colours"])
+    assert (text - ground > 400) if scheme == "dark" else (ground - text > 400)
+    asked = [
+        json.loads(line["message"])["message"]["params"].get("request", {}).get("url", "")
+        for line in browser.get_log("performance")
+        if "Network.requestWillBeSent" in line["message"]
+    ]
+    assert {url.partition(":")[0] for url in asked if url} <= {"file", "data"}
+    assert not [line for line in browser.get_log("browser") if line["level"] != "INFO"]
