@@ -9,9 +9,10 @@ of 8 and eight of 1. Memory then falls because the micro-batch does. What accumu
 is told by two more cells, references: one micro-batch of 1 alone, with LoRA and with full tuning.
 
 Measured, a cell is a run of `train.lora` in a process of its own, repeated: its peak memory (of the
-device; on a CPU of the process), the planned memory of its compiled step, the median time of its
-steps without the first, which compiles, the loss of its last step and the held-out loss. No
-dropout, no packing, a constant learning rate, the same for all. Running out of memory is a result.
+device; on a CPU of the process, with what compiling took), the planned memory of its compiled step,
+the median time of its steps without the first, which compiles, the loss of its last step and the
+held-out loss. No dropout, no packing, a constant learning rate, the same for all. On a CPU two
+cells run at a time, each on half of the cores. Running out of memory is a result.
 
 Planned, a cell is what `train.plan` says of it: memory by class, what is free on the card (below 0
 it does not fit), operations per token and the bound on tokens per second. LoRA as in `train.plan`.
@@ -26,6 +27,7 @@ A cell is written when it ends; the same command goes on with those that are mis
 
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -42,7 +44,7 @@ import tyro
 import jllama
 from eval.cell_store import append_cell, opened
 from eval.cell_table import console, show
-from eval.cells import Cell, Figures, Training, grid, plan_cell, run_cells, train_cell
+from eval.cells import Cell, Figures, Training, grid, halves, plan_cell, run_cells, train_cell
 from eval.speed_generate import BUNDLED, converted, processor
 from jllama.checkpoint import read_config
 from jllama.cli import Progress, run_command
@@ -50,6 +52,7 @@ from jllama.config import PRESETS, LoraConfig, PrecisionName
 from jllama.errors import InputError
 from jllama.manifest import file_sha256, manifest_sha256
 from jllama.model import Remat
+from jllama.rows import read_rows
 
 CHOICES = {
     "precision": get_args(PrecisionName),
@@ -60,7 +63,6 @@ PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax")
 PLAN_PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
 # The settings that make an ablation what it is; one with others needs another folder.
 BOTH = ("model", "precision", "accumulation", "remat", "tune", "sequences", "max_seq_len")
-PLANS_AT_A_TIME = 2  # each compiles on one core and takes a gigabyte or two
 ONLY_MEASURED = ("data", "steps", "repeats", "val_size", "learning_rate", "seed")
 
 
@@ -165,14 +167,20 @@ def ablate(config: AblateConfig) -> None:
     with tempfile.TemporaryDirectory() as place:
         model = str(converted(config.model, Path(place)))
         learned = learned_parameters(config.model, model)
-        with opened(config.folder, describe(config, model)) as known:
+        kind = "" if config.gpu else device()
+        places = [None, None] if config.gpu else halves() if kind == "cpu" else [None]
+        with opened(config.folder, describe(config, model, kind, len(places))) as known:
             missing = [cell for cell in cells if find(cell, known) is None]
             if known:
                 console.print(f"{config.folder} has {len(known)} of {len(cells)} cells")
             if missing:
-                known = known + run_missing(config, missing, model, learned, len(cells))
+                known = known + run_missing(config, missing, model, learned, places, len(cells))
     found = [figures for cell in cells if (figures := find(cell, known))]
-    show(found)
+    note = (
+        f"loss: after {config.steps} steps at a rate of {config.learning_rate:g} for all cells; "
+        "more steps may order them in another way"
+    )
+    show(found, "" if config.gpu else note)
     console.print(
         f"wrote {config.folder}/: ablation.json, cells.jsonl\n"
         f"next: python -m eval.report --run runs/latest --ablation {config.folder}"
@@ -184,6 +192,7 @@ def run_missing(
     cells: Sequence[Cell],
     model: str,
     learned: Mapping[str, int],
+    places: Sequence[set[int] | None],
     total: int,
 ) -> list[Figures]:
     """Runs cells, and appends each to the folder when it ends."""
@@ -194,8 +203,8 @@ def run_missing(
         )
     else:
         shared = Training(
-            model, config.rows, config.length, config.steps, config.repeats, config.val_size,
-            config.learning_rate, config.seed,
+            model, config.rows, config.length, epochs(config), config.steps, config.repeats,
+            config.val_size, config.learning_rate, config.seed,
         )  # fmt: skip
         measure = functools.partial(train_cell, shared=shared)
     made: list[Figures] = []
@@ -209,13 +218,20 @@ def run_missing(
     done = total - len(cells)
     try:
         with Progress("ablation", total, "cells", done) as progress:
-            run_cells(cells, measure, PLANS_AT_A_TIME if config.gpu else 1, ended)
+            run_cells(cells, measure, places, ended)
     except KeyboardInterrupt:
         console.print(
             f"{done + len(made)} of {total} cells are in {config.folder}; the same command goes on"
         )
         raise
     return made
+
+
+def epochs(config: AblateConfig) -> int:
+    """Passes over the rows that give twice the sequences needed, for some rows may be left out."""
+    rows = len(read_rows(config.rows))
+    kept = rows - (config.val_size if config.val_size >= 1 else round(rows * config.val_size))
+    return math.ceil(2 * config.steps * config.sequences / max(1, kept))
 
 
 def find(cell: Cell, known: Sequence[Figures]) -> Figures | None:
@@ -230,7 +246,7 @@ def learned_parameters(name: str, folder: str) -> dict[str, int]:
     return {"full": sizes.parameter_count, "lora": LoraConfig().parameter_count(sizes)}
 
 
-def describe(config: AblateConfig, model: str) -> dict[str, Any]:
+def describe(config: AblateConfig, model: str, kind: str, at_a_time: int) -> dict[str, Any]:
     """ablation.json: all that two cells must share to be compared."""
     here = f"{platform.machine()}, {processor()}, {os.cpu_count()} cores"
     packages = [*PACKAGES, *(PLAN_PACKAGES if config.gpu else ())]
@@ -239,11 +255,12 @@ def describe(config: AblateConfig, model: str) -> dict[str, Any]:
         "kind": "planned" if config.gpu else "measured",
         "date": time.strftime("%Y-%m-%d"),
         "command": ["python", "-m", "eval.ablate", *sys.argv[1:]],
-        "device": f"none: compiled for {config.gpu}" if config.gpu else f"{device()} in {here}",
+        "device": f"none: compiled for {config.gpu}" if config.gpu else f"{kind} in {here}",
         "versions": {"python": platform.python_version()} | versions,
         "settings": config.settings,
     }
     if not config.gpu:
+        found["cells_at_a_time"] = at_a_time  # on a CPU each has its share of the cores
         found["inputs"] = {
             "base_manifest_sha256": manifest_sha256(Path(model)),
             "data_sha256": file_sha256(Path(config.rows)),

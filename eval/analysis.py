@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eval.cells import Figures, name_of
-from eval.figures import CLASSES, FIGURES
+from eval.figures import CLASSES, CLASSES_OF_LORA, FIGURES
 
-Direction = Literal["fell", "rose", "equal", "within spread"]
+Direction = Literal["fell", "rose", "equal", "mixed", "within spread"]
+MIXED = 1 / 3  # share of pairs that go the other way, from which on no direction is named
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def with_classes(cell: Figures) -> Figures:
     classes = cell.get("classes_mib")
     if classes is None:
         return cell
+    sums = CLASSES | (CLASSES_OF_LORA if cell["tune"] == "lora" else {})
     return cell | {
-        figure: sum(classes.get(name, 0.0) for name in names) for figure, names in CLASSES.items()
+        figure: sum(classes.get(name, 0.0) for name in names) for figure, names in sums.items()
     }
 
 
@@ -129,7 +131,8 @@ def compare(technique: str, pairs: Sequence[Pair]) -> list[Finding]:
         if finding
         # What a technique does not touch is said of results only, not of what it is made of.
         and not (
-            finding.direction == "equal" and finding.figure in (*CLASSES, "trainable_parameters")
+            finding.direction == "equal"
+            and finding.figure in (*CLASSES, *CLASSES_OF_LORA, "trainable_parameters")
         )
     ]
 
@@ -146,21 +149,28 @@ def _compared(technique: str, figure: str, pairs: Sequence[Pair]) -> Finding:
     unit = f" {words.unit}" if words.unit else ""
     quoted = f"{words.write(before)} -> {words.write(after)}{unit}"
     among = f"median of {len(pairs)} pairs" if len(pairs) > 1 else "one pair"
+    way: Direction = "fell" if change < 0 else "rose"
+    others = sum((x > 0) if change < 0 else (x < 0) for x in changes)
+    over = f"{_range(changes)}" if len(pairs) > 1 else ""
     direction: Direction
     if not any(changes):
-        direction = "equal"
-        text = f"{words.name}: the same in all {len(pairs)} pairs"
-    elif spread is not None and abs(change) <= spread:
+        direction, text = "equal", f"{words.name}: the same in all {len(pairs)} pairs"
+    elif spread and abs(change) <= spread:
         direction = "within spread"
         text = (
             f"{words.name}: no difference beyond the spread of the repeats ({_percent(spread)}): "
-            f"{quoted}, {among}"
+            f"{quoted}, {among}{over}"
         )
+    elif others >= MIXED * len(pairs):
+        direction = "mixed"
+        text = f"{words.name} {_ways(changes)} of {len(pairs)} pairs{over}: {quoted}, {among}"
+    elif words.write(before) == words.write(after):
+        direction = "equal"
+        text = f"{words.name}: no difference in the digits shown: {quoted}, {among}{over}"
     else:
-        direction = "fell" if change < 0 else "rose" if change > 0 else "equal"
-        by = f" by {_percent(abs(change))}" if change and math.isfinite(change) else ""
-        verb = "is the same" if direction == "equal" else direction + by
-        text = f"{words.name} {verb}: {quoted}, {among}{_exceptions(changes, direction)}"
+        direction = way
+        by = f" by {_percent(abs(change))}" if math.isfinite(change) else ""
+        text = f"{words.name} {way}{by}: {quoted}, {among}{over}"
         if spread is None and _once(figure, middle):
             text += "; one run of each, so the spread is unknown"
     names = tuple(name_of(cell) for cell in middle)
@@ -169,18 +179,18 @@ def _compared(technique: str, figure: str, pairs: Sequence[Pair]) -> Finding:
     )
 
 
-def _exceptions(changes: Sequence[float], direction: Direction) -> str:
-    """Pairs that went another way than the middle one."""
-    counts = {
-        "fell": sum(change < 0 for change in changes),
-        "rose": sum(change > 0 for change in changes),
-        "equal": sum(change == 0 for change in changes),
-    }
-    said = {"fell": "it fell in {}", "rose": "it rose in {}", "equal": "it is the same in {}"}
-    others = [
-        said[name].format(count) for name, count in counts.items() if count and name != direction
-    ]
-    return f" ({', '.join(others)})" if others else ""
+def _ways(changes: Sequence[float]) -> str:
+    fell, rose = sum(x < 0 for x in changes), sum(x > 0 for x in changes)
+    return f"fell in {fell} and rose in {rose}"
+
+
+def _range(changes: Sequence[float]) -> str:
+    """The least and the greatest change: " (-4 to +12 %)"."""
+    least, greatest = (
+        f"{100 * x:+,.0f}" if abs(x) >= 0.1 else f"{100 * x:+.2g}"
+        for x in (min(changes), max(changes))
+    )
+    return f" ({least} to {greatest} %)"
 
 
 def _change(figure: str, pair: Pair) -> float:
@@ -301,7 +311,7 @@ def memory_disorder(cells: Sequence[Figures]) -> list[str]:
                 other = known.get(tuple((cell | less)[name] for name in AXES))
                 if other and other[1] >= size:
                     wrong.append(
-                        f"order of memory: {name_of(other[0])} takes {other[1]:,.1f} MiB, not less "
+                        f"{name_of(other[0])} takes {other[1]:,.1f} MiB, not less "
                         f"than {name_of(cell)} with {size:,.1f}"
                     )
     return wrong

@@ -26,11 +26,11 @@ PLANNED_COLUMNS = {
     "GFLOP\n/token": ("flops_per_token", 1e-9, 1),
     "bound\ntokens/s": ("bound_tokens_per_second", 1, 0),
 }
-ORDER_HOLDS = "fp32 full > fp32 LoRA > bf16 LoRA, and no remat > ffn > block, all else equal"
+ORDER_HOLDS = "fp32 full > fp32 LoRA > bf16 LoRA, no remat > ffn > block, wherever compared"
 
 
-def show(cells: Sequence[Figures]) -> None:
-    """A table of the cells, and what follows from them."""
+def show(cells: Sequence[Figures], note: str = "") -> None:
+    """A table of the cells with a note below, and what follows from them."""
     planned = any("peak_mib" in cell for cell in cells)
     columns = PLANNED_COLUMNS if planned else MEASURED_COLUMNS
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -46,6 +46,8 @@ def show(cells: Sequence[Figures]) -> None:
         table.add_row(cell["precision"], cell["tune"], cell["remat"], batch, *figures)
     console.print(table)
     console.print("batch: sequences in a micro-batch x micro-batches in a step")
+    if note:
+        console.print(note)
     if planned and not all(cell["compiled"] for cell in cells):
         console.print("not compiled, but estimated: pip install 'jllama[plan]' compiles")
     technique = ""
@@ -54,9 +56,11 @@ def show(cells: Sequence[Figures]) -> None:
             technique = finding.technique
             console.print(f"\n{technique}")
         console.print(f"  {finding.text}")
-    console.print()
-    for line in memory_disorder(cells) or ["order of memory: " + ORDER_HOLDS]:
-        console.print(line)
+    wrong = memory_disorder(cells)
+    if wrong:
+        console.print(f"\norder of memory: not as expected in {len(wrong)} pairs, as {wrong[0]}")
+    elif {"none", "ffn", "block"} <= {cell["remat"] for cell in cells}:
+        console.print(f"\norder of memory: {ORDER_HOLDS}")
 
 
 def _shown(cell: Figures, figure: str, scale: float, digits: int) -> str:

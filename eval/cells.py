@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from eval.speed import step_figures
@@ -113,23 +114,31 @@ class Children:
 def run_cells(
     cells: Sequence[Cell],
     figures_of: Callable[..., Figures],
-    workers: int,
+    places: Sequence[set[int] | None],
     ended: Callable[[Figures], None],
 ) -> None:
     """Calls `ended` with every cell and its figures, in the order in which they end.
 
     Args:
         figures_of: called with a cell and `children=`.
-        workers: cells at a time.
+        places: one for each cell at a time: the cores that it keeps to, or None for all.
     """
     children = Children()
+    free: SimpleQueue[set[int] | None] = SimpleQueue()
+    for cores in places:
+        free.put(cores)
+
+    def keep_to_cores() -> None:
+        """A thread's cores are those of the processes that it starts."""
+        if cores := free.get():
+            os.sched_setaffinity(0, cores)
 
     def whole(cell: Cell) -> Figures:
         started = time.monotonic()
         found = figures_of(cell, children=children)
         return asdict(cell) | found | {"wall_seconds": time.monotonic() - started}
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(len(places), initializer=keep_to_cores) as pool:
         try:
             for future in as_completed([pool.submit(whole, cell) for cell in cells]):
                 ended(future.result())
@@ -139,6 +148,13 @@ def run_cells(
             raise
 
 
+def halves() -> list[set[int] | None]:
+    """This process's cores as two places to train; one place where there are none to share."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    half = len(cores) // 2
+    return [set(cores[:half]), set(cores[half : 2 * half])] if half else [None]
+
+
 @dataclass(frozen=True)
 class Training:
     """What all cells of a measured ablation have in common."""
@@ -146,6 +162,7 @@ class Training:
     model: str
     data: str
     max_seq_len: int
+    epochs: int
     steps: int
     repeats: int
     val_size: float
@@ -167,7 +184,7 @@ def train_cell(cell: Cell, *, shared: Training, children: Children) -> Figures:
             if out_of_memory(done):
                 return {"failed": out_of_memory(done)}
             check(done, cell)
-            repeats.append(run_figures(run))
+            repeats.append(run_figures(run, shared.steps))
     values = {name: [repeat[name] for repeat in repeats] for name in MEASURED if name in repeats[0]}
     medians = {name: statistics.median(found) for name, found in values.items()}
     planned = {"planned_memory_mib": repeats[0]["planned_memory_mib"]}
@@ -187,7 +204,7 @@ def train_command(cell: Cell, shared: Training, run: Path) -> list[str]:
         "--micro-batch-size", str(cell.micro_batch_size),
         "--gradient-accumulation-steps", str(cell.accumulation),
         "--max-seq-len", str(shared.max_seq_len), "--no-packing",
-        "--max-steps", str(shared.steps), "--epochs", str(shared.steps),
+        "--max-steps", str(shared.steps), "--epochs", str(shared.epochs),
         "--eval-steps", str(shared.steps), "--val-size", str(shared.val_size),
         "--learning-rate", str(shared.learning_rate), "--lr-scheduler", "constant",
         "--warmup-ratio", "0", "--seed", str(shared.seed), "--skip-bad-rows", "1000000",
@@ -195,11 +212,19 @@ def train_command(cell: Cell, shared: Training, run: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run_figures(run: Path) -> Figures:
-    """Of one run; the first step, which compiles, is left out of the times."""
+def run_figures(run: Path, asked: int) -> Figures:
+    """Of one run of so many steps; the first, which compiles, is left out of the times.
+
+    Raises:
+        InputError: if there were rows for fewer steps only.
+    """
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    times = step_figures(lines, warmup_steps=1)
     steps = [line for line in lines if "step_seconds" in line]
+    if len(steps) < asked:
+        raise InputError(
+            f"there are rows for {len(steps)} steps, but --steps {asked}; give more rows"
+        )
+    times = step_figures(lines, warmup_steps=1)
     found = {
         "peak_memory_mib": times["peak_memory_mib"],
         "planned_memory_mib": steps[-1]["planned_memory_mib"],

@@ -20,10 +20,11 @@ FIGURES = {
     "planned_memory_mib": Words("planned memory of the step", "MiB", digits=1),
     "peak_mib": Words("planned peak memory", "MiB"),
     "weights_mib": Words("of it weights", "MiB"),
-    "activations_mib": Words("of it activations of the layers", "MiB"),
     "accumulator_mib": Words("of it the accumulator of gradients", "MiB"),
     "optimizer_state_mib": Words("of it optimizer state", "MiB"),
-    "temporaries_mib": Words("of it temporaries", "MiB"),
+    "working_mib": Words("of it activations, gradients and other temporaries", "MiB"),
+    "activations_mib": Words("of them saved activations", "MiB"),
+    "temporaries_mib": Words("of them other temporaries", "MiB"),
     "step_seconds": Words("time of a step", "ms", 1000),
     "tokens_per_second": Words("supervised tokens per second", "tokens/s"),
     "flops_per_token": Words("operations per token", "GFLOP", 1e-9, 1),
@@ -32,12 +33,16 @@ FIGURES = {
     "eval_loss": Words("held-out loss", "nats/token", digits=4),
     "trainable_parameters": Words("trainable parameters", ""),
 }
-# Figure -> classes of `train.plan` that it sums. Activations are what each layer adds to the
-# temporaries: with full tuning also the gradients of its weights, before they are accumulated.
+# Figure -> classes of `train.plan` that it sums.
 CLASSES = {
     "weights_mib": ("base_weights", "adapters", "learned_weights"),
-    "activations_mib": ("saved_activations",),
     "accumulator_mib": ("accumulator",),
     "optimizer_state_mib": ("optimizer_state",),
+    "working_mib": ("saved_activations", "temporaries"),
+}
+# The same of LoRA cells only. `train.plan` tells saved activations by what each layer adds to the
+# temporaries, and with full tuning that holds the gradients of the layer's weights, too.
+CLASSES_OF_LORA = {
+    "activations_mib": ("saved_activations",),
     "temporaries_mib": ("temporaries",),
 }

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.analysis import PEAKS, Finding, analyse
+from eval.cell_store import CELLS, DESCRIPTION
 from eval.cells import name_of
 from eval.document import Block, Heading, Paragraph, Picture, Table, Text
 from eval.evidence import Evidence, Figure, Missing, combine
-from eval.figures import CLASSES, FIGURES, Words
+from eval.figures import CLASSES, CLASSES_OF_LORA, FIGURES, Words
 from eval.pictures import memory_bars
 
-ABLATION, CELLS = "ablation.json", "cells.jsonl"
 AXES = ("precision", "tune", "remat", "accumulation", "micro_batch_size")
+SUMS = CLASSES | CLASSES_OF_LORA
 WORDS = FIGURES | {"free_mib": Words("free on the card", "MiB")}
 SHOWN = {
     "measured": (
@@ -35,16 +36,16 @@ def techniques(folders: Sequence[str], shown_from: Path) -> Iterator[Block]:
 
 
 def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
-    kind = str(ablation.value(ABLATION, "kind"))
-    settings = ablation.value(ABLATION, "settings")
+    kind = str(ablation.value(DESCRIPTION, "kind"))
+    settings = ablation.value(DESCRIPTION, "settings")
     cells = ablation.content(CELLS)
-    model, device = Path(str(settings["model"])).name, str(ablation.value(ABLATION, "device"))
+    model, device = Path(str(settings["model"])).name, str(ablation.value(DESCRIPTION, "device"))
     where = f"Measured on {device}" if kind == "measured" else f"Planned, {device}"
     yield Heading(f"{model}, {kind}")
     yield Paragraph([
         where.replace("none: ", ""), ", ",
-        ablation.figure(ABLATION, "settings", "sequences", form=","),
-        " sequences of ", ablation.figure(ABLATION, "settings", "max_seq_len", form=","),
+        ablation.figure(DESCRIPTION, "settings", "sequences", form=","),
+        " sequences of ", ablation.figure(DESCRIPTION, "settings", "max_seq_len", form=","),
         " tokens in a step, so that all cells learn the same. precision is that of weights "
         "and activations; tune what learns; remat what the backward pass computes again; "
         "accumulation the micro-batches of a step, micro-batch their sequences.",
@@ -99,13 +100,11 @@ def _ends(
 
 
 def _found(ablation: Evidence, line: int, figure: str) -> Figure:
-    if figure not in CLASSES:
+    if figure not in SUMS:
         return _written(ablation.figure(CELLS, line, figure), figure)
     stored = ablation.value(CELLS, line, "classes_mib")
     parts = [
-        ablation.figure(CELLS, line, "classes_mib", name)
-        for name in CLASSES[figure]
-        if name in stored
+        ablation.figure(CELLS, line, "classes_mib", name) for name in SUMS[figure] if name in stored
     ]
     return _written(combine("total", *parts), figure)
 

@@ -1,0 +1,431 @@
+"""Ablation: known answers in words, cells that are trained and planned, and what is resumed."""
+
+import functools
+import json
+import signal
+import threading
+from itertools import product
+from pathlib import Path
+
+import pytest
+import tyro
+from meta_files import BASE, model_folder
+
+from eval import ablate, cells
+from eval.ablate import AblateConfig, main
+from eval.analysis import analyse, memory_disorder, memory_order_holds
+from eval.cell_store import opened, read_ablation
+from eval.cells import Children, Done, grid, out_of_memory
+from jllama.errors import InputError
+from train import planner
+from train.gpus import find_gpu
+from train.plan import PlanConfig, as_json
+
+SEVEN = Path(__file__).parents[1] / "docs/results/ablation-llama-2-7b-a100-40gb"
+AXES = {"precision": ["fp32", "bf16"], "accumulation": ["1", "8"],
+        "remat": ["none", "ffn", "block"], "tune": ["full", "lora"]}  # fmt: skip
+
+
+real_device = functools.cache(ablate.device)
+
+
+@pytest.fixture(autouse=True)
+def device_asked_once(monkeypatch):
+    monkeypatch.setattr(ablate, "device", real_device)
+
+
+def measured(change=None, axes=AXES):
+    """Cells with round figures: each technique divides or multiplies in its own way."""
+    found = []
+    for cell in grid(axes, 8):
+        memory, seconds = 1000.0, 1.0
+        memory *= 0.25 if cell.tune == "lora" else 1
+        memory *= 0.5 if cell.precision == "bf16" else 1
+        seconds *= 2.0 if cell.precision == "bf16" else 1
+        memory *= {"none": 1, "ffn": 0.8, "block": 0.5}[cell.remat]
+        memory *= cell.micro_batch_size / 8
+        seconds *= cell.accumulation
+        figures = {
+            "planned_memory_mib": memory, "step_seconds": seconds, "loss": 2.0,
+            "peak_memory_mib": 500.0 + (10 if cell.tune == "lora" else 0),
+            "repeats": {"step_seconds": [seconds * 0.99, seconds * 1.01], "loss": [2.0, 2.0],
+                        "peak_memory_mib": [490.0, 530.0]},
+        }  # fmt: skip
+        found.append(cell.__dict__ | figures | (change(cell) if change else {}))
+    return found
+
+
+def finding(found, technique, figure):
+    (one,) = (x for x in found if x.technique.startswith(technique) and x.figure == figure)
+    return one
+
+
+def test_the_grid_has_every_combination_with_the_same_sequences():
+    cells_ = grid(AXES, 8)
+    plain = [cell for cell in cells_ if not cell.reference]
+    assert len({(c.precision, c.accumulation, c.remat, c.tune) for c in plain}) == len(plain) == 24
+    assert {c.micro_batch_size * c.accumulation for c in plain} == {8}
+    assert [(c.micro_batch_size, c.accumulation) for c in cells_ if c.reference] == [(1, 1)] * 2
+    assert not [c for c in grid(AXES | {"accumulation": ["1"]}, 8) if c.reference]
+
+
+def test_each_technique_is_judged_by_the_pairs_that_differ_in_it_alone():
+    found = analyse(measured())
+    for technique, change in (
+        ("LoRA instead", -0.75),
+        ("bf16 instead", -0.5),
+        ("ffn remat", -0.2),
+        ("block remat", -0.5),
+        ("8 micro-batches of 1 instead of 1 micro-batch of 8", -0.875),
+    ):
+        one = finding(found, technique, "planned_memory_mib")
+        assert one.direction == "fell"
+        assert one.change == pytest.approx(change)
+        assert one.after == pytest.approx(one.before * (1 + change))
+        assert one.pairs == (8 if "remat" in technique else 12)
+        assert f"fell by {-100 * change:.0f} %" in one.text
+        assert len(one.cells) == 2
+
+
+def test_what_did_not_help_is_said():
+    found = analyse(measured())
+    slower = finding(found, "bf16 instead", "step_seconds")
+    assert slower.direction == "rose"
+    assert slower.after == 2 * slower.before
+    assert "time of a step rose by 100 %: 8,000 -> 16,000 ms, median of 12 pairs" in slower.text
+    peak = finding(found, "LoRA instead", "peak_memory_mib")
+    assert peak.direction == "within spread"
+    assert peak.spread == pytest.approx(0.08)
+    assert "no difference beyond the spread of the repeats (8 %)" in peak.text
+    assert finding(found, "LoRA instead", "loss").text.endswith("the same in all 12 pairs")
+
+
+def test_pairs_that_go_another_way_are_counted():
+    cells_ = measured(
+        lambda cell: (
+            {"planned_memory_mib": 9999.0} if (cell.tune, cell.remat) == ("lora", "ffn") else {}
+        )
+    )
+    one = finding(analyse(cells_), "LoRA instead", "planned_memory_mib")
+    assert one.direction == "mixed"  # 4 of 12
+    assert "fell in 8 and rose in 4 of 12 pairs (-75 to +19,898 %)" in one.text
+
+
+def test_rounding_is_not_told_as_a_difference():
+    cells_ = measured(lambda c: {"loss": 2.000001, "repeats": {}} if c.tune == "lora" else {})
+    one = finding(analyse(cells_), "LoRA instead", "loss")
+    assert one.direction == "equal"
+    assert "no difference in the digits shown: 2.0000 -> 2.0000" in one.text
+
+
+def test_accumulating_itself_is_compared_with_the_small_batch():
+    one = finding(analyse(measured()), "8 micro-batches of 1 instead of a single one (bf16 lora",
+                  "planned_memory_mib")  # fmt: skip
+    assert (one.before, one.after) == (15.625 / 2, 15.625 / 2)
+    assert "accumulating itself saves none" in one.text
+    dear = measured(lambda cell: {"planned_memory_mib": 1.0} if cell.reference else {})
+    one = finding(analyse(dear), "8 micro-batches of 1 instead of a single one (bf16 lora",
+                  "planned_memory_mib")  # fmt: skip
+    assert "more" in one.text
+    assert "saves" not in one.text
+    slow = finding(analyse(measured()), "8 micro-batches of 1 instead of a single one (bf16 full",
+                   "step_seconds")  # fmt: skip
+    assert "8.0 times as long" in slow.text
+
+
+def test_cells_without_memory_are_counted_and_not_averaged():
+    cells_ = measured()
+    for cell in cells_:
+        if cell["tune"] == "full" and cell["precision"] == "fp32":
+            for name in ("planned_memory_mib", "step_seconds", "loss", "peak_memory_mib"):
+                del cell[name]
+            cell["failed"] = "out of memory: "
+    found = analyse(cells_)
+    assert (
+        finding(found, "LoRA", "failed").text == "cells that ran out of memory: 6 of 12 -> 0 of 12"
+    )
+    assert finding(found, "LoRA", "planned_memory_mib").pairs == 6
+
+
+def test_one_run_of_each_cell_has_no_spread():
+    cells_ = measured()
+    for cell in cells_:
+        cell["repeats"] = {name: values[:1] for name, values in cell["repeats"].items()}
+    one = finding(analyse(cells_), "bf16 instead", "step_seconds")
+    assert one.spread is None
+    assert "the spread is unknown" in one.text
+
+
+def test_every_number_of_a_sentence_stands_in_its_finding():
+    for one in analyse(measured()):
+        if one.direction in ("fell", "rose") and one.figure == "planned_memory_mib":
+            assert f"{one.before:,.1f} -> {one.after:,.1f} MiB" in one.sentence
+
+
+def test_the_order_of_memory_is_checked_pair_by_pair():
+    assert memory_order_holds(measured())
+    bad = measured(
+        lambda c: {"planned_memory_mib": 9999.0} if (c.remat, c.tune) == ("ffn", "lora") else {}
+    )
+    (first, *_) = memory_disorder(bad)
+    assert not memory_order_holds(bad)
+    assert "takes 9,999.0 MiB, not less than" in first
+
+
+# --- trained ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    model_folder(root, BASE | {"n_layers": 1})
+    rows = [{"prompt": f"Say {i}.", "completion": "x" * (1 + i % 9)} for i in range(40)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def flags(place, output, **more):
+    settings = {
+        "model": place / "model", "data": place / "rows.json", "output": output, "steps": 2,
+        "precision": "fp32", "accumulation": "1", "remat": "none,block", "tune": "lora",
+        "sequences": 2, "repeats": 1, "max-seq-len": 32, "val-size": 2,
+    } | more  # fmt: skip
+    return [w for name, value in settings.items() for w in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    output = place / "ablation"
+    main(flags(place, output))
+    return output
+
+
+def test_cells_are_trained_and_their_figures_read_back(trained):
+    description, found = read_ablation(trained)
+    assert description["kind"] == "measured"
+    assert {"date", "command", "device", "versions", "inputs"} <= description.keys()
+    assert description["settings"]["remat"] == "none,block"
+    block, none = sorted(found, key=lambda cell: cell["remat"])
+    assert (block["remat"], none["remat"]) == ("block", "none")
+    for cell in found:
+        assert cell["peak_memory_mib"] > 50
+        assert cell["planned_memory_mib"] > 0.1
+        assert cell["step_seconds"] > 0
+        assert cell["repeats"]["loss"] == [cell["loss"]]
+        assert cell["trainable_parameters"] == 16 * 2 * (32 + 32)
+    assert block["planned_memory_mib"] < none["planned_memory_mib"]
+    # Recomputing gives the same numbers, but for rounding.
+    assert block["loss"] == pytest.approx(none["loss"], rel=1e-5)
+    assert block["eval_loss"] == pytest.approx(none["eval_loss"], rel=1e-5)
+
+
+def test_only_missing_cells_run_again(place, trained, monkeypatch, capsys):
+    file = trained / "cells.jsonl"
+    first, second = file.read_text().splitlines(keepends=True)
+    file.write_text(first + second[: len(second) // 2])  # killed while it wrote
+    asked = []
+    run = Children.run
+    monkeypatch.setattr(Children, "run", lambda self, c: asked.append(c) or run(self, c))
+    main(flags(place, trained))
+    assert [c[c.index("--remat") + 1] for c in asked] == [json.loads(second)["remat"]]
+    assert file.read_text().startswith(first)
+    assert {cell["remat"] for cell in read_ablation(trained)[1]} == {"none", "block"}
+    said = capsys.readouterr().out
+    assert "has 1 of 2 cells" in said
+    assert f"next: python -m eval.report --run runs/latest --ablation {trained}" in said
+    assert "block remat instead of none" in said
+    asked.clear()
+    main(flags(place, trained))  # all there: a table and no process
+    assert not asked
+
+
+def refused(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_other_settings_and_other_rows_need_another_folder(place, trained, capsys, tmp_path):
+    before = (trained / "cells.jsonl").read_text()
+    said = refused(capsys, flags(place, trained, steps=3, seed=1))
+    assert "settings.seed 0 there, 1 now; settings.steps 2 there, 3 now" in said
+    rows = tmp_path / "rows.json"
+    rows.write_text((place / "rows.json").read_text().replace("Say", "Ask"))
+    assert "inputs.data_sha256" in refused(capsys, flags(place, trained, data=rows))
+    assert (trained / "cells.jsonl").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    assert "holds something else" in refused(capsys, flags(place, tmp_path / "mine"))
+
+
+def test_one_process_fills_a_folder(place, trained, capsys):
+    description = read_ablation(trained)[0]
+    with opened(trained, description):
+        assert "being filled by another process" in refused(capsys, flags(place, trained))
+
+
+KILLED = Done(-signal.SIGKILL, "", "")
+FULL = Done(2, "", "python -m train.lora: out of memory: RESOURCE_EXHAUSTED: 9 bytes\nless: ...")
+
+
+@pytest.mark.parametrize("done", [KILLED, FULL], ids=["killed", "said"])
+def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys, done):
+    monkeypatch.setattr(Children, "run", lambda self, command: done)
+    main(flags(place, tmp_path / "ablation", remat="none"))
+    (cell,) = read_ablation(tmp_path / "ablation")[1]
+    assert cell["failed"].startswith("out of memory: ")
+    assert "peak_memory_mib" not in cell
+    assert "no memory" in capsys.readouterr().out
+    main(flags(place, tmp_path / "ablation", remat="none"))  # a result: it is not tried again
+    assert len(read_ablation(tmp_path / "ablation")[1]) == 1
+
+
+def test_another_failure_ends_the_command_with_its_words(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Children, "run", lambda self, c: Done(2, "", "no such file: rows.json"))
+    said = refused(capsys, flags(place, tmp_path / "ablation", remat="none"))
+    assert "the cell fp32 lora none 2 x 1 failed (code 2):\nno such file: rows.json" in said
+    assert read_ablation(tmp_path / "ablation")[1] == []
+
+
+def test_memory_is_told_from_other_failures():
+    assert out_of_memory(Done(1, "", "numpy.ArrayMemoryError: Unable to allocate"))
+    assert not out_of_memory(Done(1, "", "ValueError: no"))
+    assert not out_of_memory(Done(0, "", "out of memory"))
+    assert not out_of_memory(Done(-signal.SIGTERM, "", ""))
+
+
+def test_an_interruption_ends_the_children_and_says_how_to_go_on(
+    place, tmp_path, monkeypatch, capsys
+):
+    """As Ctrl-C does: the main thread is interrupted while a child runs."""
+    started, seen = threading.Event(), []
+
+    def endless(*_, **__):
+        return ["python3", "-c", "import time; print(1, flush=True); time.sleep(60)"]
+
+    run = Children.run
+
+    def noted(self, command):
+        seen.append(self)
+        started.set()
+        return run(self, command)
+
+    def interrupted(futures):
+        started.wait(20)
+        while not seen[0].running:
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "train_command", endless)
+    monkeypatch.setattr(Children, "run", noted)
+    monkeypatch.setattr(cells, "as_completed", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(flags(place, tmp_path / "ablation"))
+    assert ended.value.code == 130
+    assert "0 of 2 cells are in" in capsys.readouterr().out
+    assert seen[0].stopped
+    assert not seen[0].running
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--precision", "fp16"], "--precision fp16, expected some of"),
+        (["--remat", "none,none"], "each once"),
+        (["--accumulation", "1,3"], "--accumulation 1,3, expected whole"),
+        (["--accumulation", "0"], "--accumulation 0, expected whole"),
+        (["--steps", "1"], "--steps 1, expected at least 2"),
+        (["--repeats", "0"], "--repeats 0, expected at least 1"),
+        (["--model", "nowhere"], "--data FILE is missing"),
+        (["--model", "nowhere", "--data", "rows.json"], "nowhere"),
+        (["--gpu", "a100-40gb", "--data", "rows.json"], "reads no rows"),
+        (["--gpu", "rtx-9090", "--tune", "lora", "--accumulation", "1"], "unknown GPU 'rtx-9090'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(capsys, tmp_path, words, message):
+    assert message in refused(capsys, [*words, "--output", tmp_path / "ablation"])
+
+
+# --- planned ---
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    """Plans in this process, by the closed formulas."""
+
+    def run(self, command):
+        assert command[1:3] == ["-m", "train.plan"]
+        config = tyro.cli(PlanConfig, args=command[3:])
+        gpu = find_gpu(config.gpu)
+        return Done(0, json.dumps(as_json(planner.estimate(config.step, gpu), config)), "")
+
+    monkeypatch.setattr(Children, "run", run)
+
+
+def test_a_card_is_planned_for_in_all_24_cells(estimated, tmp_path, capsys):
+    output = tmp_path / "planned"
+    words = ["--gpu", "a100-40gb", "--model", "llama-2-7b", "--output", str(output)]
+    main(words)
+    description, found = read_ablation(output)
+    assert description["kind"] == "planned"
+    assert description["settings"]["max_seq_len"] == 512
+    assert "steps" not in description["settings"]
+    assert len([cell for cell in found if not cell["reference"]]) == 24
+    for cell in found:
+        assert cell["peak_mib"] == pytest.approx(sum(cell["classes_mib"].values()))
+        assert cell["compiled"] is False
+    said = capsys.readouterr().out
+    assert "not compiled, but estimated" in said
+    assert "of it optimizer state fell" in said
+    assert "cells that fit the card: 0 of 12" in said
+    assert memory_order_holds(found)
+    full = {cell["free_mib"] for cell in found if cell["tune"] == "full"}
+    assert max(full) < 0  # negative, and a result
+
+
+def test_classes_of_memory_have_sentences_of_their_own(estimated, tmp_path):
+    output = tmp_path / "planned"
+    main(["--gpu", "h200", "--model", "llama-2-7b", "--output", str(output), "--remat", "none"])
+    found = analyse(read_ablation(output)[1])
+    moments = finding(found, "LoRA", "optimizer_state_mib")
+    assert moments.before == pytest.approx(2 * 4 * 6_738_415_616 / 2**20)
+    assert moments.after == pytest.approx(2 * 4 * 8_388_608 / 2**20)
+    weights = finding(found, "bf16", "weights_mib")
+    assert "of it weights" in weights.text
+    # With full tuning a layer also adds its gradients: its activations are not known apart.
+    assert finding(found, "bf16", "activations_mib").pairs == 2
+    assert finding(found, "bf16", "working_mib").pairs == 4
+    assert not [x for x in found if x.technique.startswith("LoRA") and "activations_" in x.figure]
+
+
+def lines_of(file):
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+@pytest.mark.skipif(lines_of(SEVEN / "cells.jsonl") < 26, reason="7B is not planned in every cell")
+def test_the_compiled_7b_cells_keep_the_order_of_memory():
+    description, found = read_ablation(SEVEN)
+    plain = [cell for cell in found if not cell["reference"]]
+    axes = ("precision", "accumulation", "remat", "tune")
+    assert {tuple(cell[name] for name in axes) for cell in plain} == set(
+        product(("fp32", "bf16"), (1, 8), ("none", "ffn", "block"), ("full", "lora"))
+    )
+    assert all(cell["compiled"] for cell in found)
+    assert memory_disorder(found) == []
+    assert description["settings"]["model"] == "llama-2-7b"
+
+
+def test_a_folder_without_cells_takes_other_settings(place, tmp_path, monkeypatch, capsys):
+    """As after a first call that failed at once."""
+    monkeypatch.setattr(Children, "run", lambda self, c: Done(2, "", "no such card"))
+    for steps in (2, 3):
+        refused(capsys, flags(place, tmp_path / "ablation", steps=steps))
+    assert read_ablation(tmp_path / "ablation")[0]["settings"]["steps"] == 3
+
+
+def test_the_defaults_are_24_cells():
+    plain = [cell for cell in grid(AblateConfig().axes, 8) if not cell.reference]
+    assert len(plain) == 24
+    with pytest.raises(InputError, match="sequences"):
+        AblateConfig(sequences=0)
