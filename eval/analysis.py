@@ -309,7 +309,9 @@ def memory_disorder(cells: Sequence[Figures]) -> list[str]:
         for cell, size in known.values():
             if more.items() <= cell.items():
                 other = known.get(tuple((cell | less)[name] for name in AXES))
-                if other and other[1] >= size:
+                # The peak of full tuning can be that of the update, which has no activations.
+                ties = "remat" in less and cell["tune"] == "full"
+                if other and (other[1] > 1.001 * size if ties else other[1] >= size):
                     wrong.append(
                         f"{name_of(other[0])} takes {other[1]:,.1f} MiB, not less "
                         f"than {name_of(cell)} with {size:,.1f}"

@@ -170,6 +170,10 @@ def test_the_order_of_memory_is_checked_pair_by_pair():
     (first, *_) = memory_disorder(bad)
     assert not memory_order_holds(bad)
     assert "takes 9,999.0 MiB, not less than" in first
+    for tune, holds in (("full", True), ("lora", False)):  # ties count for adapters only
+        tied = measured(lambda c, t=tune: {"planned_memory_mib": 50.0} if c.tune == t else {})
+        remats = [line for line in memory_disorder(tied) if line.count(f" {tune} ") == 2]
+        assert (not remats) == holds
 
 
 # --- trained ---
