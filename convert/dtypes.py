@@ -13,8 +13,6 @@ DTYPES: Mapping[torch.dtype, type] = {
     torch.bfloat16: ml_dtypes.bfloat16,
     torch.float32: np.float32,
 }
-
-
 _MADV_PAGEOUT = 21  # of Linux 5.4; Python's mmap has no name for it
 
 
@@ -43,9 +41,8 @@ def forget(tensors: Iterable[torch.Tensor | np.ndarray]) -> None:
     """
     libc = ctypes.CDLL(None)
     for tensor in tensors:
-        array = as_numpy(tensor) if isinstance(tensor, torch.Tensor) else tensor
-        start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-        size = array.ctypes.data + array.nbytes - start
-        place = ctypes.c_void_p(start), ctypes.c_size_t(size)
+        first = tensor.data_ptr() if isinstance(tensor, torch.Tensor) else tensor.ctypes.data
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        place = ctypes.c_void_p(start), ctypes.c_size_t(first + tensor.nbytes - start)
         if libc.madvise(*place, _MADV_PAGEOUT):
             libc.madvise(*place, mmap.MADV_DONTNEED)

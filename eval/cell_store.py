@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jllama.errors import InputError
-from jllama.files import read_json, write_json, write_json_lines
+from jllama.files import read_json, read_json_lines, write_json, write_json_lines
 
 DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
 # What may differ between the calls that fill a folder.
@@ -28,7 +28,7 @@ def read_ablation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder}: no {DESCRIPTION}; expected a folder of eval.ablate")
-    return read_json(folder / DESCRIPTION), _read_cells(folder)
+    return read_json(folder / DESCRIPTION), read_json_lines(folder / CELLS)
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[s
         described = (folder / DESCRIPTION).is_file()
         if not described and any(folder.iterdir()):
             raise InputError(f"{folder} holds something else; choose another --output")
-        cells = _read_cells(folder)
+        cells = read_json_lines(folder / CELLS)  # what a kill has cut is measured again
         if described and cells:
             refuse_another(folder, read_json(folder / DESCRIPTION), description)
         else:
@@ -93,13 +93,3 @@ def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in OF_A_CALL:
             flat[name] = value
     return flat
-
-
-def _read_cells(folder: Path) -> list[dict[str, Any]]:
-    path, cells = folder / CELLS, []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            cells.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # cut short by a kill; what follows is measured again
-    return cells

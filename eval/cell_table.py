@@ -8,23 +8,26 @@ from rich.table import Table
 
 from eval.analysis import analyse, memory_disorder
 from eval.cells import Figures
+from eval.figures import WORDS
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-# Title -> figure, factor and digits.
-MEASURED_COLUMNS = {
-    "peak\nMiB": ("peak_memory_mib", 1, 0),
-    "planned\nMiB": ("planned_memory_mib", 1, 1),
-    "step\nms": ("step_seconds", 1000, 0),
-    "tokens\n/s": ("tokens_per_second", 1, 0),
-    "loss\n": ("loss", 1, 4),
-    "held-out\nloss": ("eval_loss", 1, 4),
-}
-PLANNED_COLUMNS = {
-    "peak\nMiB": ("peak_mib", 1, 0),
-    "free\nMiB": ("free_mib", 1, 0),
-    "GFLOP\n/token": ("flops_per_token", 1e-9, 1),
-    "bound\ntokens/s": ("bound_tokens_per_second", 1, 0),
+# Kind of ablation -> title -> figure.
+COLUMNS = {
+    "measured": {
+        "peak\nMiB": "peak_memory_mib",
+        "planned\nMiB": "planned_memory_mib",
+        "step\nms": "step_seconds",
+        "tokens\n/s": "tokens_per_second",
+        "loss\n": "loss",
+        "held-out\nloss": "eval_loss",
+    },
+    "planned": {
+        "peak\nMiB": "peak_mib",
+        "free\nMiB": "free_mib",
+        "GFLOP\n/token": "flops_per_token",
+        "bound\ntokens/s": "bound_tokens_per_second",
+    },
 }
 ORDER_HOLDS = "fp32 full > fp32 LoRA > bf16 LoRA, no remat > ffn > block, wherever compared"
 
@@ -32,7 +35,7 @@ ORDER_HOLDS = "fp32 full > fp32 LoRA > bf16 LoRA, no remat > ffn > block, wherev
 def show(cells: Sequence[Figures], note: str = "") -> None:
     """A table of the cells with a note below, and what follows from them."""
     planned = any("peak_mib" in cell for cell in cells)
-    columns = PLANNED_COLUMNS if planned else MEASURED_COLUMNS
+    columns = COLUMNS["planned" if planned else "measured"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("", "tune", "remat", "batch"):
         table.add_column(title, no_wrap=True)
@@ -40,7 +43,7 @@ def show(cells: Sequence[Figures], note: str = "") -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
         batch = f"{cell['micro_batch_size']} x {cell['accumulation']}"
-        figures = [_shown(cell, *column) for column in columns.values()]
+        figures = [_shown(cell, figure) for figure in columns.values()]
         if "failed" in cell:
             figures[0] = "no memory"
         table.add_row(cell["precision"], cell["tune"], cell["remat"], batch, *figures)
@@ -63,6 +66,6 @@ def show(cells: Sequence[Figures], note: str = "") -> None:
         console.print(f"\norder of memory: {ORDER_HOLDS}")
 
 
-def _shown(cell: Figures, figure: str, scale: float, digits: int) -> str:
+def _shown(cell: Figures, figure: str) -> str:
     value = cell.get(figure)
-    return "" if value is None else f"{scale * value:,.{digits}f}"
+    return "" if value is None else WORDS[figure].write(value)

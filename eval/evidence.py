@@ -35,8 +35,6 @@ def repetition(ids: Sequence[int], length: int = 4) -> float:
 
 OPERATIONS: Mapping[str, Callable[..., float]] = {
     "percent": lambda part, whole: 100 * part / whole,
-    "percent change": lambda before, after: 100 * (after - before) / before,
-    "ratio": lambda a, b: a / b,
     "difference": lambda a, *others: a - sum(others),
     "MiB": lambda size: size / 2**20,
     "sum": sum,
@@ -133,11 +131,7 @@ class Evidence:
     def compute(self, operation: str, *places: tuple[Any, ...], form: str = ",.4g") -> Figure:
         """A number computed from places, each (file, *path)."""
         values = [self.value(*place) for place in places]
-        if operation in ("sum", "max", "median"):
-            (values,) = values
-            result = _apply(operation, [values])
-        else:
-            result = _apply(operation, values)
+        result = _apply(operation, values)
         sources = [self._source(file, path) for file, *path in places]
         return _figure(result, {"operation": operation, "of": sources}, form)
 

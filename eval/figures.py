@@ -33,6 +33,8 @@ FIGURES = {
     "eval_loss": Words("held-out loss", "nats/token", digits=4),
     "trainable_parameters": Words("trainable parameters", ""),
 }
+# With what a table shows, but no technique is judged by.
+WORDS = FIGURES | {"free_mib": Words("free on the card", "MiB")}
 # Figure -> classes of `train.plan` that it sums.
 CLASSES = {
     "weights_mib": ("base_weights", "adapters", "learned_weights"),

@@ -7,19 +7,18 @@ Scores and answers that the run folder does not have yet are made first, by `eva
 is said to be missing.
 """
 
-import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from eval import sections
 from eval.document import Block, Section, write_report
-from eval.evidence import Evidence, Missing
+from eval.evidence import Evidence, Figure, Missing
 from eval.prompts import read_references, read_rows_or_object
 from eval.sections import CONFIG, GENERATIONS, METRICS, RUN, SCORE, Reference, lacking
 from eval.subject import LATEST
@@ -89,7 +88,8 @@ def report(config: ReportConfig) -> None:
         parts.items()
     ]  # fmt: skip
     cut = [lacking(f"{file} ends within a line; what followed is not here", "") for file in run.cut]
-    written.insert(0, Section("Not complete", cut)) if cut else None
+    if cut:
+        written.insert(0, Section("Not complete", cut))
     model = Path(str(run.content(CONFIG).get("model", ""))).name
     files = write_report(folder, f"Fine-tuning {model or 'a model'}: report", written)
     print(f"wrote {', '.join(map(str, files))}")
@@ -132,7 +132,7 @@ def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
     Raises:
         InputError: if a file is neither.
     """
-    series: list[Any] = []
+    series: list[Figure] = []
     answers: dict[str, dict[str, str]] = {}
     for name in files:
         path = Path(name)
@@ -153,8 +153,7 @@ def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        run_command(report, ReportConfig, argv, prog="python -m eval.report", gpu=False)
+    run_command(report, ReportConfig, argv, prog="python -m eval.report", gpu=False)
 
 
 if __name__ == "__main__":

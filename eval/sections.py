@@ -6,15 +6,15 @@ A section that misses a file or a field raises `Missing`; `eval.report` then say
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eval.document import Block, Code, Heading, Lacking, Paragraph, Picture, Table, Text
 from eval.evidence import EVERY, Evidence, Figure, Missing, combine
 from eval.pictures import losses, memory_bars
+from eval.prompts import FILE as GENERATIONS
+from eval.score import FILE as SCORE
 from eval.score import SHOWN
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
-SCORE, GENERATIONS = "score.json", "generations.jsonl"
 PROMPTS = 16  # shown side by side; all are counted
 
 # What `remat` recomputes in the backward pass -> of each block, what is kept and what is not.
@@ -31,8 +31,8 @@ PLACES: Mapping[str, tuple[str, str]] = {
 class Reference:
     """What an earlier report says: its losses, and answers by prompt."""
 
-    losses: Sequence[Figure] = ()
-    answers: Mapping[str, Mapping[str, str]] = ()  # type: ignore[assignment]
+    losses: Sequence[Figure]
+    answers: Mapping[str, Mapping[str, str]]
 
 
 def settings(run: Evidence) -> Iterator[Block]:
@@ -44,20 +44,20 @@ def settings(run: Evidence) -> Iterator[Block]:
     ])  # fmt: skip
     yield Table(
         ["setting", "value"],
-        [[name, _setting(run, CONFIG, name, value)] for name, value in run.content(CONFIG).items()
+        [[name, _setting(run, CONFIG, name)] for name, value in run.content(CONFIG).items()
          if value not in ("", None)],
     )  # fmt: skip
     yield Heading("The model")
     sizes = run.value(RUN, "model")
     yield Table(
         ["size", "value"],
-        [[name, _setting(run, RUN, "model", name, value)] for name, value in sizes.items()],
+        [[name, _setting(run, RUN, "model", name)] for name in sizes],
     )
 
 
-def _setting(run: Evidence, file: str, *path_and_value: Any) -> Text:
+def _setting(run: Evidence, file: str, *path: str) -> Text:
     """A number as a figure, a path by its end, all else as text."""
-    *path, value = path_and_value
+    value = run.value(file, *path)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return run.figure(file, *path, form="" if isinstance(value, float) else ",")
     return short(str(value))
@@ -233,9 +233,8 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         rows = [_answer(run, number, who) for who in models]
         if "expected" in line:
             rows.append(["expected", line["expected"], "", "", "", ""])
-        recorded = reference.answers or {}
         known = {k: v for k, v in line.items() if k.endswith("answer")}
-        known |= recorded.get(line["prompt"].strip(), {})
+        known |= reference.answers.get(line["prompt"].strip(), {})
         for name, text in known.items():
             rows.append([name.removesuffix("_answer").replace("_", ", "), text, "", "", "", ""])
         yield Table(["who", "answer", "ends", "repeats", "NLL", "KL"], rows, wide=True)

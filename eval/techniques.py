@@ -6,22 +6,15 @@ from typing import Any
 
 from eval.analysis import PEAKS, Finding, analyse
 from eval.cell_store import CELLS, DESCRIPTION
+from eval.cell_table import COLUMNS
 from eval.cells import name_of
 from eval.document import Block, Heading, Paragraph, Picture, Table, Text
 from eval.evidence import Evidence, Figure, Missing, combine
-from eval.figures import CLASSES, CLASSES_OF_LORA, FIGURES, Words
+from eval.figures import CLASSES, CLASSES_OF_LORA, WORDS
 from eval.pictures import memory_bars
 
 AXES = ("precision", "tune", "remat", "accumulation", "micro_batch_size")
 SUMS = CLASSES | CLASSES_OF_LORA
-WORDS = FIGURES | {"free_mib": Words("free on the card", "MiB")}
-SHOWN = {
-    "measured": (
-        "peak_memory_mib", "planned_memory_mib", "step_seconds", "tokens_per_second", "loss",
-        "eval_loss",
-    ),
-    "planned": ("peak_mib", "free_mib", "flops_per_token", "bound_tokens_per_second"),
-}  # fmt: skip
 
 
 def techniques(folders: Sequence[str], shown_from: Path) -> Iterator[Block]:
@@ -50,7 +43,7 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
         "and activations; tune what learns; remat what the backward pass computes again; "
         "accumulation the micro-batches of a step, micro-batch their sequences.",
     ])  # fmt: skip
-    figures = [figure for figure in SHOWN[kind] if any(figure in cell for cell in cells)]
+    figures = [figure for figure in COLUMNS[kind].values() if any(figure in cell for cell in cells)]
     titles = [_title(figure) for figure in figures]
     rows = [
         [*(str(cell[axis]) for axis in AXES), *(_cell(ablation, i, figure) for figure in figures)]

@@ -123,6 +123,17 @@ def write_json_lines(path: Path, lines: Iterable[object]) -> None:
     whole.replace(path)
 
 
+def read_json_lines(path: Path) -> list:
+    """The values in a file of JSON lines, up to one that a kill has cut; none if it is missing."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; InputError with the file's name if it is missing or broken."""
     try:

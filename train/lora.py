@@ -55,8 +55,9 @@ def train(config: TrainConfig) -> None:
     show_plan(config, batches, training, held_out, steps)
     show_row(training[0], tokenizer)
 
-    with out_of_memory_explained(step_of(config, llama, lora, longest)):
-        facts = run_facts(config, llama, lora, batches, (training, held_out), steps)
+    step = step_of(config, llama, lora, longest)
+    with out_of_memory_explained(step):
+        facts = run_facts(step, batches, (training, held_out), steps)
         run_steps(config, lora, batches, evaluation, steps, facts)
 
 

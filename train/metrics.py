@@ -11,7 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from jllama.errors import InputError
-from jllama.files import write_json_lines
+from jllama.files import read_json_lines, write_json_lines
 from train.show import console
 from train.step import StepMetrics, planned_bytes
 
@@ -49,13 +49,7 @@ class Metrics:
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
         """All lines of a run so far."""
-        path, lines = folder / FILE, []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # cut short by a kill; what follows is written again
-        return lines
+        return read_json_lines(folder / FILE)
 
     def step(self, step: int, measured: StepMetrics, **more: Any) -> dict[str, Any]:
         """Records one optimizer step.

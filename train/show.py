@@ -1,6 +1,7 @@
 """What a run says on the terminal, before and after."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jllama.checkpoint import abstract_model
-from jllama.config import LlamaConfig, LoraConfig
+from jllama.config import LlamaConfig, LoraConfig, PrecisionName
 from jllama.rows import Example
 from jllama.tokenizer import Tokenizer
-from train import arithmetic
-from train.auto import step_of, this_device
+from train.arithmetic import Step, memory_classes
+from train.auto import this_device
 from train.config import TrainConfig
 from train.data import Batches
 from train.optimizer import count, split_learned
@@ -32,7 +33,8 @@ def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | No
     console.print(table)
 
     for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
-        counts = parameter_counts(config, dataclasses.replace(llama, ffn_bias=ffn_bias), lora)
+        sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
+        counts = parameter_counts(sizes, lora, config.precision)
         note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
         console.print(
             f"parameters: {counts['trainable']:,} trainable of {counts['total']:,} "
@@ -40,21 +42,20 @@ def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | No
         )
 
 
+@functools.cache
 def parameter_counts(
-    config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None
+    llama: LlamaConfig, lora: LoraConfig | None, precision: PrecisionName
 ) -> dict[str, int]:
-    """{"trainable": 8388608, "total": 6746804224}"""
+    """{"trainable": 8388608, "total": 6746804224}; without adapters every weight is trainable."""
     _, learned, frozen = split_learned(
-        abstract_model(llama, config.precision, lora=lora), config.tune
+        abstract_model(llama, precision, lora=lora), "lora" if lora else "full"
     )
     counts = count({"learned": learned, "frozen": frozen})
     return {"trainable": counts["learned"], "total": sum(counts.values())}
 
 
 def run_facts(
-    config: TrainConfig,
-    llama: LlamaConfig,
-    lora: LoraConfig | None,
+    step: Step,
     batches: Batches,
     examples: tuple[list[Example], list[Example]],
     steps: int,
@@ -71,14 +72,12 @@ def run_facts(
                   "longest": 251, "cut_rows": 3, "padding_share": 0.6}}
     """
     training, held_out = examples
-    llama = dataclasses.replace(llama, ffn_bias=config.ffn_bias)
-    step = step_of(config, llama, lora, batches.lengths[-1])
     return {
-        "parameters": parameter_counts(config, llama, lora),
-        "model": dataclasses.asdict(llama),
+        "parameters": parameter_counts(step.model, step.lora, step.precision),
+        "model": dataclasses.asdict(step.model),
         "steps": steps,
         "device_memory_mib": this_device().memory_mib,
-        "memory_bytes": arithmetic.memory_classes(step),
+        "memory_bytes": memory_classes(step),
         "data": {
             "rows": len(training),
             "held_out_rows": len(held_out),
