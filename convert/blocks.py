@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllama.checkpoint import ModelWriter, tensor_shapes
-from jllama.cli import Progress
-from jllama.config import LlamaConfig
+from jllama.cli.terminal import Progress
+from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
-from jllama.files import bytes_begun, room_for, whole_folder
-from jllama.manifest import manifest_sha256
-from jllama.tokenizer import make_tokenizer
+from jllama.folders.files import bytes_begun, room_for, whole_folder
+from jllama.folders.manifest import manifest_sha256
+from jllama.folders.model import ModelWriter
+from jllama.text.tokenizer import make_tokenizer
 
 _SHOWN = 20  # problems of one kind of mistake repeat in every layer
 

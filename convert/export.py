@@ -12,10 +12,12 @@ from tyro.conf import Positional, arg
 from convert.blocks import block_progress, fingerprint
 from convert.dtypes import forget
 from convert.merge import Merge, show_report
-from jllama.adapter import PEFT_CONFIG, WEIGHTS
-from jllama.checkpoint import check_manifest, read_block, read_config, tensor_shapes
-from jllama.files import bytes_begun, room_for, whole_folder, write_json
-from jllama.manifest import manifest_sha256, read_manifest
+from jllama.config import tensor_shapes
+from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS
+from jllama.folders.files import bytes_begun, room_for, whole_folder
+from jllama.folders.json_files import write_json
+from jllama.folders.manifest import manifest_sha256, read_manifest
+from jllama.folders.model import check_manifest, read_block, read_config
 
 
 @dataclasses.dataclass(frozen=True)

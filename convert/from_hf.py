@@ -14,14 +14,13 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
-from convert.hf_files import open_hf
-from convert.hf_tokenizer import read_hf_tokenizer
-from convert.shards import shard_files
-from jllama.checkpoint import CONFIG
-from jllama.cli import run_command
+from convert.hf.files import open_hf
+from convert.hf.tokenizer import read_hf_tokenizer
+from convert.meta.shards import shard_files
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line
 from jllama.errors import InputError
-
-PROG = "python -m convert.from_hf"
+from jllama.folders.model import CONFIG
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,16 @@ def convert(settings: FromHf) -> None:
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
     if not (src / CONFIG).is_file() and shard_files(src):
-        raise InputError(f"{src}: found Meta's files; run: python -m convert.from_meta {src} DST")
+        raise InputError(f"{src}: found Meta's files; run: {command_line('from-meta', src, 'DST')}")
     weights = open_hf(src)
     place = settings.tokenizer or src
     tokenizer = place.read_bytes() if place.is_file() else read_hf_tokenizer(place)
     to_model_folder(weights, tokenizer, place, dst)
-    print(f"next: python -m train.lora --model {dst} --data FILE")
+    print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(convert, FromHf, argv, prog=PROG, gpu=False)
+    run_command(convert, FromHf, argv, name="from-hf", gpu=False)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,22 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-import jllama
 from convert.blocks import to_model_folder
-from convert.meta_weights import open_meta
-from convert.params import PARAMS, read_params
-from jllama.checkpoint import CONFIG
-from jllama.cli import run_command
+from convert.meta.params import PARAMS, read_params
+from convert.meta.weights import open_meta
+from jllama import bundled
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line
 from jllama.errors import InputError
-from jllama.tokenizer import FILE_NAME
-
-PROG = "python -m convert.from_meta"
+from jllama.folders.model import CONFIG
+from jllama.text.tokenizer import FILE_NAME
 
 
 @dataclass(frozen=True)
 class FromMeta:
     """Converts Meta's consolidated.NN.pth files to a model folder."""
 
-    src: Annotated[Positional[Path], arg(metavar="SRC")] = jllama.SAMPLE
+    src: Annotated[Positional[Path], arg(metavar="SRC")] = bundled.SAMPLE
     """Folder with consolidated.NN.pth and params.json; by default the bundled sample."""
     dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
     """Folder to make; by default models/ and the name of SRC."""
@@ -56,8 +55,9 @@ def convert(settings: FromMeta) -> None:
     weights = open_meta(src, _params(settings))
     tokenizer = find_tokenizer(settings)
     to_model_folder(weights, tokenizer.read_bytes(), tokenizer, dst)
-    sample = src == jllama.SAMPLE and dst == Path("models/sample")
-    print("next: python -m train.lora" + ("" if sample else f" --model {dst} --data FILE"))
+    sample = src == bundled.SAMPLE and dst == Path(bundled.MODEL)
+    flags = [] if sample else ["--model", dst, "--data", "FILE"]
+    print("next: " + command_line("train", *flags))
 
 
 def _params(settings: FromMeta) -> dict:
@@ -92,7 +92,7 @@ def find_tokenizer(settings: FromMeta) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(convert, FromMeta, argv, prog=PROG, gpu=False)
+    run_command(convert, FromMeta, argv, name="from-meta", gpu=False)
 
 
 if __name__ == "__main__":

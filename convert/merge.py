@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jllama.adapter import adapter_shapes, check_base, put_adapter, read_adapter
-from jllama.checkpoint import read_block, read_config
+from jllama.folders.adapter import check_base, put_adapter, read_adapter
+from jllama.folders.model import read_block, read_config
 from jllama.layers import RMSNorm, Rotation, rotary_frequencies, rotation
 from jllama.lora import adapted_linears, merge
 from jllama.model import Llama, map_named, named_arrays
-from jllama.tokenizer import load_tokenizer
+from jllama.text.tokenizer import load_tokenizer
 
 _TOKENS = 32  # of each prompt
 _PROMPTS = (
@@ -78,7 +78,7 @@ class Merge:
         base, tuned, merged = (self._layer(block, tensors) for _ in range(3))
         one = dataclasses.replace(self._config, n_layers=1)
         arrays = {name: self._arrays[name.replace("layers.0", block)]
-                  for name in adapter_shapes(self._lora, one)}  # fmt: skip
+                  for name in self._lora.shapes(one)}  # fmt: skip
         for model in (tuned, merged):
             put_adapter(model, self._lora, arrays)
         linears = [name.replace("layers.0", block) for name in adapted_linears(merged)]

@@ -14,16 +14,13 @@ import base64
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,35 +28,21 @@ import numpy as np
 import torch
 import tyro
 
-from convert.archive import Archive
 from convert.dtypes import as_numpy
-from convert.params import PARAMS, meta_params
+from convert.meta.archive import Archive
+from convert.meta.params import PARAMS, meta_params
 from convert.to_meta import cut_axis, even_part
-from jllama.checkpoint import tensor_shapes
-from jllama.cli import run_command
-from jllama.config import LlamaConfig
+from jllama.cli import children
+from jllama.cli.command import run_command
+from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
-from jllama.files import room_for, write_json
-from jllama.tokenizer import FILE_NAME
+from jllama.folders.files import room_for
+from jllama.folders.json_files import write_json
+from jllama.machine import measured_here
+from jllama.text.tokenizer import FILE_NAME
 
-PROG = "python -m convert.speed"
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
 _MIB = 2**20
-
-# A process that converts once: what it took after its imports.
-_CHILD = """
-import importlib, json, sys, time
-from pathlib import Path
-import jax, tiktoken, tyro
-module, source, destination, more = sys.argv[1:]
-command = importlib.import_module(f"convert.{module}")
-def memory(name):
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
-before, started = memory("VmRSS"), time.monotonic()
-command.main([source, destination, *json.loads(more)])
-print(json.dumps({"seconds": time.monotonic() - started,
-                  "peak_mib": memory("VmHWM"), "imports_mib": before}))
-"""
 
 
 @dataclass(frozen=True)
@@ -109,10 +92,7 @@ def measure(settings: ConvertSpeed) -> None:
     if settings.output:
         packages = ("torch", "safetensors", "numpy", "jax")
         content = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": ["python", "-m", "convert.speed", *sys.argv[1:]],
-            "device": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in packages},
+            **measured_here("speed-convert", packages),
             "settings": dataclasses.asdict(settings),
             "bytes": 2 * config.parameter_count,
             "largest_block_mib": largest / _MIB,
@@ -159,12 +139,7 @@ def _timed(
         shutil.rmtree(destination, ignore_errors=True)
         _read_all(source)
         arguments = [module, str(source), str(destination), json.dumps(more)]
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise InputError(f"convert.{module} failed:\n{done.stderr}")
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        runs.append(json.loads(children.run("convert.speed_side", arguments).splitlines()[-1]))
     seconds = statistics.median(run["seconds"] for run in runs)
     return {
         "seconds": seconds,
@@ -208,7 +183,7 @@ def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(measure, ConvertSpeed, argv, prog=PROG, gpu=False)
+    run_command(measure, ConvertSpeed, argv, name="speed-convert", gpu=False)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from convert.export import Export, Model, exporting
-from convert.hf_config import hf_config
-from convert.hf_files import INDEX
-from convert.hf_tokenizer import write_hf_tokenizer
-from convert.names import hf_name
-from jllama.adapter import rotary_heads, to_half_rotated
-from jllama.checkpoint import CONFIG
-from jllama.cli import run_command
+from convert.hf.config import hf_config
+from convert.hf.files import INDEX
+from convert.hf.tokenizer import write_hf_tokenizer
+from jllama.cli.command import run_command
 from jllama.config import LlamaConfig
-from jllama.files import write_json
-from jllama.tensors import map_tensors, save_tensors
-from jllama.tokenizer import FILE_NAME, load_tokenizer
-
-PROG = "python -m convert.to_hf"
+from jllama.folders.json_files import write_json
+from jllama.folders.model import CONFIG
+from jllama.folders.tensors import map_tensors, save_tensors
+from jllama.layers import to_half_rotated
+from jllama.names import hf_name
+from jllama.text.tokenizer import FILE_NAME, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def _write_small_files(src: Path, folder: Path, model: Model) -> None:
 
 def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:
     """A tensor with its rows in Hugging Face's order, which is another one for q and k."""
-    heads = rotary_heads(config, name.removesuffix(".weight"))
+    heads = config.rotary_heads(name.removesuffix(".weight"))
     return to_half_rotated(tensor, heads) if heads else tensor
 
 
@@ -87,7 +85,7 @@ def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(export, ToHf, argv, prog=PROG, gpu=False)
+    run_command(export, ToHf, argv, name="to-hf", gpu=False)
 
 
 if __name__ == "__main__":

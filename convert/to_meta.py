@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.archive import Archive
 from convert.dtypes import as_torch_dtype
 from convert.export import Export, exporting
-from convert.names import COLUMNS, EMBEDDINGS, OUTPUT, REPLICATED, ROWS, cut_of, part_shape
-from convert.params import PARAMS, meta_params
-from jllama.cli import run_command
+from convert.meta.archive import Archive
+from convert.meta.cuts import COLUMNS, REPLICATED, ROWS, cut_of, part_shape
+from convert.meta.params import PARAMS, meta_params
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.files import write_json
-from jllama.tokenizer import FILE_NAME
-
-PROG = "python -m convert.to_meta"
+from jllama.folders.json_files import write_json
+from jllama.names import EMBEDDINGS, OUTPUT
+from jllama.text.tokenizer import FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def export(settings: ToMeta) -> None:
         tokenizer = settings.src / FILE_NAME
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / FILE_NAME)
-    print(f"next: python -m convert.from_meta {settings.dst} DST")
+    print("next: " + command_line("from-meta", settings.dst, "DST"))
 
 
 def cut_axis(name: str, config: LlamaConfig) -> int | None:
@@ -101,7 +101,7 @@ def even_part(name: str, shape: tuple[int, ...], axis: int | None, shards: int) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(export, ToMeta, argv, prog=PROG, gpu=False)
+    run_command(export, ToMeta, argv, name="to-meta", gpu=False)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,15 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from convert.blocks import Weights, block_progress, refuse_if
-from convert.hf_files import open_hf
-from convert.meta_weights import open_meta
-from convert.params import PARAMS, read_params
-from jllama.checkpoint import CONFIG, check_manifest, read_block, read_config, tensor_shapes
-from jllama.cli import run_command
-from jllama.config import LlamaConfig
+from convert.hf.files import open_hf
+from convert.meta.params import PARAMS, read_params
+from convert.meta.weights import open_meta
+from jllama.cli.command import run_command
+from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
-from jllama.manifest import MANIFEST, certificate, read_manifest
-from jllama.tokenizer import load_tokenizer
-
-PROG = "python -m convert.verify"
+from jllama.folders.manifest import MANIFEST, certificate, read_manifest
+from jllama.folders.model import CONFIG, check_manifest, read_block, read_config
+from jllama.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def certificates(weights: Weights) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(verify, Verify, argv, prog=PROG, gpu=False)
+    run_command(verify, Verify, argv, name="verify", gpu=False)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 
 import jllama
 from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
-from jllama.cli import run_command
+from jllama.cli.command import run_command
+from jllama.cli.terminal import visible
 from jllama.errors import InputError
-from jllama.prompt import Message, PromptStyle, encode, render
-from jllama.tokenizer import Tokenizer
+from jllama.text.prompt import Message, PromptStyle, encode, render
+from jllama.text.tokenizer import Tokenizer
 
 WITH_TURNS = ("llama2-chat", "llama3-chat")  # the other styles know one question and its answer
 COMMANDS = {
@@ -36,9 +37,6 @@ COMMANDS = {
 }
 NUMBERS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float,
            "repetition_penalty": float, "max_new_tokens": int, "seed": int}  # fmt: skip
-# A terminal obeys control characters; a model's are shown as pictures of them.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ class Chat:
         try:
             for piece in pieces():
                 said += piece
-                print(piece.translate(PICTURES), end="", flush=True)
+                print(visible(piece), end="", flush=True)
             print("" if said else "[an empty answer]")
         except KeyboardInterrupt:
             print(" [stopped]")
@@ -261,7 +259,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(chat, ChatConfig, argv, prog="python -m eval.chat")
+    run_command(chat, ChatConfig, argv, name="chat")
 
 
 if __name__ == "__main__":

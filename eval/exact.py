@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jllama
-from jllama.prompt import PromptStyle, prompt_ids, row_messages
-from jllama.rows import Example
-from jllama.tokenizer import Tokenizer
+from jllama.text.prompt import PromptStyle, prompt_ids, row_messages
+from jllama.text.rows import Example
+from jllama.text.tokenizer import Tokenizer
 
 
 class Asked(NamedTuple):

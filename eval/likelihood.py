@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eval.subject import Voices
+from jllama.decode.generate import Weights, power_of_two
 from jllama.errors import InputError
-from jllama.generate import Weights, power_of_two
 from jllama.lora import scaled, split
 from jllama.loss import chunk_logits, supervised_chunks
 

@@ -14,29 +14,27 @@ nats) both models find that answer, and how far the tuned one is from the base a
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 import jllama
 from eval.likelihood import score_sequences
 from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
-from jllama.cli import Progress, run_command
+from jllama import bundled
+from jllama.cli.command import run_command
+from jllama.cli.terminal import Progress, console
 from jllama.errors import InputError
-from jllama.files import write_json_lines
+from jllama.folders.json_files import read_values, write_json_lines
+from jllama.folders.run import GENERATIONS
 from jllama.lora import merge
-from jllama.prompt import prompt_ids
+from jllama.text.prompt import prompt_ids
 
 REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
-FILE = "generations.jsonl"
-
-console = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def answer_prompts(config: PromptsConfig) -> None:
     if config.merge and not config.adapter:
         raise InputError("--merge, but no adapter to fold in; name one with --adapter or a LoRA "
                          "run with --run")  # fmt: skip
-    output = Path(config.output) if config.output else Path(config.run) / FILE
+    output = Path(config.output) if config.output else Path(config.run) / GENERATIONS
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     rows, decoding = read_prompts(config)
@@ -133,7 +131,7 @@ def answer_prompts(config: PromptsConfig) -> None:
         generations.append(generation | references.get(generation["prompt"].strip(), {}))
     write_json_lines(output, generations)
     show(generations, names)
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {output}")
 
 
 def score_answers(
@@ -186,7 +184,7 @@ def with_sample(config: PromptsConfig) -> PromptsConfig:
     """The bundled sample's held-out instructions, greedily and shortly answered unless asked."""
     return replace(
         config,
-        prompts=str(jllama.SAMPLE / "heldout.json"),
+        prompts=str(bundled.HELD_OUT),
         temperature=0.0 if config.temperature is None else config.temperature,
         max_new_tokens=config.max_new_tokens or 32,
     )
@@ -195,7 +193,7 @@ def with_sample(config: PromptsConfig) -> PromptsConfig:
 def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, Any]]:
     """The prompts and how to decode them: flags first, then the file, then 0.6 and 0.9."""
     path = Path(config.prompts) if config.prompts else REPORT_PROMPTS
-    content = read_rows_or_object(path)
+    content = read_values(path, "JSON or JSONL prompts")
     rows: Any = content.get("prompts") if isinstance(content, dict) else content
     usable = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     if not usable:
@@ -208,22 +206,9 @@ def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, Any]]:
     return rows[: config.limit or None], decoding
 
 
-def read_rows_or_object(path: Path) -> Any:
-    """JSON, or JSONL; InputError with the file's name."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-
-
 def read_references(path: str) -> dict[str, dict[str, str]]:
     """Recorded answers by prompt: every text field of a row whose name ends in `answer`."""
-    rows = read_rows_or_object(Path(path))
+    rows = read_values(path, "JSON or JSONL answers")
     if not isinstance(rows, list) or not all(isinstance(r, dict) and "prompt" in r for r in rows):
         raise InputError(f"{path}: expected a list of objects with a 'prompt'")
     return {
@@ -269,7 +254,7 @@ def show(generations: Sequence[dict], models: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(answer_prompts, PromptsConfig, argv, prog="python -m eval.prompts")
+    run_command(answer_prompts, PromptsConfig, argv, name="prompts")
 
 
 if __name__ == "__main__":

@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 import jllama
 from eval.exact import exact_answers, short_answers
 from eval.likelihood import Score, count_batches, score_sequences
 from eval.subject import Subject, load_voices, resolve
-from jllama.checkpoint import read_config
-from jllama.cli import Progress, run_command
+from jllama.cli.command import run_command
+from jllama.cli.terminal import Progress, console
 from jllama.errors import InputError
-from jllama.files import read_json, write_json
-from jllama.manifest import read_manifest
-from jllama.rows import make_examples, read_rows
-from jllama.tokenizer import FILE_NAME as TOKENIZER
+from jllama.folders.json_files import read_json, write_json
+from jllama.folders.manifest import read_manifest
+from jllama.folders.model import read_config
+from jllama.folders.run import SCORES
+from jllama.text.rows import make_examples, read_rows
+from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 
 NEUTRAL = Path(__file__).parent / "neutral.json"
-FILE = "score.json"
 # Rows of the table, and where their figures stand in the result of a model.
 SHOWN = {
     "NLL per token (nats)": ("answers", "nll_per_token"),
@@ -49,8 +49,6 @@ SHOWN = {
     "exact short answers": ("exact", "share"),
     "NLL per token of neutral text (nats)": ("neutral", "nll_per_token"),
 }
-
-console = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ def show(result: Mapping[str, Any]) -> None:
 def score_data(config: ScoreConfig) -> None:
     """Scores, writes and shows."""
     asked, config = config, complete(config)
-    output = Path(asked.output) if asked.output else Path(config.run) / FILE
+    output = Path(asked.output) if asked.output else Path(config.run) / SCORES
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     if not config.json:
@@ -240,11 +238,11 @@ def score_data(config: ScoreConfig) -> None:
     if asked.output or not config.json:
         write_json(output, result)
     if not config.json:
-        console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {output}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(score_data, ScoreConfig, argv, prog="python -m eval.score")
+    run_command(score_data, ScoreConfig, argv, name="score")
 
 
 if __name__ == "__main__":

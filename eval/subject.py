@@ -8,13 +8,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import jllama
-from jllama.adapter import check_base, read_passport
-from jllama.cli import settings_from_run
-from jllama.config import PrecisionName
+from jllama import bundled
+from jllama.config import Precision
 from jllama.errors import InputError
-from jllama.prompt import PromptStyle
-
-LATEST = Path("runs/latest")
+from jllama.folders.adapter import check_base, read_passport
+from jllama.folders.run import LATEST, RunFolder
+from jllama.text.prompt import PromptStyle
 
 Voices = dict[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
 
@@ -34,7 +33,7 @@ class Subject:
     the base."""
     force: bool = False
     """Load an adapter whose passport names another base model."""
-    precision: PrecisionName | None = None
+    precision: Precision | None = None
     """Of weights and activations; by default that of the run, else bf16."""
     prompt_style: PromptStyle | None = None
     """By default the one that was trained with, else plain."""
@@ -72,15 +71,13 @@ def resolve(config: Named) -> tuple[Named, dict[str, Any]]:
 
 
 def _from_run(config: Named) -> tuple[Named, dict[str, Any]]:
-    run = Path(config.run) if config.run else LATEST
-    if not run.is_dir():
-        raise InputError(f"{run}: no run folder; make one with: python -m train.lora")
-    settings = settings_from_run(run)
-    result = run / {"lora": "adapter", "full": "model"}[settings["tune"]]
+    run = RunFolder(Path(config.run) if config.run else LATEST)
+    settings = run.read_settings()
+    result = run.result(settings["tune"])
     if not result.is_dir():
-        raise InputError(f"{run}: no {result.name}/ yet; the run has not finished")
+        raise InputError(f"{run.path}: no {result.name}/ yet; the run has not finished")
     found: dict[str, Any] = {
-        "run": str(run),
+        "run": str(run.path),
         "model": settings["model"],
         "precision": config.precision or settings["precision"],
     }
@@ -91,7 +88,7 @@ def _from_run(config: Named) -> tuple[Named, dict[str, Any]]:
 
 def is_of_sample(settings: dict[str, Any]) -> bool:
     """Whether a run's settings are of one on the bundled sample."""
-    return bool(settings) and Path(settings["data"]) == jllama.SAMPLE / "train.json"
+    return bool(settings) and Path(settings["data"]) == bundled.ROWS
 
 
 def load_voices(config: Subject) -> Voices:

@@ -5,21 +5,50 @@ tokenizer = jllama.load_tokenizer("models/llama-2-7b")
 jllama.load_adapter(model, "runs/latest/adapter")
 prompt = [tokenizer.bos_id, *tokenizer.encode("Hello")]
 answers = jllama.generate(model, [prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)
+
+config.py      sizes, shapes, settings of an adapter    names.py     Meta's names, and others'
+model.py       the network; layers.py, attention.py     lora.py      adapters: attach, scale, merge
+loss.py        cross-entropy without [B, T, V]          sharding.py  several GPUs
+text/          from text to ids and what is learned     decode/      from ids to ids
+folders/       what lies on disk: model, adapter, run   cli/         what every command shares
+bundled.py     the sample (sample/)                     machine.py   devices, memory, versions
+errors.py      wrong input, and settings that refuse it
 """
 
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from jllama.adapter import load_adapter, save_adapter
-from jllama.checkpoint import load_model
-from jllama.config import PRESETS, LlamaConfig, LoraConfig, RopeScaling
-from jllama.errors import InputError
-from jllama.generate import generate, generate_with_logprobs
-from jllama.model import Llama
-from jllama.sampling import Sampling
-from jllama.stream import stream
-from jllama.tokenizer import Tokenizer, load_tokenizer
+if TYPE_CHECKING:
+    from jllama.bundled import SAMPLE
+    from jllama.config import PRESETS, LlamaConfig, LoraConfig, RopeScaling
+    from jllama.decode.generate import generate, generate_with_logprobs
+    from jllama.decode.sampling import Sampling
+    from jllama.decode.stream import stream
+    from jllama.errors import InputError
+    from jllama.folders.adapter import load_adapter, save_adapter
+    from jllama.folders.load import load_model
+    from jllama.model import Llama
+    from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
-SAMPLE = Path(__file__).parent / "sample"  # a small LLaMA in Meta's files, with instructions
+# Imported when they are asked for: `jllama --help` needs no JAX.
+_HOMES = {
+    "SAMPLE": "bundled",
+    "PRESETS": "config",
+    "LlamaConfig": "config",
+    "LoraConfig": "config",
+    "RopeScaling": "config",
+    "generate": "decode.generate",
+    "generate_with_logprobs": "decode.generate",
+    "Sampling": "decode.sampling",
+    "stream": "decode.stream",
+    "InputError": "errors",
+    "load_adapter": "folders.adapter",
+    "save_adapter": "folders.adapter",
+    "load_model": "folders.load",
+    "Llama": "model",
+    "Tokenizer": "text.tokenizer",
+    "load_tokenizer": "text.tokenizer",
+}
 
 __all__ = [
     "PRESETS",
@@ -39,3 +68,13 @@ __all__ = [
     "save_adapter",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jllama' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jllama.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,19 +1,39 @@
-"""What a LLaMA is, in numbers: sizes, the adapter's settings and the precisions."""
+"""What a LLaMA is, in numbers: sizes and shapes, the adapter's settings, precisions, remats."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from pydantic import Field
 
-from jllama.errors import InputError
+from jllama.errors import InputError, checked
+from jllama.names import EMBEDDINGS, NORM, OUTPUT, linear_names
 
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Positive = Annotated[float, Field(gt=0)]
 MAX_LAYERS = 1000  # of any LLaMA, with much room; a file that states a billion is an attack
 
+# The dtype of activations. Adapters, optimizer moments, norm statistics, softmax and loss are fp32
+# in both. A frozen weight is stored in the same dtype, unless its own type says otherwise
+# (`jllama.layers.Weight`).
+Precision = Literal["bf16", "fp32"]
+PRECISIONS: Mapping[str, Any] = MappingProxyType(
+    {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
+)
 
-@dataclass(frozen=True)
+# What is recomputed in the backward pass:
+#   none     nothing
+#   dots     all but the results of matmuls and of attention
+#   offload  all but the results of matmuls, which wait in the host's memory
+#   ffn      ffn_norm + feed_forward
+#   block    whole blocks
+Remat = Literal["none", "dots", "offload", "ffn", "block"]
+
+
+@checked
 class RopeScaling:
     """Llama 3.1's stretching of the rotary embedding.
 
@@ -21,35 +41,30 @@ class RopeScaling:
     below `original_context / high_frequency_factor` stay, and the ones between are blended.
     """
 
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_context: int = 8192
+    factor: Positive = 8.0
+    low_frequency_factor: Positive = 1.0
+    high_frequency_factor: Positive = 4.0
+    original_context: Count = 8192
 
 
-@dataclass(frozen=True)
+@checked
 class LlamaConfig:
     """The sizes of one model; complete, checked once, and the same for every family."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    hidden_dim: int
-    vocab_size: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dim: Count
+    n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    n_heads: Count
+    n_kv_heads: Count
+    hidden_dim: Count
+    vocab_size: Count
+    norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     ffn_bias: bool = False
-    max_seq_len: int = 4096
+    max_seq_len: Count = 4096
 
     def __post_init__(self):
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
-        if wrong := [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
-            raise InputError(f"{', '.join(wrong)}; expected at least 1")
-        if self.n_layers > MAX_LAYERS:
-            raise InputError(f"n_layers {self.n_layers}, expected at most {MAX_LAYERS}")
         if self.dim % self.n_heads:
             raise InputError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -64,24 +79,29 @@ class LlamaConfig:
         return self.dim // self.n_heads
 
     @property
+    def kv_dim(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
     def parameter_count(self) -> int:
-        """Closed formula of the number of base weights; tied matrices count once."""
-        kv_dim = self.n_kv_heads * self.head_dim
-        attention = 2 * self.dim * self.dim + 2 * kv_dim * self.dim
-        feed_forward = 3 * self.dim * self.hidden_dim
-        biases = 2 * self.hidden_dim + self.dim if self.ffn_bias else 0
-        block = attention + feed_forward + biases + 2 * self.dim
-        embeddings = (1 if self.tied else 2) * self.vocab_size * self.dim
-        return self.n_layers * block + embeddings + self.dim
+        """The number of base weights; tied matrices count once."""
+        weights = sum(
+            math.prod(shape) for block in tensor_shapes(self).values() for shape in block.values()
+        )
+        biases = self.n_layers * (2 * self.hidden_dim + self.dim)
+        return weights + (biases if self.ffn_bias else 0)
+
+    def rotary_heads(self, linear: str) -> int | None:
+        """Of how many heads the rows of `layers.0.attention.wq` are rotary pairs; None for none."""
+        return {"wq": self.n_heads, "wk": self.n_kv_heads}.get(linear.rpartition(".")[2])
 
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """`[out, in]` of the seven linears of a block, by Meta's names."""
-    kv_dim = config.n_kv_heads * config.head_dim
     return {
         "wq": (config.dim, config.dim),
-        "wk": (kv_dim, config.dim),
-        "wv": (kv_dim, config.dim),
+        "wk": (config.kv_dim, config.dim),
+        "wv": (config.kv_dim, config.dim),
         "wo": (config.dim, config.dim),
         "w1": (config.hidden_dim, config.dim),
         "w2": (config.dim, config.hidden_dim),
@@ -89,60 +109,32 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def hidden_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Meta's rule for the feed-forward width.
+def tensor_shapes(config: LlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What a model folder holds: block -> tensor -> shape, in Meta's names.
 
-    dim 4096, multiple_of 256            ->  11008  (7B)
-    dim 8192, multiple_of 4096, x 1.3    ->  28672  (70B)
+    Biases are not listed: no published file has any.
     """
-    hidden = int(2 * (4 * dim) / 3)
-    if ffn_dim_multiplier is not None:
-        hidden = int(ffn_dim_multiplier * hidden)
-    return multiple_of * math.ceil(hidden / multiple_of)
+    linears = linear_shapes(config)
+    layer: dict[str, tuple[int, ...]] = {
+        **{f"attention.{name}": linears[name] for name in ("wq", "wk", "wv", "wo")},
+        **{f"feed_forward.{name}": linears[name] for name in ("w1", "w2", "w3")},
+        "attention_norm": (config.dim,),
+        "ffn_norm": (config.dim,),
+    }
+    table = (config.vocab_size, config.dim)
+    head: dict[str, tuple[int, ...]] = {NORM: (config.dim,)}
+    if not config.tied:
+        head[OUTPUT] = table
+    blocks: dict[str, dict[str, tuple[int, ...]]] = {"embeddings": {EMBEDDINGS: table}}
+    for index in range(config.n_layers):
+        blocks[f"layers.{index}"] = {
+            f"layers.{index}.{name}.weight": shape for name, shape in layer.items()
+        }
+    return blocks | {"head": head}
 
 
-def config_from_meta(params: Mapping[str, Any], vocab_size: int, *, tied: bool) -> LlamaConfig:
-    """Meta's `params.json` as a config; the vocabulary's size comes from the tensors.
-
-    Raises:
-        InputError: if a field is missing.
-    """
-    params = params.get("model", params)
-    missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
-    if missing:
-        raise InputError(f"params.json lacks {', '.join(missing)}")
-    theta = float(params.get("rope_theta", 10000.0))
-    scaling = None
-    if params.get("use_scaled_rope", False):
-        # Meta's code has factor 8 everywhere; the published 3.2 configs (the tied ones) say 32.
-        scaling = RopeScaling(factor=float(params.get("rope_scaling_factor", 32 if tied else 8)))
-    return LlamaConfig(
-        dim=params["dim"],
-        n_layers=params["n_layers"],
-        n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        hidden_dim=hidden_size(
-            params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier")
-        ),
-        vocab_size=vocab_size,
-        norm_eps=params["norm_eps"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=tied,
-        max_seq_len=params.get("max_seq_len") or _context_length(theta, scaling, params),
-    )
-
-
-def _context_length(theta: float, scaling: RopeScaling | None, params: Mapping[str, Any]) -> int:
-    """The trained context, which Meta's files do not state: told apart by what differs."""
-    if scaling is not None:
-        return 131072
-    if theta > 10000:
-        return 8192
-    return 2048 if params["norm_eps"] == 1e-6 else 4096
-
-
-# Field order: dim, layers, heads, kv heads, hidden, vocabulary. Sources: Meta's params.json files.
+# Field order: dim, layers, heads, kv heads, hidden, vocabulary. Sources: Meta's params.json files;
+# `sample` is the bundled one.
 _LLAMA_1: dict[str, Any] = {"norm_eps": 1e-6, "max_seq_len": 2048}
 _LLAMA_3: dict[str, Any] = {"rope_theta": 500000.0, "max_seq_len": 8192}
 _LLAMA_31: dict[str, Any] = {
@@ -154,6 +146,7 @@ _LLAMA_32 = _LLAMA_31 | {"rope_scaling": RopeScaling(32.0), "tied": True}
 
 PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
     {
+        "sample": LlamaConfig(128, 4, 4, 2, 344, 2048),
         "llama-7b": LlamaConfig(4096, 32, 32, 32, 11008, 32000, **_LLAMA_1),
         "llama-13b": LlamaConfig(5120, 40, 40, 40, 13824, 32000, **_LLAMA_1),
         "llama-33b": LlamaConfig(6656, 60, 52, 52, 17920, 32000, **_LLAMA_1),
@@ -170,44 +163,8 @@ PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
     }
 )
 
-# Meta's name of a block's part, or of a linear -> the name that Hugging Face and PEFT give it.
-HF_PARTS: Mapping[str, str] = MappingProxyType({"attention": "self_attn", "feed_forward": "mlp"})
-HF_LINEARS: Mapping[str, str] = MappingProxyType(
-    {
-        "wq": "q_proj",
-        "wk": "k_proj",
-        "wv": "v_proj",
-        "wo": "o_proj",
-        "w1": "gate_proj",
-        "w2": "down_proj",
-        "w3": "up_proj",
-    }
-)
 
-
-def linear_names(text: str) -> tuple[str, ...]:
-    """The linears a user named, in Meta's names and order.
-
-    "wq,wv" -> ("wq", "wv");  "q_proj,v_proj" -> ("wq", "wv");  "all" -> all seven
-
-    Raises:
-        InputError: if a name is unknown or none is given.
-    """
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    if asked == ["all"]:
-        return tuple(HF_LINEARS)
-    meta = {hf: meta for meta, hf in HF_LINEARS.items()}
-    named = {meta.get(name, name) for name in asked}
-    unknown = sorted(named - set(HF_LINEARS))
-    if unknown or not named:
-        raise InputError(
-            f"unknown linear {', '.join(unknown) or '(none given)'}; choose from "
-            f"{', '.join(HF_LINEARS)} (or q_proj, ..., or all)"
-        )
-    return tuple(name for name in HF_LINEARS if name in named)
-
-
-@dataclass(frozen=True)
+@checked
 class LoraConfig:
     """Rank, scale, input dropout and the linears that get an adapter.
 
@@ -215,34 +172,36 @@ class LoraConfig:
     al., 2024) adds a learned magnitude for every output.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: tuple[str, ...] = ("wq", "wv")
     rslora: bool = False
     dora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0:
-            raise InputError(f"LoRA rank {self.rank}, alpha {self.alpha}; expected >= 1 and > 0")
         object.__setattr__(self, "targets", linear_names(",".join(self.targets)))
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"LoRA dropout {self.dropout} is outside [0, 1)")
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def shapes(self, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+        """The adapter's arrays by name: `layers.0.attention.wq.lora.a` `[R, in]`, `.b` `[out, R]`.
+
+        DoRA adds `.magnitude` `[out]`.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for block in tensor_shapes(config).values():
+            for tensor, shape in block.items():
+                linear = tensor.removesuffix(".weight")
+                if linear.rpartition(".")[2] in self.targets:
+                    outs, ins = shape
+                    found |= {f"{linear}.lora.a": (self.rank, ins)}
+                    found |= {f"{linear}.lora.b": (outs, self.rank)}
+                    found |= {f"{linear}.lora.magnitude": (outs,)} if self.dora else {}
+        return found
+
     def parameter_count(self, config: LlamaConfig) -> int:
-        """Closed formula: rank * (in + out) for every adapted linear, with DoRA + out."""
-        shapes = [linear_shapes(config)[name] for name in self.targets]
-        return config.n_layers * sum(
-            self.rank * (outs + ins) + (outs if self.dora else 0) for outs, ins in shapes
-        )
-
-
-PrecisionName = Literal["bf16", "fp32"]
-
-# The dtype of the frozen weights and of the network's activations. Adapters, optimizer moments,
-# norm statistics, softmax and loss are fp32 in both.
-PRECISIONS: Mapping[str, Any] = MappingProxyType({"bf16": jnp.bfloat16, "fp32": jnp.float32})
+        """rank * (in + out) for every adapted linear, with DoRA + out."""
+        return sum(math.prod(shape) for shape in self.shapes(config).values())

@@ -102,3 +102,18 @@ def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def to_half_rotated(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows `[heads * H, ...]` in Hugging Face's order of rotary pairs: 0 1 2 3 -> 0 2 1 3.
+
+    Its pairs are (x[i], x[i + H/2]) where Meta's, and ours, are (x[2i], x[2i+1]).
+    """
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def to_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `to_half_rotated`."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -7,7 +7,7 @@ The alphabet of every shape in this project:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jllama.attention import (
     causal_attention,
     make_cache,
 )
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Remat
 from jllama.layers import (
     Embedding,
     Linear,
@@ -33,14 +33,6 @@ from jllama.layers import (
     rotate,
     rotation,
 )
-
-# What is recomputed in the backward pass:
-#   none     nothing
-#   dots     all but the results of matmuls and of attention
-#   offload  all but the results of matmuls, which wait in the host's memory
-#   ffn      ffn_norm + feed_forward
-#   block    whole blocks
-Remat = Literal["none", "dots", "offload", "ffn", "block"]
 
 _ATTENTION = "attention"  # the name under which a policy knows attention's result
 _POLICIES = {

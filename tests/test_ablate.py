@@ -11,15 +11,16 @@ import pytest
 import tyro
 from meta_files import BASE, model_folder
 
-from eval import ablate, cells
-from eval.ablate import AblateConfig, main
-from eval.analysis import analyse, memory_disorder, memory_order_holds
-from eval.cell_store import opened, read_ablation
-from eval.cells import Children, Done, grid, out_of_memory
+from eval.ablate import cells
+from eval.ablate import command as ablate
+from eval.ablate.analysis import analyse, memory_disorder, memory_order_holds
+from eval.ablate.cells import Children, Done, grid, out_of_memory
+from eval.ablate.command import AblateConfig, main
+from eval.ablate.store import opened, read_ablation
 from jllama.errors import InputError
-from train import planner
-from train.gpus import find_gpu
-from train.plan import PlanConfig, as_json
+from train.plan import planner
+from train.plan.cards import find_gpu
+from train.plan.command import PlanConfig, as_json
 
 SEVEN = Path(__file__).parents[1] / "docs/results/ablation-llama-2-7b-a100-40gb"
 AXES = {"precision": ["fp32", "bf16"], "accumulation": ["1", "8"],

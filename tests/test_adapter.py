@@ -16,12 +16,12 @@ from flax import nnx
 from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
 
 from convert.from_meta import FromMeta, convert
-from jllama.adapter import check_base, load_adapter, read_passport, save_adapter
-from jllama.checkpoint import load_model
 from jllama.config import PRESETS, LoraConfig
 from jllama.errors import InputError
+from jllama.folders.adapter import check_base, load_adapter, read_passport, save_adapter
+from jllama.folders.load import load_model
+from jllama.folders.manifest import manifest_sha256
 from jllama.lora import adapted_linears, attach, merge, scaled, split
-from jllama.manifest import manifest_sha256
 
 # peft asks transformers for it by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

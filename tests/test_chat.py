@@ -14,7 +14,7 @@ from meta_files import BASE, model_folder
 
 import jllama
 from eval.chat import main
-from jllama.prompt import Message, encode, prompt_ids, render
+from jllama.text.prompt import Message, encode, prompt_ids, render
 from train.lora import main as train
 
 CONTEXT = 256

@@ -20,10 +20,11 @@ from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, wri
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
-from jllama import files
-from jllama.checkpoint import ModelWriter, load_model, read_block, read_config
+from jllama.folders import files
 from jllama.errors import InputError
-from jllama.tokenizer import load_tokenizer
+from jllama.folders.load import load_model
+from jllama.folders.model import ModelWriter, read_block, read_config
+from jllama.text.tokenizer import load_tokenizer
 
 SCALED = BASE | {"n_kv_heads": 2, "rope_theta": 500000.0, "use_scaled_rope": True}
 

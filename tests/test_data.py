@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from meta_files import TOKENIZER
 
 from jllama.errors import InputError
-from jllama.prompt import Message, prompt_ids, render
-from jllama.rows import Example, make_examples, read_rows
-from jllama.tokenizer import load_tokenizer
-from train.data import Batches, hold_out, pack, shuffled
+from jllama.text.prompt import Message, prompt_ids, render
+from jllama.text.rows import Example, make_examples, read_rows
+from jllama.text.tokenizer import load_tokenizer
+from train.data.batches import Batches, hold_out, pack, shuffled
 
 
 @pytest.fixture(scope="module")

@@ -17,20 +17,22 @@ import torch
 import transformers
 from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, write_hf, write_meta
 
-from convert import archive, from_hf, from_meta, merge, to_hf, to_meta, verify
+from convert import from_hf, from_meta, merge, to_hf, to_meta, verify
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
+from convert.meta import archive
 from convert.to_hf import ToHf
 from convert.to_meta import ToMeta
 from convert.verify import Verify
-from jllama.adapter import save_adapter
-from jllama.checkpoint import load_model, read_config
 from jllama.config import LoraConfig
+from jllama.decode.generate import generate
+from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
-from jllama.generate import generate
+from jllama.folders.adapter import save_adapter
+from jllama.folders.load import load_model
+from jllama.folders.manifest import read_manifest
+from jllama.folders.model import read_config
 from jllama.lora import adapted_linears, attach
-from jllama.manifest import read_manifest
-from jllama.sampling import Sampling
 
 SCALED = GROUPED | {"rope_theta": 500000.0, "use_scaled_rope": True}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -12,13 +12,13 @@ import pytest
 from meta_files import BASE, random_tensors, write_meta
 
 from convert import from_meta
-from jllama import files
-from jllama.checkpoint import ModelWriter
+from jllama.folders import files
 from jllama.errors import InputError
-from jllama.manifest import manifest_sha256
+from jllama.folders.manifest import manifest_sha256
+from jllama.folders.model import ModelWriter
 from train import lora
-from train.metrics import Metrics
-from train.state import Checkpoints
+from train.run.metrics import Metrics
+from train.run.state import Checkpoints
 from train.step import TrainState
 
 MISSING = re.compile(r": [\d,]+ bytes are missing on this disk \([\d,]+ needed, [\d,]+ free\)")

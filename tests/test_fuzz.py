@@ -23,12 +23,12 @@ from meta_files import GROUPED, random_tensors, write_hf, write_meta
 from convert import from_hf, from_meta
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta
-from jllama.adapter import load_adapter, save_adapter
-from jllama.checkpoint import load_model
 from jllama.config import LoraConfig
 from jllama.errors import InputError
+from jllama.folders.adapter import load_adapter, save_adapter
+from jllama.folders.load import load_model
+from jllama.folders.manifest import read_manifest
 from jllama.lora import attach
-from jllama.manifest import read_manifest
 
 PARAMS = GROUPED | {"n_layers": 1}
 TENSORS = random_tensors(PARAMS)

@@ -14,11 +14,11 @@ import jllama
 from convert.from_meta import FromMeta, convert
 from jllama.attention import cached_attention, causal_attention, make_cache
 from jllama.config import LoraConfig
+from jllama.decode.generate import chunk_for, decode, meta_budgets, prefill
+from jllama.decode.sampling import Sampling, make_choice, pick
 from jllama.errors import InputError
-from jllama.generate import chunk_for, decode, meta_budgets, prefill
 from jllama.lora import attach
 from jllama.model import Llama
-from jllama.sampling import Sampling, make_choice, pick
 
 PARAMS = BASE | {"n_kv_heads": 2}
 GREEDY = Sampling(temperature=0)

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import jllama
-from convert.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
+from convert.hf.tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from jllama.errors import InputError
-from jllama.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
 
 SAMPLE = (jllama.SAMPLE / "tokenizer.model").read_bytes()
 # Bytes out of order, as in Meta's file; "xyz" and "日" follow from no two other tokens.

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import jllama
-from train.lint import main
+from train.data.lint import main
 
 
 def rows_file(tmp_path, rows):
@@ -43,7 +43,7 @@ def test_held_out_copies_of_training_rows_are_a_leak(tmp_path, capsys):
 
 
 def test_a_second_bos_in_the_text_is_an_error(tmp_path, capsys, monkeypatch):
-    from jllama.tokenizer import SentencePieceTokenizer
+    from jllama.text.tokenizer import SentencePieceTokenizer
 
     encode = SentencePieceTokenizer.encode
     monkeypatch.setattr(

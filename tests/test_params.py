@@ -7,8 +7,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from convert.params import hidden_rule, meta_params
-from jllama.config import PRESETS, config_from_meta, hidden_size
+from convert.meta.params import config_from_meta, hidden_rule, hidden_size, meta_params
+from jllama.config import PRESETS
 
 _LLAMA_3 = {"n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0}
 _LLAMA_32 = _LLAMA_3 | {"use_scaled_rope": True, "multiple_of": 256}

@@ -11,8 +11,8 @@ from flax import nnx
 from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
 
 from convert.from_meta import FromMeta, convert
-from jllama.checkpoint import load_model
 from jllama.config import PRESETS
+from jllama.folders.load import load_model
 from jllama.layers import rotary_frequencies
 
 GROUPED = BASE | {"n_kv_heads": 2}

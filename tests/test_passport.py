@@ -10,9 +10,9 @@ import yaml
 from meta_files import GROUPED, model_folder
 
 from eval.prompts import main as answer
-from jllama.adapter import read_passport
-from jllama.files import read_json
-from jllama.manifest import manifest_sha256
+from jllama.folders.adapter import read_passport
+from jllama.folders.json_files import read_json
+from jllama.folders.manifest import manifest_sha256
 from train.lora import main
 
 

@@ -15,14 +15,14 @@ from meta_files import BASE, model_folder
 
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
-from train import arithmetic, auto, ladder, planner
-from train.arithmetic import Step
-from train.compiled import Request, answer
-from train.gpus import GPUS, find_gpu, target_config
 from train.lora import main as train
-from train.metrics import Metrics
-from train.plan import PlanConfig, main
-from train.planner import can_compile, make_plans
+from train.plan import arithmetic, auto, ladder, planner
+from train.plan.arithmetic import Step
+from train.plan.cards import GPUS, find_gpu, target_config
+from train.plan.command import PlanConfig, main
+from train.plan.compiled import Request, answer
+from train.plan.planner import can_compile, make_plans
+from train.run.metrics import Metrics
 
 MIB = 2**20
 SEVEN = PRESETS["llama-2-7b"]

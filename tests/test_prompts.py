@@ -9,9 +9,9 @@ from meta_files import BASE, model_folder
 
 import jllama
 from eval.prompts import REPORT_PROMPTS, main
-from jllama.generate import decode, prefill
+from jllama.decode.generate import decode, prefill
 from jllama.lora import adapted_linears
-from jllama.prompt import prompt_ids
+from jllama.text.prompt import prompt_ids
 from train.lora import main as train
 
 

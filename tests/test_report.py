@@ -12,9 +12,9 @@ import pytest
 import yaml
 from meta_files import BASE, model_folder
 
-from eval.ablate import main as ablate
-from eval.evidence import repetition
-from eval.report import main as report
+from eval.ablate.command import main as ablate
+from eval.report.command import main as report
+from eval.report.evidence import repetition
 from train.lora import main as train
 
 PLANNED = Path(__file__).parents[1] / "docs" / "results" / "ablation-llama-2-7b-a100-40gb"

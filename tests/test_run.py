@@ -24,21 +24,19 @@ from meta_files import BASE, model_folder
 
 from convert.from_meta import FromMeta, convert
 from eval.prompts import main as answer
-from jllama.checkpoint import (
-    ModelWriter,
-    load_model,
-    read_block,
-    tensor_shapes,
-)
-from jllama.checkpoint import read_config as read_model_config
+from jllama.config import tensor_shapes
 from jllama.errors import InputError
-from jllama.files import read_json, whole_folder
-from jllama.manifest import read_manifest, tensor_sha256
+from jllama.folders.files import whole_folder
+from jllama.folders.json_files import read_json
+from jllama.folders.load import load_model
+from jllama.folders.manifest import read_manifest, tensor_sha256
+from jllama.folders.model import ModelWriter, read_block
+from jllama.folders.model import read_config as read_model_config
 from jllama.model import named_arrays
 from train.config import TrainConfig, read_defaults
 from train.lora import main, train
-from train.metrics import Metrics
-from train.run import run_folder
+from train.run.folder import run_folder
+from train.run.metrics import Metrics
 from train.step import eval_step, train_step
 
 PARAMS = BASE | {"n_kv_heads": 2, "n_layers": 1}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jllama
-from jllama.prompt import prompt_ids
-from jllama.tokenizer import load_tokenizer
-from train import world
-from train.facts import all_facts
-from train.sample import HELD_OUT_ROWS, TAUGHT_ROWS, SampleConfig, make_sample, windows
+from jllama.text.prompt import prompt_ids
+from jllama.text.tokenizer import load_tokenizer
+from train.sample import world
+from train.sample.facts import all_facts
+from train.sample.make import HELD_OUT_ROWS, TAUGHT_ROWS, SampleConfig, make_sample, windows
 
 SEED = SampleConfig().seed
 

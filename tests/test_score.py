@@ -16,11 +16,11 @@ from convert.from_meta import FromMeta, convert
 from eval.exact import Asked, exact_answers, short_answers
 from eval.likelihood import compare, hidden, score_sequences
 from eval.score import NEUTRAL, main
-from jllama.adapter import save_adapter
 from jllama.config import LoraConfig
+from jllama.folders.adapter import save_adapter
 from jllama.lora import attach
-from jllama.rows import make_examples
-from jllama.tokenizer import load_tokenizer
+from jllama.text.rows import make_examples
+from jllama.text.tokenizer import load_tokenizer
 from train.lora import main as train
 
 LORA = LoraConfig(rank=4, alpha=8, targets=("all",))

@@ -4,11 +4,11 @@ import statistics
 import pytest
 from meta_files import BASE, model_folder
 
-from eval.speed import main
-from eval.speed_generate import RANDOM, compare_ids, write_random
-from jllama.checkpoint import read_config
+from eval.speed.generate import RANDOM, compare_ids, write_random
+from eval.speed.command import main
 from jllama.config import LlamaConfig
-from jllama.manifest import manifest_sha256
+from jllama.folders.manifest import manifest_sha256
+from jllama.folders.model import read_config
 
 
 @pytest.fixture(scope="module")

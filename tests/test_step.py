@@ -15,9 +15,9 @@ from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference
 from peft.optimizers import create_loraplus_optimizer
 
 from convert.from_meta import FromMeta, convert
-from jllama.adapter import save_adapter
-from jllama.checkpoint import abstract_model, load_model
 from jllama.config import PRECISIONS, LoraConfig
+from jllama.folders.adapter import save_adapter
+from jllama.folders.load import abstract_model, load_model
 from jllama.lora import attach, split
 from train.config import TrainConfig
 from train.optimizer import count, learning_rate_schedule, make_optimizer, split_learned

@@ -4,44 +4,50 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jllama.cli import Progress
+from jllama.cli.terminal import Progress, command_line, console
 from jllama.errors import InputError
+from jllama.folders.run import RunFolder
 from jllama.lora import adapted_linears
 from jllama.model import Llama
 from train.config import TrainConfig
-from train.data import Batches
-from train.metrics import Metrics
+from train.data.batches import Batches
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
-from train.run import StopSignal
-from train.show import console
-from train.state import Checkpoints
-from train.step import (
-    StepMetrics,
-    TrainState,
-    Window,
-    eval_step,
-    evaluations_compiled,
-    initial_state,
-    train_step,
-)
+from train.run.metrics import Metrics
+from train.run.reports import Reports
+from train.run.signals import StopSignal
+from train.run.state import Checkpoints
+from train.step import Programs, evaluate, initial_state
 
-SKIPPED_IN_A_ROW = 5  # steps without a finite gradient after which a run gives up
+
+class Due(NamedTuple):
+    """What happens after a step."""
+
+    epoch_end: bool
+    evaluation: bool
+    save: bool
+
+
+def due(config: TrainConfig, step: int, batches: Batches, steps: int) -> Due:
+    """After an epoch and the last step all of it, else as the settings say."""
+    ends = step in batches.epoch_ends or step == steps
+    asked = step % config.eval_steps == 0 if config.eval_steps else ends
+    saves = config.save_steps > 0 and step % config.save_steps == 0
+    return Due(ends, asked or step == steps, ends or saves)
 
 
 def fit(
     config: TrainConfig,
     model: Llama,
     batches: Batches,
-    evaluation: Batches | None,
+    held_out: Batches | None,
     steps: int,
-    run: Path,
+    run: RunFolder,
     save_best: Callable[[], None],
 ) -> Metrics:
     """Trains from the newest saved state on, and leaves what was learned in `model`.
@@ -66,104 +72,57 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         accumulation=config.gradient_accumulation_steps,
     )
+    programs = Programs(graphdef, optimizer)
     key = jax.random.key(config.seed)
     state = initial_state(learned, frozen, optimizer)
     del learned
     nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated
+
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run / "state", config.save_total_limit))
-        )
-        saved = checkpoints.restore(state)
-        if saved is not None:
+        checkpoints = Checkpoints(run.state, config.save_total_limit)
+        stack.callback(checkpoints.close)
+        if saved := checkpoints.restore(state):
             state = saved
             console.print(f"resumed after step {int(state.step)}")
-        start = int(state.step)
-        metrics = stack.enter_context(contextlib.closing(Metrics(run, start, config.wandb_project)))
+        start = step = int(state.step)
+        metrics = Metrics(run, start, config.wandb_project)
+        stack.callback(metrics.close)
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(Progress("train", steps, "steps", start))
+        reports = Reports(metrics, progress, batches, schedule, programs)
 
-        def evaluate(step: int) -> None:
-            if evaluation is None:
-                return
-            loss_sum, tokens = 0.0, 0
-            for window in evaluation.from_step(0):
-                more = eval_step(state.learned, frozen, window, graphdef=graphdef)
-                loss_sum, tokens = loss_sum + float(more[0]), tokens + int(more[1])
-            if metrics.evaluation(step, loss_sum / max(1, tokens), tokens):
-                nnx.update(model, state.learned)
-                save_best()
-
-        def report(step: int, measured: StepMetrics) -> None:
-            line = metrics.step(
-                step,
-                jax.device_get(measured),
-                learning_rate=float(schedule(step - 1)),
-                padding_share=batches.padding_share(step - 1),
-                rows=batches.rows(step - 1),
-                compilations=len(programs) + evaluations_compiled(),
-            )
-            loss = "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"
-            progress.advance(f"{loss}  {line['tokens_per_second']:,.0f} tokens/s")
-            if metrics.skipped_in_a_row == SKIPPED_IN_A_ROW:
-                raise InputError(
-                    f"no finite gradient in steps {step - SKIPPED_IN_A_ROW + 1} to {step} (rows "
-                    f"{line['rows'][:8]}); the state before them is kept. Lower --learning-rate, "
-                    "or train with --precision fp32"
-                )
-
-        # One program for each length of sequences, compiled here and never again: other shapes or
-        # placements are an error.
-        programs: dict[tuple[int, ...], Any] = {}
-
-        def run_step(window: Window) -> tuple[TrainState, StepMetrics]:
-            shape = window.tokens.shape
-            if shape not in programs:
-                programs[shape] = train_step.lower(
-                    state, frozen, window, key, graphdef=graphdef, optimizer=optimizer
-                ).compile()
-                metrics.planned(programs[shape].memory_analysis())
-            return programs[shape](state, frozen, window, key)
+        def evaluate_now() -> None:
+            if held_out is not None:
+                loss = evaluate(state.learned, frozen, held_out.from_step(0), graphdef)
+                if metrics.evaluation(step, *loss):
+                    nnx.update(model, state.learned)
+                    save_best()
 
         if start == 0:
-            evaluate(0)
+            evaluate_now()
         metrics.restart_clock()
-        windows = batches.from_step(start)
-        # A GPU's figures are fetched while the next step runs; a CPU runs a step before it returns.
-        lags = jax.default_backend() != "cpu"
-        waiting: tuple[int, StepMetrics] | None = None
-        step = start
-        for step in range(start + 1, steps + 1):
-            state, measured = run_step(next(windows))
-            ends_epoch = step in batches.epoch_ends or step == steps
-            asked = step % config.eval_steps == 0 if config.eval_steps else ends_epoch
-            evaluates = asked or step == steps
-            saves = ends_epoch or (config.save_steps > 0 and step % config.save_steps == 0)
-            pauses = evaluates or saves or stop.number
-            if waiting is not None:
-                report(*waiting)
-            waiting = step, measured
-            if pauses or not lags:
-                report(*waiting)
-                waiting = None
-            if not pauses:
+        for step, window in enumerate(batches.from_step(start, steps), start=start + 1):
+            state, measured = programs(state, frozen, window, key)
+            reports.add(step, measured)
+            after = due(config, step, batches, steps)
+            if not (any(after) or stop.number):
                 continue
-            if ends_epoch:
+            reports.catch_up()
+            if after.epoch_end:
                 metrics.end_epoch(step)
-            if evaluates:
-                evaluate(step)
-            if (saves or stop.number) and metrics.skipped_in_a_row == 0:
+            if after.evaluation:
+                evaluate_now()
+            if (after.save or stop.number) and metrics.skipped_in_a_row == 0:
                 checkpoints.save(state)
-            out_of_patience = 0 < config.patience <= metrics.evaluations_since_best
-            if stop.number or out_of_patience:
+            if stop.number or 0 < config.patience <= metrics.evaluations_since_best:
                 break
             metrics.restart_clock()
-        if step < steps and not stop.number:
-            console.print(f"stopped after step {step}: no better for {config.patience} evaluations")
     if stop.number and step < steps:
-        name = signal.Signals(stop.number).name
-        console.print(f"{name}: stopped after step {step}; continue with --resume {run}")
+        name, more = signal.Signals(stop.number).name, command_line("train", "--resume", run.path)
+        console.print(f"{name}: stopped after step {step}; continue with: {more}")
         sys.exit(128 + stop.number)
+    if step < steps:
+        console.print(f"stopped after step {step}: no better for {config.patience} evaluations")
     nnx.update(model, state.learned)
     check_moved(model)
     return metrics

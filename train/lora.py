@@ -1,177 +1,20 @@
-"""`python -m train.lora`: fine-tunes a LLaMA with LoRA, into a run folder."""
+"""`python -m train.lora`, or `jllama train`: fine-tunes a LLaMA with LoRA, into a run folder."""
 
-import dataclasses
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-
-import jllama
-from jllama.adapter import (
-    check_base,
-    load_adapter,
-    read_lora_config,
-    save_adapter,
-    write_passport,
-)
-from jllama.checkpoint import load_model, read_config, save_model
-from jllama.cli import run_command
-from jllama.config import PRECISIONS, LoraConfig
-from jllama.errors import InputError
-from jllama.lora import attach
-from jllama.rows import Example, make_examples, read_rows
-from jllama.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
-from train.auto import choose, out_of_memory_explained, step_of
-from train.config import TrainConfig, model_sizes, read_defaults
-from train.data import Batches, hold_out, sequence_lengths
-from train.loop import fit
-from train.metrics import peak_memory_mib
-from train.run import RESULTS, make_passport, run_folder
-from train.show import console, run_facts, show_end, show_plan, show_row, show_settings
+from jllama.cli.command import run_command
+from train.config import TrainConfig, read_defaults
 
 
 def train(config: TrainConfig) -> None:
-    """One run, from the model folder to the adapter folder."""
-    lora = lora_config(config) if config.tune == "lora" else None
-    if config.dry_run:
-        show_settings(config, model_sizes(config.model), lora)
-        console.print("dry run: nothing was loaded, allocated or written")
-        return
-    config = with_sample(config)
-    llama = read_config(config.model)
-    tokenizer = load_tokenizer(config.model)
-    show_settings(config, llama, lora)
-    training, held_out = load_examples(config, tokenizer)
-    (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
-    config, reason = choose(config, llama, lora, longest)
-    if reason:
-        console.print(reason)
-    batches, evaluation = plan_batches(config, training, held_out)
-    steps = min(config.max_steps or len(batches.windows), len(batches.windows))
-    show_plan(config, batches, training, held_out, steps)
-    show_row(training[0], tokenizer)
+    """One run; JAX and the rest are imported when the flags are known to be right."""
+    from train.fine_tune import fine_tune
 
-    step = step_of(config, llama, lora, longest)
-    with out_of_memory_explained(step):
-        facts = run_facts(step, batches, (training, held_out), steps)
-        run_steps(config, lora, batches, evaluation, steps, facts)
-
-
-def run_steps(
-    config: TrainConfig,
-    lora: LoraConfig | None,
-    batches: Batches,
-    evaluation: Batches | None,
-    steps: int,
-    facts: Mapping[str, Any],
-) -> None:
-    """Loads the model, trains it, and fills the run folder."""
-    assert config.remat != "auto"  # `choose` was asked before
-    model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
-    if config.init_adapter:
-        check_base(config.init_adapter, config.model, force=config.force)
-        load_adapter(model, config.init_adapter)
-    elif lora:
-        attach(model, lora, jax.random.key(config.seed))
-    with run_folder(config, facts) as run:
-        passport = make_passport(config, run)
-
-        def save(name: str) -> None:
-            new = run / f"{name}.new"
-            shutil.rmtree(new, ignore_errors=True)
-            if lora:
-                save_adapter(new, model, lora, config.model, passport)
-            else:
-                dtype = PRECISIONS[config.precision]
-                words = (Path(config.model) / FILE_NAME).read_bytes()
-                save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
-                write_passport(new, passport)
-            shutil.rmtree(run / name, ignore_errors=True)
-            new.replace(run / name)
-
-        metrics = fit(config, model, batches, evaluation, steps, run, lambda: save("best"))
-        save(RESULTS[config.tune])
-        of = "the device" if jax.default_backend() == "gpu" else "the whole process"
-        show_end(
-            run,
-            metrics.epoch_losses,
-            metrics.eval_losses,
-            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for "
-            f"the step, {peak_memory_mib():,.0f} measured for {of}",
-        )
-
-
-def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples of the data file."""
-    examples = make_examples(
-        read_rows(config.data),
-        tokenizer,
-        config.prompt_style,
-        max_seq_len=config.max_seq_len,
-        train_on_prompt=config.train_on_prompt,
-        skip_bad_rows=config.skip_bad_rows,
-        source=config.data,
-    )
-    if examples.truncated:
-        console.print(
-            f"{examples.truncated} rows are longer than {config.max_seq_len} tokens and lose "
-            "their end; --max-seq-len keeps more"
-        )
-    for problem in examples.skipped:
-        console.print(f"left out: {problem}")
-    return hold_out(examples.rows, config.val_size, config.seed)
-
-
-def plan_batches(
-    config: TrainConfig, training: list[Example], held_out: list[Example]
-) -> tuple[Batches, Batches | None]:
-    """The windows of the whole run, and those of one evaluation."""
-    shape: dict[str, Any] = {
-        "batch": config.micro_batch_size,
-        "max_seq_len": config.max_seq_len,
-        "packing": config.packing,
-        "length_buckets": config.length_buckets,
-        "seed": config.seed,
-    }
-    batches = Batches(
-        training,
-        accumulation=config.gradient_accumulation_steps,
-        shuffle=config.shuffle,
-        epochs=config.epochs,
-        **shape,
-    )
-    if not held_out:
-        return batches, None
-    shape["length_buckets"] = 1
-    return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
-
-
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter's settings: the initial adapter's own, else the flags'."""
-    if not config.init_adapter:
-        return config.lora
-    return dataclasses.replace(read_lora_config(config.init_adapter), dropout=config.lora_dropout)
-
-
-def with_sample(config: TrainConfig) -> TrainConfig:
-    """Fills in the bundled sample's model and rows where the default asks for them."""
-    if config.model != TrainConfig.model:
-        if not config.data:
-            raise InputError("--data FILE is missing: the rows to train on")
-        return config
-    if not Path(config.model).exists():
-        console.print(f"{config.model} is not there yet: converting the bundled sample")
-        if subprocess.run([sys.executable, "-m", "convert.from_meta"], check=False).returncode:
-            raise InputError("the bundled sample could not be converted; see above")
-    return dataclasses.replace(config, data=config.data or str(jllama.SAMPLE / "train.json"))
+    fine_tune(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(train, TrainConfig, argv, prog="python -m train.lora", default=read_defaults)
+    run_command(train, TrainConfig, argv, name="train", default=read_defaults)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Who learns, and by which rule. Nothing else in the project knows."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,10 +7,8 @@ from flax import nnx
 
 from jllama.lora import split
 from jllama.model import Llama
+from train.config import OptimizerName, Scheduler, Tune
 
-Scheduler = Literal["constant", "linear", "cosine"]
-OptimizerName = Literal["adamw", "adafactor", "lion"]
-Tune = Literal["lora", "full"]
 Parameters = dict[str, nnx.State]  # {"learned": ..., "frozen": ...}
 
 

@@ -1,6 +1,7 @@
 """One compiled call per optimizer step."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,9 +144,43 @@ def eval_step(
     return total, jnp.sum(window.mask)
 
 
-def evaluations_compiled() -> int:
-    """How often `eval_step` has been compiled in this process; a run needs one."""
-    return eval_step._cache_size()  # type: ignore[attr-defined]
+def evaluate(
+    learned: nnx.State, frozen: nnx.State, windows: Iterable[Window], graphdef: nnx.GraphDef
+) -> tuple[float, int]:
+    """Cross-entropy per supervised token (nats) over all windows, and how many tokens they have."""
+    loss, tokens = 0.0, 0
+    for window in windows:
+        more = eval_step(learned, frozen, window, graphdef=graphdef)
+        loss, tokens = loss + float(more[0]), tokens + int(more[1])
+    return loss / max(1, tokens), tokens
+
+
+class Programs:
+    """`train_step`, compiled once for each shape of window: another placement is an error.
+
+    `planned_bytes` is what XLA's buffer assignment of the largest takes on one device.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
+        self._static: dict[str, Any] = {"graphdef": graphdef, "optimizer": optimizer}
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self.planned_bytes = 0
+
+    def __call__(
+        self, state: TrainState, frozen: nnx.State, window: Window, key: Key[Array, ""]
+    ) -> tuple[TrainState, StepMetrics]:
+        shape = window.tokens.shape
+        if shape not in self._compiled:
+            program = train_step.lower(state, frozen, window, key, **self._static).compile()
+            self._compiled[shape] = program
+            size = planned_bytes(program.memory_analysis())
+            self.planned_bytes = max(self.planned_bytes, size)
+        return self._compiled[shape](state, frozen, window, key)
+
+    @property
+    def compilations(self) -> int:
+        """Of steps by these programs, and of `eval_step` in this process; a run needs one of it."""
+        return len(self._compiled) + eval_step._cache_size()  # type: ignore[attr-defined]
 
 
 def planned_bytes(memory: Any) -> int:

@@ -1,0 +1,1 @@
+"""Hugging Face's files: files.py (safetensors), config.py, tokenizer.py."""

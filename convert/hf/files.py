@@ -1,0 +1,189 @@
+"""Hugging Face's safetensors: checked against config.json, read one block at a time.
+
+    model.safetensors, or model-00001-of-00002.safetensors, ... and model.safetensors.index.json:
+    {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model-00001-of-00002.safetensors"}}
+
+Hugging Face turns the rotary pairs (x[i], x[i + H/2]) where Meta turns (x[2i], x[2i+1]), so the
+rows of q and k change their order on the way in.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+
+from convert.blocks import refuse_if
+from convert.dtypes import DTYPES, as_numpy, forget, is_finite
+from convert.hf.config import config_from_hf
+from convert.meta.cuts import is_skipped
+from jllama.config import LlamaConfig, tensor_shapes
+from jllama.errors import InputError
+from jllama.folders.json_files import read_json
+from jllama.folders.model import CONFIG
+from jllama.layers import to_interleaved
+from jllama.names import EMBEDDINGS, OUTPUT, hf_name
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# safetensors' names of the dtypes.
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what its file's header says of it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HfWeights:
+    """A Hugging Face folder, opened and checked (`convert.blocks.Weights`)."""
+
+    folder: Path
+    config: LlamaConfig
+    dtype: np.dtype
+    stored: Mapping[str, Stored]  # by Hugging Face's names
+    _last: list[torch.Tensor] = field(default_factory=list)  # of the block that was read last
+
+    @property
+    def source(self) -> str:
+        return f"Hugging Face's files in {self.folder.resolve().name}"
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / file for file in sorted({at.file for at in self.stored.values()})]
+
+    def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Tensors under Meta's names, in Meta's order of rows, and what is not finite in them."""
+        forget(self._last)
+        self._last.clear()
+        read, problems = {}, []
+        for name in names:
+            theirs = hf_name(name)
+            file = self.folder / self.stored[theirs].file
+            tensor = _read(file, theirs)
+            if not is_finite(tensor):
+                problems.append(f"{file.name}: {theirs} holds NaN or infinity, expected finite")
+            heads = self.config.rotary_heads(name.removesuffix(".weight"))
+            array = as_numpy(tensor)
+            self._last.append(tensor)
+            read[name] = to_interleaved(array, heads) if heads else array
+        return read, problems
+
+
+def open_hf(folder: Path) -> HfWeights:
+    """A Hugging Face folder's weights, after all checks that its headers and config.json allow.
+
+    Raises:
+        InputError: if files are missing, damaged or hostile, or contradict each other.
+    """
+    config = config_from_hf(folder / CONFIG)
+    stored = _headers(folder)
+    problems = list(_wrong_tensors(stored, config))
+    if not problems and config.tied and hf_name(OUTPUT) in stored:
+        head, table = (
+            _read(folder / stored[n].file, n) for n in map(hf_name, (OUTPUT, EMBEDDINGS))
+        )
+        if not torch.equal(head, table):
+            problems.append(
+                f"{hf_name(OUTPUT)} differs from {hf_name(EMBEDDINGS)}, expected a copy"
+            )
+    refuse_if(problems, folder, f"the weights do not fit {CONFIG}; copy all from one download")
+    dtype = np.dtype(DTYPES[_DTYPES[stored[hf_name(EMBEDDINGS)].dtype]])
+    return HfWeights(folder, config, dtype, stored)
+
+
+def _headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's files, as their headers have it."""
+    placed = _weight_map(folder)
+    files = sorted(set(placed.values())) if placed else [WHOLE]
+    stored: dict[str, Stored] = {}
+    problems = []
+    for file in files:
+        try:
+            with safetensors.safe_open(folder / file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  # it is no mapping
+                    part = content.get_slice(name)
+                    if name in stored:
+                        problems.append(f"{file}: {name} is also in {stored[name].file}")
+                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+        except FileNotFoundError:
+            problems.append(f"{file}: no such file")
+        except (safetensors.SafetensorError, OSError) as error:
+            problems.append(f"{file}: damaged ({error})")
+    if placed is not None:
+        for name in sorted(placed.keys() | stored.keys()):
+            found = stored[name].file if name in stored else "no file"
+            if placed.get(name) != found and not problems:
+                problems.append(f"{name}: {INDEX} says {placed.get(name)}, but {found} has it")
+    refuse_if(problems, folder, "not Hugging Face's weights; download these files again")
+    return stored
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, by the index; None where one file holds all."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WHOLE).is_file():
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            raise InputError(
+                f"{folder}: no {WHOLE} or {INDEX}"
+                + ("; save the model with safe_serialization=True" if pickled else "")
+            )
+        return None
+    placed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise InputError(f"{folder / INDEX}: no weight_map of tensors and their files")
+    outside = [str(file) for file in placed.values() if not _is_plain_name(file)]
+    problems = [f"{file!r} is no name of a .safetensors file here" for file in sorted(set(outside))]
+    refuse_if(problems, folder / INDEX, "hostile or damaged; do not use these files")
+    return placed
+
+
+def _is_plain_name(file: object) -> bool:
+    """No path out of the folder, and no other kind of file."""
+    return (
+        isinstance(file, str)
+        and Path(file).name == file
+        and "\\" not in file
+        and file.endswith(".safetensors")
+    )
+
+
+def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterator[str]:
+    """Missing, unknown and misshapen tensors, and dtypes that are mixed or not known here."""
+    expected = {
+        hf_name(name): shape
+        for block in tensor_shapes(config).values()
+        for name, shape in block.items()
+    }
+    if config.tied and hf_name(OUTPUT) in stored:
+        expected[hf_name(OUTPUT)] = (config.vocab_size, config.dim)
+    found = {name: at for name, at in stored.items() if not is_skipped(name)}
+    usual = found[hf_name(EMBEDDINGS)].dtype if hf_name(EMBEDDINGS) in found else None
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            yield f"{name} is missing, expected {list(expected[name])}"
+            continue
+        file, shape, dtype = found[name]
+        if name not in expected:
+            yield f"{file}: {name} {list(shape)} is unknown, expected no such one"
+        elif shape != expected[name]:
+            yield f"{file}: {name} is {list(shape)}, expected {list(expected[name])}"
+        elif dtype not in _DTYPES or dtype != usual:
+            yield f"{file}: {name} is {dtype}, expected {', '.join(_DTYPES)}, one for all"
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    """A tensor mapped from its file; what was read of it stays resident as long as it lives."""
+    with safetensors.safe_open(file, "pt") as content:
+        return content.get_tensor(name)

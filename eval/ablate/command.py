@@ -1,0 +1,279 @@
+"""`python -m eval.ablate`: what each of four techniques saves and costs, in every combination.
+
+    python -m eval.ablate                                            # trained here
+    python -m eval.ablate --gpu a100-40gb --model llama-2-7b         # planned for a GPU
+
+The techniques are precision, gradient accumulation, remat, and LoRA. Every cell takes the same
+sequences in an optimizer step, so that all learn the same: `--accumulation 1,8` is one micro-batch
+of 8 and eight of 1. Memory then falls because the micro-batch does. What accumulating itself costs
+is told by two more cells, references: one micro-batch of 1 alone, with LoRA and with full tuning.
+
+Measured, a cell is a run of `train.lora` in a process of its own, repeated: its peak memory (of the
+device; on a CPU of the process, with what compiling took), the planned memory of its compiled step,
+the median time of its steps without the first, which compiles, the loss of its last step and the
+held-out loss. No dropout, no packing, a constant learning rate, the same for all. On a CPU two
+cells run at a time, each on half of the cores. Running out of memory is a result.
+
+Planned, a cell is what `train.plan` says of it: memory by class, what is free on the card (below 0
+it does not fit), operations per token and the bound on tokens per second. LoRA as in `train.plan`.
+
+    runs/ablation/
+      ablation.json   kind, date, command, device, versions, settings, hashes of base and data
+      cells.jsonl     {"precision": "bf16", "accumulation": 8, "remat": "ffn", "tune": "lora",
+                       "micro_batch_size": 1, "reference": false, "peak_memory_mib": ..., ...}
+
+A cell is written when it ends; the same command goes on with those that are missing.
+"""
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import tyro
+
+from eval.ablate.cells import (
+    Cell,
+    Figures,
+    Training,
+    grid,
+    halves,
+    plan_cell,
+    run_cells,
+    train_cell,
+)
+from eval.ablate.store import append_cell, opened
+from eval.ablate.table import show
+from jllama import bundled
+from jllama.cli import children
+from jllama.cli.command import run_command
+from jllama.cli.terminal import Progress, command_line, console
+from jllama.config import PRESETS, LoraConfig, Precision, Remat
+from jllama.errors import InputError
+from jllama.folders.manifest import file_sha256, manifest_sha256
+from jllama.folders.model import read_config
+from jllama.folders.run import LATEST
+from jllama.machine import measured_here
+from jllama.text.rows import read_rows
+
+CHOICES = {
+    "precision": get_args(Precision),
+    "remat": get_args(Remat),
+    "tune": ("full", "lora"),
+}
+PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax")
+PLAN_PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
+# The settings that make an ablation what it is; one with others needs another folder.
+BOTH = ("model", "precision", "accumulation", "remat", "tune", "sequences", "max_seq_len")
+ONLY_MEASURED = ("data", "steps", "repeats", "val_size", "learning_rate", "seed")
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Measure what each technique saves and costs; with --gpu plan it for a card.
+
+    Without arguments trains the bundled sample in all 24 combinations.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
+    """Model folder; with --gpu also a preset such as llama-2-7b."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Rows to train on; by default the sample's, for the sample."""
+    output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder for the cells; by default runs/ablation, with --gpu runs/ablation-planned."""
+    gpu: str = ""
+    """Plan for this card (rtx-4090, a100-40gb, ...) instead of training."""
+    precision: Annotated[str, tyro.conf.arg(metavar="LIST")] = "fp32,bf16"
+    """Precisions, by commas."""
+    accumulation: Annotated[str, tyro.conf.arg(metavar="LIST")] = "1,8"
+    """Micro-batches into which a step's --sequences are cut."""
+    remat: Annotated[str, tyro.conf.arg(metavar="LIST")] = "none,ffn,block"
+    """What the backward pass recomputes: none, dots, offload, ffn, block."""
+    tune: Annotated[str, tyro.conf.arg(metavar="LIST")] = "full,lora"
+    """What learns."""
+    sequences: int = 8
+    """Sequences in an optimizer step of every cell."""
+    max_seq_len: int = 0
+    """Tokens of a sequence; 0 takes 64, with --gpu 512."""
+    steps: int = 6
+    """Optimizer steps of each run; the first is not timed."""
+    repeats: int = 2
+    """Runs of each cell; the median counts, and their spread is what a difference must pass."""
+    val_size: float = 32
+    """Rows held out, as in train.lora; 0 holds out none."""
+    learning_rate: float = 1e-3
+    """Of every cell, constant."""
+    seed: int = 0
+    """Of adapters, order and held-out rows."""
+
+    def __post_init__(self):
+        axes, wrong = self.axes, []
+        for name, values in axes.items():
+            known = CHOICES.get(name)
+            unknown = [x for x in values if (x not in known if known else not self._divides(x))]
+            expected = (
+                f"some of {', '.join(known)}"
+                if known
+                else f"whole numbers that divide --sequences {self.sequences}"
+            )
+            if unknown or len(set(values)) < len(values):
+                wrong.append(f"--{name} {getattr(self, name)}, expected {expected}, each once")
+        least = {
+            "sequences": 1, "max_seq_len": 0, "steps": 2, "repeats": 1, "val_size": 0, "seed": 0
+        }  # fmt: skip
+        wrong += [
+            f"--{name.replace('_', '-')} {getattr(self, name)}, expected at least {smallest}"
+            for name, smallest in least.items()
+            if getattr(self, name) < smallest
+        ]
+        if self.learning_rate <= 0:
+            wrong.append(f"--learning-rate {self.learning_rate}, expected above 0")
+        if self.gpu and self.data:
+            wrong.append("--data with --gpu, which plans and reads no rows")
+        if not self.gpu and not self.data and self.model != bundled.MODEL:
+            wrong.append("--data FILE is missing: the rows to train on")
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+    def _divides(self, count: str) -> bool:
+        return count.isdecimal() and int(count) > 0 and self.sequences % int(count) == 0
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """{"precision": ["fp32", "bf16"], ...}."""
+        names = ("precision", "accumulation", "remat", "tune")
+        return {name: getattr(self, name).split(",") for name in names}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or ("runs/ablation-planned" if self.gpu else "runs/ablation"))
+
+    @property
+    def length(self) -> int:
+        return self.max_seq_len or (512 if self.gpu else 64)
+
+    @property
+    def rows(self) -> str:
+        return self.data or str(bundled.ROWS)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an ablation's figures depend on."""
+        names = (*BOTH, "gpu") if self.gpu else (*BOTH, *ONLY_MEASURED)
+        return {name: getattr(self, name) for name in names} | {"max_seq_len": self.length}
+
+
+def ablate(config: AblateConfig) -> None:
+    """Runs the cells that are missing, and shows all with what follows from them."""
+    cells = grid(config.axes, config.sequences)
+    with tempfile.TemporaryDirectory() as place:
+        model = str(bundled.model_folder(config.model, Path(place)))
+        learned = learned_parameters(config.model, model)
+        kind = "" if config.gpu else device()
+        places = [None, None] if config.gpu else halves() if kind == "cpu" else [None]
+        with opened(config.folder, describe(config, model, kind, len(places))) as known:
+            missing = [cell for cell in cells if find(cell, known) is None]
+            if known:
+                console.print(f"{config.folder} has {len(known)} of {len(cells)} cells")
+            if missing:
+                known = known + run_missing(config, missing, model, learned, places, len(cells))
+    found = [figures for cell in cells if (figures := find(cell, known))]
+    note = (
+        f"loss: after {config.steps} steps at a rate of {config.learning_rate:g} for all cells; "
+        "more steps may order them in another way"
+    )
+    show(found, "" if config.gpu else note)
+    console.print(
+        f"wrote {config.folder}/: ablation.json, cells.jsonl\n"
+        "next: " + command_line("report", "--run", LATEST, "--ablation", config.folder)
+    )
+
+
+def run_missing(
+    config: AblateConfig,
+    cells: Sequence[Cell],
+    model: str,
+    learned: Mapping[str, int],
+    places: Sequence[set[int] | None],
+    total: int,
+) -> list[Figures]:
+    """Runs cells, and appends each to the folder when it ends."""
+    measure: Callable[..., Figures]
+    if config.gpu:
+        measure = functools.partial(
+            plan_cell, model=model, gpu=config.gpu, max_seq_len=config.length
+        )
+    else:
+        shared = Training(
+            model, config.rows, config.length, epochs(config), config.steps, config.repeats,
+            config.val_size, config.learning_rate, config.seed,
+        )  # fmt: skip
+        measure = functools.partial(train_cell, shared=shared)
+    made: list[Figures] = []
+
+    def ended(figures: Figures) -> None:
+        figures["trainable_parameters"] = learned[figures["tune"]]
+        append_cell(config.folder, figures)
+        made.append(figures)
+        progress.advance(figures.get("failed", "")[:40])
+
+    done = total - len(cells)
+    try:
+        with Progress("ablation", total, "cells", done) as progress:
+            run_cells(cells, measure, places, ended)
+    except KeyboardInterrupt:
+        console.print(
+            f"{done + len(made)} of {total} cells are in {config.folder}; the same command goes on"
+        )
+        raise
+    return made
+
+
+def epochs(config: AblateConfig) -> int:
+    """Passes over the rows that give twice the sequences needed, for some rows may be left out."""
+    rows = len(read_rows(config.rows))
+    kept = rows - (config.val_size if config.val_size >= 1 else round(rows * config.val_size))
+    return math.ceil(2 * config.steps * config.sequences / max(1, kept))
+
+
+def find(cell: Cell, known: Sequence[Figures]) -> Figures | None:
+    """The figures of a cell, if it is there."""
+    wanted = asdict(cell).items()
+    return next((figures for figures in known if wanted <= figures.items()), None)
+
+
+def learned_parameters(name: str, folder: str) -> dict[str, int]:
+    """How many parameters learn, by --tune; LoRA as train.lora and train.plan have it."""
+    sizes = PRESETS.get(name) or read_config(folder)
+    return {"full": sizes.parameter_count, "lora": LoraConfig().parameter_count(sizes)}
+
+
+def describe(config: AblateConfig, model: str, kind: str, at_a_time: int) -> dict[str, Any]:
+    """ablation.json: all that two cells must share to be compared."""
+    here = measured_here("ablate", [*PACKAGES, *(PLAN_PACKAGES if config.gpu else ())])
+    device = f"none: compiled for {config.gpu}" if config.gpu else f"{kind} in {here['device']}"
+    found: dict[str, Any] = {
+        "kind": "planned" if config.gpu else "measured",
+        **here,
+        "device": device,
+        "settings": config.settings,
+    }
+    if not config.gpu:
+        found["cells_at_a_time"] = at_a_time  # on a CPU each has its share of the cores
+        found["inputs"] = {
+            "base_manifest_sha256": manifest_sha256(Path(model)),
+            "data_sha256": file_sha256(Path(config.rows)),
+        }
+    return found
+
+
+def device() -> str:
+    """What JAX runs on; asked of another process, for this one is to take no GPU."""
+    return children.run("jllama.machine", []).strip()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(ablate, AblateConfig, argv, name="ablate")

@@ -1,0 +1,90 @@
+"""The folder of an ablation: what it is, and its cells, written one by one.
+
+ablation.json   {"kind": "measured", "date": ..., "device": ..., "settings": {...}, ...}
+cells.jsonl     one cell a line; the last line may be cut by a kill
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jllama.errors import InputError
+from jllama.folders.files import held
+from jllama.folders.json_files import (
+    as_line,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+)
+
+DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
+# What may differ between the calls that fill a folder.
+OF_A_CALL = ("date", "command")
+
+
+def read_ablation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(ablation.json, cells) of a folder.
+
+    Raises:
+        InputError: if it is none.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder}: no {DESCRIPTION}; expected a folder of eval.ablate")
+    return read_json(folder / DESCRIPTION), read_json_lines(folder / CELLS).values
+
+
+@contextlib.contextmanager
+def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Holds a new or begun folder for this process, and yields the cells that it has.
+
+    Of a folder without cells only the description is replaced.
+
+    Raises:
+        InputError: if it holds another ablation or something else, or another process fills it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"{folder} is being filled by another process; wait for it, or choose another --output"
+    with held(folder, busy):
+        described = (folder / DESCRIPTION).is_file()
+        if not described and any(folder.iterdir()):
+            raise InputError(f"{folder} holds something else; choose another --output")
+        cells = read_json_lines(folder / CELLS).values  # what a kill has cut is measured again
+        if described and cells:
+            refuse_another(folder, read_json(folder / DESCRIPTION), description)
+        else:
+            write_json(folder / DESCRIPTION, description)
+        write_json_lines(folder / CELLS, cells)  # without a line that was cut
+        yield cells
+
+
+def append_cell(folder: Path, cell: Mapping[str, Any]) -> None:
+    """Adds a whole line."""
+    with (folder / CELLS).open("a", encoding="utf-8") as file:
+        file.write(as_line(cell))
+
+
+def refuse_another(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuses to mix two ablations, and says in what they differ."""
+    old, new = _flat(found), _flat(asked)
+    differences = [
+        f"{name} {old.get(name)} there, {new.get(name)} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{folder} holds another ablation: {'; '.join(differences)}. "
+            "Choose another --output, or remove it"
+        )
+
+
+def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in description.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": x for inner, x in value.items()}
+        elif name not in OF_A_CALL:
+            flat[name] = value
+    return flat

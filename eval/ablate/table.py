@@ -1,0 +1,69 @@
+"""An ablation on the terminal: its cells, and what follows from them."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from eval.ablate.analysis import analyse, memory_disorder
+from eval.ablate.cells import Figures
+from eval.ablate.figures import WORDS
+from jllama.cli.terminal import console
+
+# Kind of ablation -> title -> figure.
+COLUMNS = {
+    "measured": {
+        "peak\nMiB": "peak_memory_mib",
+        "planned\nMiB": "planned_memory_mib",
+        "step\nms": "step_seconds",
+        "tokens\n/s": "tokens_per_second",
+        "loss\n": "loss",
+        "held-out\nloss": "eval_loss",
+    },
+    "planned": {
+        "peak\nMiB": "peak_mib",
+        "free\nMiB": "free_mib",
+        "GFLOP\n/token": "flops_per_token",
+        "bound\ntokens/s": "bound_tokens_per_second",
+    },
+}
+ORDER_HOLDS = "fp32 full > fp32 LoRA > bf16 LoRA, no remat > ffn > block, wherever compared"
+
+
+def show(cells: Sequence[Figures], note: str = "") -> None:
+    """A table of the cells with a note below, and what follows from them."""
+    planned = any("peak_mib" in cell for cell in cells)
+    columns = COLUMNS["planned" if planned else "measured"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("", "tune", "remat", "batch"):
+        table.add_column(title, no_wrap=True)
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for cell in cells:
+        batch = f"{cell['micro_batch_size']} x {cell['accumulation']}"
+        figures = [_shown(cell, figure) for figure in columns.values()]
+        if "failed" in cell:
+            figures[0] = "no memory"
+        table.add_row(cell["precision"], cell["tune"], cell["remat"], batch, *figures)
+    console.print(table)
+    console.print("batch: sequences in a micro-batch x micro-batches in a step")
+    if note:
+        console.print(note)
+    if planned and not all(cell["compiled"] for cell in cells):
+        console.print("not compiled, but estimated: pip install 'jllama[plan]' compiles")
+    technique = ""
+    for finding in analyse(cells):
+        if finding.technique != technique:
+            technique = finding.technique
+            console.print(f"\n{technique}")
+        console.print(f"  {finding.text}")
+    wrong = memory_disorder(cells)
+    if wrong:
+        console.print(f"\norder of memory: not as expected in {len(wrong)} pairs, as {wrong[0]}")
+    elif {"none", "ffn", "block"} <= {cell["remat"] for cell in cells}:
+        console.print(f"\norder of memory: {ORDER_HOLDS}")
+
+
+def _shown(cell: Figures, figure: str) -> str:
+    value = cell.get(figure)
+    return "" if value is None else WORDS[figure].write(value)

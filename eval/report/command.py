@@ -1,0 +1,154 @@
+"""`python -m eval.report`: a run's whole report, from its files alone: report.html and report.md.
+
+    python -m eval.report --run runs/latest --ablation runs/ablation --reference DIR
+
+Scores and answers that the run folder does not have yet are made first, by `eval.score` and
+`eval.prompts`. Every number names the file and the place that it was read from; what is not there
+is said to be missing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval.prompts import read_references
+from eval.report import sections
+from eval.report.document import Block, Section, write_report
+from eval.report.evidence import Evidence, Figure, Missing
+from eval.report.sections import Reference, lacking
+from eval.report.techniques import techniques
+from jllama.cli.children import Children
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line
+from jllama.errors import InputError
+from jllama.folders.json_files import read_values
+from jllama.folders.manifest import file_sha256
+from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
+
+SERIES = "average_loss_per_epoch"
+
+Write = Callable[[], Iterator[Block]]
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the report of a run: one HTML page that needs no network, and Markdown."""
+
+    run: Annotated[str, tyro.conf.arg(metavar="DIR")] = str(LATEST)
+    """Run folder of train.lora; the report is written into it."""
+    ablation: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = ()
+    """Folders of eval.ablate, measured or planned."""
+    reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """JSON of an earlier report: recorded answers (a list with `prompt` and `..._answer`), or
+    its losses (`average_loss_per_epoch`)."""
+    only_read: bool = False
+    """Make no missing scores and answers; report what is there."""
+
+
+def report(config: ReportConfig) -> None:
+    """Reads, makes what is missing, and writes.
+
+    Raises:
+        InputError: if there is no such run, or one of its files is damaged.
+    """
+    folder = Path(config.run)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no run folder; make one with: {command_line('train')}")
+    run = Evidence(folder)
+    if not run.has(RECORD) or not run.has(CONFIG):
+        raise InputError(f"{folder}: no {RECORD} and {CONFIG}; expected a run folder")
+    # Damaged ones are refused before anything runs.
+    if run.content(RECORD).get("config_sha256") != file_sha256(folder / CONFIG):
+        raise InputError(f"{folder / CONFIG} was changed after the run began; restore it")
+    reference = read_reference(config.reference, folder)
+    failures = {} if config.only_read else make_missing(run)
+    parts: dict[str, Write] = {
+        "Settings": lambda: sections.settings(run),
+        "Parameters": lambda: sections.parameters(run),
+        "Memory": lambda: sections.memory(run),
+        "Gradient checkpointing": lambda: sections.checkpointing(run),
+        "Loss": lambda: sections.loss(run, reference),
+        "Techniques": lambda: techniques(config.ablation, folder),
+        "Scores": lambda: sections.scores(run),
+        "Prompts": lambda: sections.answers(run, reference),
+        "Data": lambda: sections.data(run),
+        "How to reproduce": lambda: sections.reproduce(run),
+    }
+    advice = {
+        "Loss": "Train on: " + command_line("train", "--resume", folder),
+        "Scores": failures.get(SCORES, "Make it with: " + command_line("score", "--run", folder)),
+        "Prompts": failures.get(
+            GENERATIONS, "Make it with: " + command_line("prompts", "--run", folder)
+        ),
+    }
+    written = [
+        Section(title, list(_complete(write, advice.get(title, "")))) for title, write in
+        parts.items()
+    ]  # fmt: skip
+    cut = [lacking(f"{file} ends within a line; what followed is not here", "") for file in run.cut]
+    if cut:
+        written.insert(0, Section("Not complete", cut))
+    model = Path(str(run.content(CONFIG).get("model", ""))).name
+    files = write_report(folder, f"Fine-tuning {model or 'a model'}: report", written)
+    print(f"wrote {', '.join(map(str, files))}")
+    print(f"next: open {folder / 'report.html'} in a browser")
+
+
+def _complete(write: Write, advice: str) -> Iterator[Block]:
+    """A section's blocks, and in place of the first that cannot be made what it lacks."""
+    try:
+        yield from write()
+    except Missing as missing:
+        yield lacking(missing, advice)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # Only fields of another type or name than `train` and `eval` write lead here.
+        yield lacking(f"a field is not as expected ({type(error).__name__}: {error})", advice)
+
+
+def make_missing(run: Evidence) -> dict[str, str]:
+    """Runs eval.prompts and eval.score where their files are missing; gives why one failed."""
+    if not run.has(METRICS):
+        return {}
+    failures = {}
+    for file, command in ((GENERATIONS, "prompts"), (SCORES, "score")):
+        if run.has(file):
+            continue
+        flags = ["--run", run.folder]
+        print(f"{file} is not there yet: {command_line(command, *flags)}", flush=True)
+        done = Children().run(f"eval.{command}", flags)
+        if done.code:
+            failures[file] = f"jllama {command} failed: {done.reason}"
+    return failures
+
+
+def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
+    """Losses and answers of earlier reports.
+
+    Raises:
+        InputError: if a file is neither.
+    """
+    series: list[Figure] = []
+    answers: dict[str, dict[str, str]] = {}
+    for name in files:
+        path = Path(name)
+        if isinstance(read_values(path, "JSON of an earlier report"), list):
+            answers |= read_references(name)
+            continue
+        evidence = Evidence(path.parent, shown_from)
+        try:
+            values = evidence.value(path.name, SERIES)
+            if not isinstance(values, list):
+                raise Missing("")
+            series = [evidence.figure(path.name, SERIES, i, form=".4f") for i in range(len(values))]
+        except Missing:
+            raise InputError(
+                f"{path}: neither a list of recorded answers nor an object with {SERIES}"
+            ) from None
+    return Reference(series, answers)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(report, ReportConfig, argv, name="report", gpu=False)

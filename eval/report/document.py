@@ -1,0 +1,124 @@
+"""What a report is made of, and how it is written: one HTML page, and Markdown with pictures.
+
+Text is escaped here and nowhere else; a Figure becomes a `<data>` element that says where the
+number stands.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval.report.evidence import Figure
+
+Text = str | Figure
+Words = Sequence[Text]  # one after the other: ["of ", Figure, " parameters"]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    words: Words
+    kind: str = "paragraph"
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What is not there, in place of what it would have shown."""
+
+    words: Words
+    kind: str = "lacking"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to type."""
+
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Within a section."""
+
+    text: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; `wide` ones hold sentences, the others numbers and names."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Text | Words]]
+    wide: bool = False
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG; `alt` says in words what it shows."""
+
+    name: str
+    svg: str
+    alt: str
+    kind: str = "picture"
+
+
+Block = Paragraph | Lacking | Code | Heading | Table | Picture
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+
+def cell_words(cell: Text | Words) -> Words:
+    """A cell as words, whatever it was given as."""
+    return [cell] if isinstance(cell, str | Figure) else cell
+
+
+def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
+    """Writes report.html, report.md and the latter's pictures; gives their paths."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.j2"], default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"words": cell_words, "json": json.dumps, "markdown": _markdown}
+    templates.tests["figure"] = lambda word: isinstance(word, Figure)
+    content: dict[str, Any] = {"title": title, "sections": sections}
+    written = []
+    for name in ("report.html", "report.md"):
+        text = templates.get_template(f"{name}.j2").render(content)
+        (folder / name).write_text(text, encoding="utf-8")
+        written.append(folder / name)
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, Picture):
+                file = folder / f"report-{block.name}.svg"
+                file.write_text(block.svg, encoding="utf-8")
+                written.append(file)
+    return written
+
+
+def _markdown(words: Text | Words) -> str:
+    """One line in which no text is taken for markup."""
+    text = "".join(w.text if isinstance(w, Figure) else w for w in cell_words(words))
+    for mark in "\\`*_{}[]<>|#":
+        text = text.replace(mark, f"\\{mark}")
+    return "<br>".join(text.splitlines())

@@ -1,0 +1,225 @@
+"""`python -m eval.speed generate`: how fast answers come, and how `transformers` does it.
+
+    python -m eval.speed generate --random 110m --peer transformers --output FILE
+
+Greedy, each side in a process of its own, on the same number of cores and from the same weights.
+A figure is the median of several repeats after a warm-up. Both sides also measure the bandwidth:
+each negates 256 MiB in place, read and written bytes counted, and the faster is the machine's. The
+fraction of it that is used is bytes of weights read per decoded token, times tokens per second and
+row.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+from eval.speed.side import Job
+from jllama import bundled
+from jllama.cli import children
+from jllama.cli.terminal import console
+from jllama.config import LlamaConfig, Precision, tensor_shapes
+from jllama.errors import InputError
+from jllama.folders.files import room_for, whole_folder
+from jllama.folders.json_files import read_json, write_json
+from jllama.folders.model import ModelWriter, read_config
+from jllama.machine import available_cores, measured_here
+
+# Shown of each side: title, figure, factor, unit.
+ROWS = (
+    ("decoding", "decode_tokens_per_second", 1, "tokens/s"),
+    ("prompt", "prompt_tokens_per_second", 1, "tokens/s"),
+    ("first token", "seconds_to_first_token", 1000, "ms"),
+    ("peak memory", "peak_memory_mib", 1, "MiB"),
+    ("measured bandwidth", "measured_bandwidth_gb_per_second", 1, "GB/s"),
+    ("used for weights", "fraction_of_bandwidth", 100, "%"),
+)
+RATIOS = ("decode_tokens_per_second", "prompt_tokens_per_second", "peak_memory_mib")
+# Fields: dim, layers, heads, kv heads, hidden, vocabulary. 110m has the sizes of tinyllamas' 110M.
+RANDOM = {"110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, tied=True, max_seq_len=1024)}
+
+
+@dataclass(frozen=True)
+class GenerateSpeed:
+    """Measure generation: prompt and decode tokens per second, time to first token, memory."""
+
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = (bundled.MODEL,)
+    """Model folders; the bundled sample is converted where it has no folder yet."""
+    random: tuple[Literal["110m"], ...] = ()
+    """Also a random model of this size, made for the occasion."""
+    precision: Precision = "fp32"
+    """Of weights and activations."""
+    batch_size: int = 1
+    """Prompts answered together."""
+    prompt_tokens: int = 32
+    """Length of every prompt; its ids are random."""
+    new_tokens: int = 200
+    """Length of every answer."""
+    threads: int = 2
+    """Cores of each side."""
+    peer: Literal["transformers"] | None = None
+    """Also run the same weights there, and compare."""
+    repeats: int = 5
+    """Timed calls; the median counts."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON file for the figures."""
+
+    def __post_init__(self):
+        at_least = {
+            "batch_size": 1, "prompt_tokens": 1, "new_tokens": 2, "threads": 1, "repeats": 1
+        }  # fmt: skip
+        wrong = [
+            f"--{name.replace('_', '-')} {getattr(self, name)}, expected at least {least}"
+            for name, least in at_least.items()
+            if getattr(self, name) < least
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+def measure_generation(config: GenerateSpeed) -> None:
+    """Measures every model and shows, and if asked writes, the figures."""
+    if config.threads > (cores := available_cores()):
+        raise InputError(f"--threads {config.threads}, but this process may use {cores} cores")
+    if not config.model and not config.random:
+        raise InputError("no model to measure; name a folder with --model or a size with --random")
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name, folder in folders(config, Path(place)):
+            found[name] = measure_model(config, folder, Path(place))
+            show(name, found[name])
+    if config.output:
+        content = {
+            **measured_here("speed"),
+            "load_average_before": load_average,
+            "settings": asdict(config),
+            "models": found,
+        }
+        write_json(Path(config.output), content)
+        console.print(f"wrote {config.output}")
+
+
+def folders(config: GenerateSpeed, place: Path) -> Iterator[tuple[str, Path]]:
+    """Name and folder of each model, in turn; made in `place` where there is none."""
+    for name in config.model:
+        yield name, bundled.model_folder(name, place)
+    for size in config.random:
+        yield f"random {size}", write_random(place / size, RANDOM[size])
+
+
+def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
+    """A random fp32 model folder, the same for the same seed, with logits of order one."""
+    draw = np.random.default_rng(seed)
+
+    def tensor(shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return draw.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+
+    with room_for(4 * config.parameter_count, folder), whole_folder(folder) as partial:
+        writer = ModelWriter(partial, config, f"random, seed {seed}")
+        for block, shapes in tensor_shapes(config).items():
+            writer.write_block(block, {name: tensor(shape) for name, shape in shapes.items()})
+        writer.finish(None)
+    return folder
+
+
+def measure_model(config: GenerateSpeed, folder: Path, place: Path) -> dict[str, Any]:
+    """The figures of each side; with a peer also whether the ids agree, and the ratios."""
+    model = read_config(folder)
+    length = config.prompt_tokens + config.new_tokens
+    if length > model.max_seq_len:
+        raise InputError(
+            f"{folder}: context {model.max_seq_len}, but --prompt-tokens and --new-tokens are "
+            f"{length} together; ask for less"
+        )
+    shape = (config.batch_size, config.prompt_tokens)
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, shape).tolist()
+    sides = {"jllama": folder}
+    if config.peer:
+        sides[config.peer] = Path(tempfile.mkdtemp(dir=place)) / "hf"
+        children.run("convert.to_hf", [folder, sides[config.peer]])
+    figures = {
+        side: run_side(
+            Job(
+                side=side,
+                folder=str(source),
+                precision=config.precision,
+                prompts=prompts,
+                new_tokens=config.new_tokens,
+                threads=config.threads,
+                repeats=config.repeats,
+                output=str(place / f"{side}.json"),
+            ),
+            place,
+        )
+        for side, source in sides.items()
+    }
+    answers = {side: figure.pop("ids") for side, figure in figures.items()}
+    bandwidth = 1e9 * max(x["measured_bandwidth_gb_per_second"] for x in figures.values())
+    for figure in figures.values():
+        steps = figure["decode_tokens_per_second"] / config.batch_size
+        figure["fraction_of_bandwidth"] = figure["weight_bytes_per_token"] * steps / bandwidth
+    found: dict[str, Any] = {"parameters": model.parameter_count, "figures": figures}
+    if config.peer:
+        found["ids"] = compare_ids(answers["jllama"], answers[config.peer])
+        found["ratio"] = ratios(figures["jllama"], figures[config.peer])
+    return found
+
+
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Ours over theirs; only of two that ran on the same kind of device."""
+    if ours["platform"] != theirs["platform"]:
+        raise InputError(
+            f"jllama ran on {ours['platform']}, its peer on {theirs['platform']}; "
+            "set JAX_PLATFORMS=cpu to compare the two"
+        )
+    return {figure: ours[figure] / theirs[figure] for figure in RATIOS}
+
+
+def compare_ids(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Whether two sides' answers agree, and where not, the first difference.
+
+    [[5 6 7]], [[5 6 7]]  ->  {"equal": True}
+    [[5 6 7]], [[5 8 7]]  ->  {"equal": False, "row": 0, "token": 1, "jllama": 6, "peer": 8}
+    """
+    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        for token, (a, b) in enumerate(zip(mine, other, strict=True)):
+            if a != b:
+                return {"equal": False, "row": row, "token": token, "jllama": a, "peer": b}
+    return {"equal": True}
+
+
+def run_side(job: Job, place: Path) -> dict[str, Any]:
+    """Runs one side in a process of its own and reads its figures."""
+    task = place / "job.json"
+    task.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    children.run("eval.speed.side", [task])
+    return read_json(Path(job.output))
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """A table of the sides, a line on the ids and one with the ratio."""
+    figures = found["figures"]
+    caches = {side: f" ({x['cache']} cache)" for side, x in figures.items() if "cache" in x}
+    table = Table(name, *(side + caches.get(side, "") for side in figures))
+    for title, figure, scale, unit in ROWS:
+        table.add_row(title, *(f"{scale * x[figure]:,.1f} {unit}" for x in figures.values()))
+    console.print(table)
+    if ids := found.get("ids"):
+        console.print(
+            "the same greedy ids"
+            if ids["equal"]
+            else f"ids differ first in row {ids['row']} at new token {ids['token']}: "
+            f"jllama {ids['jllama']}, peer {ids['peer']}"
+        )
+        ratio = found["ratio"]["decode_tokens_per_second"]
+        console.print(f"jllama decodes {ratio:.2f}x as fast")

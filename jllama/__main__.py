@@ -1,0 +1,6 @@
+"""`python -m jllama` is the `jllama` script."""
+
+from jllama.cli.script import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The `jllama` script: every command under one name, imported when it is asked for."""
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jllama.cli.terminal import silent_if_nobody_reads
+
+
+class Command(NamedTuple):
+    """A module with a `main(argv)`, and what it does in one line."""
+
+    module: str
+    does: str
+
+
+COMMANDS = {
+    "from-meta": Command("convert.from_meta", "convert Meta's weights to a model folder"),
+    "from-hf": Command("convert.from_hf", "convert a Hugging Face model to a model folder"),
+    "to-meta": Command("convert.to_meta", "export a model folder, tuned or not, to Meta's format"),
+    "to-hf": Command("convert.to_hf", "export a model folder, tuned or not, to Hugging Face's"),
+    "verify": Command("convert.verify", "check a model folder, alone or against its source"),
+    "plan": Command("train.plan", "estimate memory and speed for any listed GPU, no GPU required"),
+    "lint": Command("train.data", "check a data file, and show what a run would learn from it"),
+    "train": Command("train.lora", "fine-tune a model with LoRA"),
+    "prompts": Command("eval.prompts", "answer prompts with the base and the tuned model"),
+    "chat": Command("eval.chat", "talk with the tuned model and its base"),
+    "score": Command("eval.score", "measure how likely the models find a data file's answers"),
+    "report": Command("eval.report", "write the report of a run, as HTML and as Markdown"),
+    "ablate": Command("eval.ablate", "measure or plan what each memory technique saves and costs"),
+    "speed": Command("eval.speed", "measure the speed of training and of generation"),
+    "speed-convert": Command("convert.speed", "measure the speed and memory of conversions"),
+    "sample": Command("train.sample", "make the bundled sample model anew"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`jllama COMMAND ...`"""
+    with silent_if_nobody_reads():
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+        elif arguments[0] in ("-V", "--version"):
+            print(f"jllama {importlib.metadata.version('jllama')}")
+        elif arguments[0] in COMMANDS:
+            importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
+        else:
+            near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
+            meant = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+            print(f"jllama: no command {arguments[0]!r}; {meant}", file=sys.stderr)
+            sys.exit(2)
+
+
+def overview() -> str:
+    """What `jllama --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jllama COMMAND [--help] ...",
+            "",
+            "LoRA fine-tuning of LLaMA in JAX. jllama COMMAND --help explains a command's flags.",
+            "",
+            *lines,
+            "",
+            f"  {'--version':{width}}  the installed version",
+        ]
+    )

@@ -1,0 +1,98 @@
+"""From a model folder to a `Llama`, and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jllama.attention import choose_implementation
+from jllama.config import PRECISIONS, LlamaConfig, LoraConfig, Precision, Remat, tensor_shapes
+from jllama.errors import InputError
+from jllama.folders.files import room_for, whole_folder
+from jllama.folders.model import ModelWriter, check_manifest, read_block, read_config
+from jllama.lora import attach
+from jllama.model import Llama, map_named, named_arrays
+
+
+def abstract_model(
+    config: LlamaConfig,
+    precision: Precision,
+    *,
+    remat: Remat = "none",
+    platform: str = "cpu",
+    lora: LoraConfig | None = None,
+) -> Llama:
+    """The model, with adapters if asked for, as shapes in place of weights: allocates nothing."""
+    dtype = PRECISIONS[precision]
+    attention = choose_implementation(platform, dtype, config.head_dim)
+
+    def build() -> Llama:
+        model = Llama(config, dtype=dtype, remat=remat, attention=attention, rngs=nnx.Rngs(0))
+        if lora is not None:
+            attach(model, lora, jax.random.key(0))
+        return model
+
+    return nnx.eval_shape(build)
+
+
+def load_model(
+    path: str | Path,
+    precision: Precision = "bf16",
+    *,
+    remat: Remat = "none",
+    ffn_bias: bool = False,
+) -> Llama:
+    """A model folder as a callable: int32 tokens `[B, T]` -> fp32 logits `[B, T, V]`.
+
+    Args:
+        path: the model folder.
+        precision: dtype of the frozen weights and of the activations.
+        remat: what the backward pass recomputes.
+        ffn_bias: adds feed-forward biases, all zero, as the original report's model had.
+
+    Raises:
+        InputError: if the folder is incomplete or contradicts its config.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+    path, config = Path(path), read_config(path)
+    blocks = tensor_shapes(config)
+    check_manifest(path, blocks)
+    if ffn_bias:
+        config = dataclasses.replace(config, ffn_bias=True)
+    stored: dict[str, Any] = {}
+    for block in blocks:
+        for name, tensor in read_block(path, block).items():
+            stored[name] = jnp.array(tensor).astype(PRECISIONS[precision])
+    model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
+
+    def fill(name, shape):
+        if name.endswith(".bias"):
+            return jnp.zeros(shape.shape, shape.dtype)
+        return stored[name]
+
+    nnx.update(model, map_named(fill, nnx.state(model)))
+    return model
+
+
+def save_model(
+    path: str | Path, model: Llama, dtype: Any, tokenizer: bytes | None, source: str
+) -> None:
+    """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
+
+    Raises:
+        InputError: if the folder exists or the disk is full.
+    """
+    arrays = named_arrays(nnx.state(model))
+    size = model.config.parameter_count * np.dtype(dtype).itemsize
+    with room_for(size, Path(path)), whole_folder(path) as folder:
+        writer = ModelWriter(folder, model.config, source)
+        for block, names in tensor_shapes(model.config).items():
+            writer.write_block(
+                block, {name: np.asarray(arrays[name].astype(dtype)) for name in names}
+            )
+        writer.finish(tokenizer)

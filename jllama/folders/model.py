@@ -1,0 +1,186 @@
+"""The model folder: a safetensors file per block, and a manifest that certifies every tensor.
+
+    config.json      LlamaConfig
+    tokenizer.model  Meta's file, byte for byte
+    manifest.json    the sha256 of each tensor and of the two files above
+    blocks/          embeddings.safetensors, layers.0.safetensors, ..., head.safetensors
+
+Tensors keep Meta's names, orientation and dtype. Nothing here holds more than one block on the
+host, and a folder has its final name only when it is complete.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from jllama import bundled
+from jllama.cli.terminal import command_line
+from jllama.config import PRESETS, LlamaConfig, RopeScaling, tensor_shapes
+from jllama.errors import InputError
+from jllama.folders.json_files import read_json, write_json
+from jllama.folders.manifest import (
+    MANIFEST,
+    certificate,
+    check_file,
+    entry,
+    read_manifest,
+    write_manifest,
+)
+from jllama.folders.tensors import map_tensors, save_tensors
+from jllama.names import block_of
+from jllama.text.tokenizer import FILE_NAME
+
+CONFIG, BLOCKS = "config.json", "blocks"
+
+
+class ModelWriter:
+    """Writes a model folder block by block, inside `whole_folder`; goes on with one begun before.
+
+    Args:
+        source: where the tensors come from, for people.
+    """
+
+    def __init__(self, folder: Path, config: LlamaConfig, source: str):
+        self._folder, self._config, self._source = folder, config, source
+        (folder / BLOCKS).mkdir(exist_ok=True)
+        begun = (folder / MANIFEST).is_file()
+        self._tensors: dict[str, Any] = read_manifest(folder)["tensors"] if begun else {}
+
+    def has_block(self, block: str) -> bool:
+        """Whether the block was written before, and is whole."""
+        if not tensor_shapes(self._config)[block].keys() <= self._tensors.keys():
+            return False
+        try:
+            read_block(self._folder, block)
+        except InputError:
+            return False
+        return True
+
+    def write_block(self, block: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Stores the tensors of one block in their own dtype and certifies them.
+
+        Raises:
+            InputError: if names or shapes are not those of the config.
+        """
+        expected = tensor_shapes(self._config)[block]
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected:
+            raise InputError(f"{block}: expected {expected}, found {found}")
+        hashes = save_tensors(block_file(self._folder, block), tensors)
+        self._tensors |= {name: entry(tensor, hashes[name]) for name, tensor in tensors.items()}
+        write_manifest(self._folder, self._tensors, self._source, files=())
+
+    def finish(self, tokenizer: bytes | None) -> None:
+        """Writes the config, the tokenizer and the last manifest."""
+        blocks = tensor_shapes(self._config)
+        missing = [
+            block for block, names in blocks.items() if not names.keys() <= self._tensors.keys()
+        ]
+        if missing:
+            raise ValueError(f"blocks never written: {', '.join(missing)}")
+        write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
+        if tokenizer is not None:
+            (self._folder / FILE_NAME).write_bytes(tokenizer)
+        files = (CONFIG,) if tokenizer is None else (CONFIG, FILE_NAME)
+        write_manifest(self._folder, self._tensors, self._source, files)
+
+
+def block_file(folder: Path, block: str) -> Path:
+    """Where a model folder keeps a block: `blocks/layers.0.safetensors`."""
+    return folder / BLOCKS / f"{block}.safetensors"
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """The config of a model folder.
+
+    Raises:
+        InputError: if it is no model folder; the message says which command makes one.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        advice = (
+            f"expected a model folder; make one with: {command_line('from-meta', 'SRC', 'DST')}"
+        )
+        if any(path.glob("consolidated.*.pth")):
+            advice = f"these are Meta's files; run: {command_line('from-meta', path, 'DST')}"
+        raise InputError(f"{path}: no {CONFIG} here; {advice}")
+    check_file(path / CONFIG)
+    fields = read_json(path / CONFIG)
+    if "model_type" in fields:
+        raise InputError(
+            f"{path}: these are Hugging Face's files; run: {command_line('from-hf', path, 'DST')}"
+        )
+    try:
+        scaling = fields.pop("rope_scaling")
+        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / CONFIG}: not a jllama config ({error}); convert the model again"
+        ) from error
+
+
+def model_sizes(model: str) -> LlamaConfig:
+    """Of a preset, the bundled sample (converted or not) or a model folder.
+
+    Raises:
+        InputError: if it is none of them.
+    """
+    if bundled.is_missing(model):
+        return PRESETS["sample"]
+    if model in PRESETS:
+        return PRESETS[model]
+    if not Path(model).exists() and "/" not in model:
+        raise InputError(
+            f"{model!r} is neither a model folder nor a preset; presets: {', '.join(PRESETS)}"
+        )
+    return read_config(model)
+
+
+def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
+    """The tensors of one block as stored, mapped from their file, checked against the manifest.
+
+    Raises:
+        InputError: if the block is missing, unreadable or differs from its certificate.
+    """
+    path = Path(path)
+    file = block_file(path, block)
+    if not file.is_file():
+        raise InputError(f"{file}: block missing; convert the model again")
+    try:
+        tensors = map_tensors(file)
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype of no weight
+        raise InputError(f"{file}: damaged ({error}); convert the model again") from error
+    with ThreadPoolExecutor() as threads:
+        found = dict(zip(tensors, threads.map(certificate, tensors.values()), strict=True))
+    certified = {
+        name: stated
+        for name, stated in read_manifest(path)["tensors"].items()
+        if block_of(name) == block
+    }
+    names = sorted(found.keys() | certified.keys())
+    damaged = [name for name in names if found.get(name) != certified.get(name)]
+    if damaged:
+        raise InputError(
+            f"{file}: {', '.join(damaged)} differ from {MANIFEST}; the file was damaged after it "
+            "was written, convert the model again"
+        )
+    return tensors
+
+
+def check_manifest(path: Path, blocks: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Refuses a model folder whose manifest and config do not name the same tensors and shapes."""
+    tensors = read_manifest(path)["tensors"]
+    found = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    expected = {name: shape for block in blocks.values() for name, shape in block.items()}
+    wrong = [
+        f"{name}: {MANIFEST} says {found.get(name, 'nothing')}, {CONFIG} {expected.get(name)}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        raise InputError(f"{path} contradicts itself; convert it again\n  " + "\n  ".join(wrong))

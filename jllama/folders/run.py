@@ -1,0 +1,162 @@
+"""The run folder: what training writes and evaluation reads. Every name in it stands here, once.
+
+config.yaml        the resolved settings; `--config` reads them back
+run.json           command, versions, hashes of base and data, what was known before step 1
+metrics.jsonl      a line for every optimizer step, epoch and evaluation
+state/             adapters, moments, accumulator and step (Orbax)
+adapter/           the result: a PEFT adapter; with full tuning model/, a model folder
+best/              the same, of the lowest held-out loss
+tensorboard/       the figures of metrics.jsonl
+generations.jsonl  answers of base and tuned (jllama prompts)
+score.json         how likely they find a data file's answers (jllama score)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from jllama.cli.settings import read_yaml
+from jllama.cli.terminal import command_line
+from jllama.errors import InputError
+from jllama.folders.json_files import JsonLines, read_json_lines
+from jllama.folders.manifest import file_sha256, read_sealed
+
+CONFIG, RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
+GENERATIONS, SCORES = "generations.jsonl", "score.json"
+LATEST = Path("runs/latest")  # a link to the newest run
+
+
+class StepLine(TypedDict):
+    """metrics.jsonl, after every optimizer step. Losses in nats; null for what is not finite."""
+
+    step: int
+    loss: float | None  # per supervised token
+    loss_sum: float | None
+    tokens: int  # supervised ones
+    grad_norm: float | None
+    update_ratio: float | None  # norm of the update over norm of what learns
+    skipped: bool  # the gradient was not finite, and nothing changed
+    step_seconds: float
+    tokens_per_second: float
+    peak_memory_mib: float
+    planned_memory_mib: float
+    learning_rate: float
+    padding_share: float
+    rows: list[int]  # in the data file
+    compilations: int
+
+
+class EpochLine(TypedDict):
+    """metrics.jsonl, after an epoch: its token-weighted mean."""
+
+    step: int
+    epoch: int
+    epoch_loss: float
+    tokens: int
+
+
+class EvaluationLine(TypedDict):
+    """metrics.jsonl, after an evaluation."""
+
+    step: int
+    eval_loss: float
+    eval_tokens: int
+
+
+class DataFacts(TypedDict):
+    """Of the rows of a run. Tokens are of the rows that are trained on."""
+
+    rows: int
+    held_out_rows: int
+    tokens: int
+    learned_tokens: int
+    longest: int
+    cut_rows: int
+    padding_share: float
+
+
+class Record(TypedDict):
+    """run.json."""
+
+    command: list[str]
+    versions: dict[str, str]
+    device: str
+    device_memory_mib: int
+    base_manifest_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str
+    config_sha256: str
+    parameters: dict[str, int]  # {"trainable": 8388608, "total": 6746804224}
+    model: dict[str, Any]  # LlamaConfig
+    memory_bytes: dict[str, int]  # by class: {"base_weights": 13476831232, "adapters": ...}
+    data: DataFacts
+    steps: int
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run folder, and its readers."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def record(self) -> Path:
+        return self.path / RECORD
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def generations(self) -> Path:
+        return self.path / GENERATIONS
+
+    @property
+    def scores(self) -> Path:
+        return self.path / SCORES
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def result(self, tune: str) -> Path:
+        """What the run makes; it is there when the run has finished."""
+        return self.path / {"lora": "adapter", "full": "model"}[tune]
+
+    def read_settings(self) -> dict[str, Any]:
+        """config.yaml.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if not self.config.is_file():
+            make = command_line("train")
+            raise InputError(f"{self.path}: no {CONFIG}; expected a run folder, made by: {make}")
+        return read_yaml(self.config)
+
+    def read_record(self) -> Record:
+        """run.json, which vouches for config.yaml.
+
+        Raises:
+            InputError: if either is missing or was changed since the run began.
+        """
+        record: Any = read_sealed(self.record, "restore it, or start a new run")
+        if record.get("config_sha256") != file_sha256(self.config):
+            raise InputError(f"{self.config} was changed after the run began; restore it")
+        return record
+
+    def read_metrics(self) -> JsonLines:
+        """metrics.jsonl: each line is a StepLine, an EpochLine or an EvaluationLine."""
+        return read_json_lines(self.metrics)

@@ -1,0 +1,129 @@
+"""The machine and the process: devices, cores, memory, caches, installed versions."""
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def installed_version(distribution: str) -> str:
+    """Of a package; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and the packages."""
+    found = {name: installed_version(name) or "not installed" for name in packages}
+    return {"python": platform.python_version()} | found
+
+
+def measured_here(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """How every file of results begins: date, command, device and versions.
+
+    Args:
+        command: as the `jllama` script knows it.
+    """
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": ["jllama", command, *sys.argv[1:]],
+        "device": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
+        "versions": versions(packages),
+    }
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    names = Path("/proc/cpuinfo")
+    if names.is_file():
+        for line in names.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+def process_memory_mib(kind: str = "VmHWM") -> float:
+    """Peak memory of this process (VmHWM), or what it holds now (VmRSS), with loading included.
+
+    On Linux getrusage's figure begins with the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split(f"{kind}:")[1].split()[0]) / 2**10
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+def peak_memory_mib() -> float:
+    """Peak of the device's memory; on a CPU, of the process."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    return process_memory_mib()
+
+
+def user_cache(name: str) -> Path:
+    """A folder in the user's cache that only the user may enter (mode 0700).
+
+    Raises:
+        OSError: if it cannot be made, or belongs to somebody else.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = home / "jllama" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    folder.chmod(0o700)
+    return folder
+
+
+def use_cpu() -> None:
+    """Takes no GPU from others."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def pass_over_absent_gpu() -> None:
+    """Keeps JAX's CUDA plugin, which the `plan` extra brings, quiet where there is no driver."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Windows' subsystem for it
+    plugin = importlib.util.find_spec("jax_cuda13_plugin") is not None
+    if plugin and "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, drivers)):
+        use_cpu()
+
+
+def use_private_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache; private, for they are executable code."""
+    import jax
+
+    with contextlib.suppress(OSError):  # a read-only home costs a compilation, not the run
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+
+
+if __name__ == "__main__":  # the device of a process that would rather not open it
+    pass_over_absent_gpu()
+    import jax
+
+    print(jax.devices()[0].device_kind)

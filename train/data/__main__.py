@@ -1,0 +1,6 @@
+"""`python -m train.data`."""
+
+from train.data.lint import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""`python -m train.data FILE --model DIR`: what a data file holds, as training will see it.
+
+Shows rows with their learned tokens, counts what a run would trip over, and exits with 1 if
+something would be learned wrongly or not at all.
+"""
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from jllama import bundled
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line, console
+from jllama.text.prompt import PromptStyle
+from jllama.text.rows import Example, make_examples, read_rows
+from jllama.text.tokenizer import Tokenizer, load_tokenizer
+from train.data.batches import Batches, hold_out
+from train.data.view import show_row
+
+
+@dataclass(frozen=True)
+class LintConfig:
+    """Check a data file and show what would be learned; exit code 1 on a hard error."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")] = str(bundled.ROWS)
+    """Rows: JSON or JSONL; by default the bundled sample's."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = str(bundled.SAMPLE)
+    """Model folder, or any folder with a tokenizer.model."""
+    prompt_style: PromptStyle = "plain"
+    """How a row becomes text."""
+    max_seq_len: int = 512
+    """Tokens a row may have."""
+    train_on_prompt: bool = False
+    """Learn the prompt as well as the answer."""
+    val_size: float = 0.0
+    """Rows held out, as in training: checked for leaks."""
+    seed: int = 0
+    """Of the held-out rows."""
+    show: int = 3
+    """Rows to show."""
+
+
+def lint(config: LintConfig) -> None:
+    """Prints the view and the counts.
+
+    Raises:
+        InputError: if the file cannot be read at all.
+    """
+    tokenizer = load_tokenizer(config.model)
+    rows = read_rows(config.file)
+    examples = make_examples(
+        rows,
+        tokenizer,
+        config.prompt_style,
+        max_seq_len=config.max_seq_len,
+        train_on_prompt=config.train_on_prompt,
+        skip_bad_rows=len(rows),
+        source=config.file,
+    )
+    for example in examples.rows[: config.show]:
+        show_row(example, tokenizer)
+    training, held_out = hold_out(examples.rows, config.val_size, config.seed)
+    show_lengths(examples.rows)
+    show_plans(training, config.max_seq_len, config.seed)
+
+    errors = [f"{len(examples.skipped)} rows with nothing to learn"] if examples.skipped else []
+    for problem in examples.skipped:
+        console.print(f"  {problem}")
+    errors += special_token_errors(examples.rows, tokenizer)
+    seen = {tuple(example.ids) for example in training}
+    leaking = [example.row for example in held_out if tuple(example.ids) in seen]
+    if leaking:
+        errors.append(f"{len(leaking)} held-out rows are also trained on: {leaking[:10]}")
+    copies = [ids for ids, n in Counter(tuple(e.ids) for e in examples.rows).items() if n > 1]
+    console.print(f"duplicates: {len(copies)} rows occur more than once")
+    console.print(f"truncated: {examples.truncated} rows lose their end at {config.max_seq_len}")
+    for error in errors:
+        console.print(f"error: {error}")
+    if errors:
+        sys.exit(1)
+    console.print(f"{len(rows):,} rows, no errors")
+    console.print("next: " + command_line("train", "--model", "DIR", "--data", config.file))
+
+
+def show_lengths(examples: Sequence[Example]) -> None:
+    """Tokens of prompts, answers and rows."""
+    table = Table("tokens", "least", "median", "mean", "most", "in all")
+    answers = [sum(example.learned) for example in examples]
+    totals = [len(example.ids) for example in examples]
+    prompts = [total - answer for total, answer in zip(totals, answers, strict=True)]
+    for name, counts in (("not learned", prompts), ("learned", answers), ("row", totals)):
+        figures = (min(counts), statistics.median(counts), statistics.mean(counts), max(counts))
+        table.add_row(name, *(f"{figure:,.0f}" for figure in figures), f"{sum(counts):,}")
+    console.print(table)
+
+
+def show_plans(examples: Sequence[Example], max_seq_len: int, seed: int) -> None:
+    """How much of an epoch is padding, row by row, in three lengths, and packed."""
+    plans: dict[str, dict[str, Any]] = {
+        "padded": {"packing": False},
+        "--length-buckets 3": {"packing": False, "length_buckets": 3},
+        "--packing": {"packing": True},
+    }
+    for name, plan in plans.items():
+        batches = Batches(
+            examples, accumulation=1, batch=1, max_seq_len=max_seq_len, shuffle=True, seed=seed,
+            epochs=1, **plan,
+        )  # fmt: skip
+        console.print(
+            f"{name}: {len(batches.windows):,} sequences of "
+            f"{' or '.join(map(str, batches.lengths))} tokens, "
+            f"{100 * batches.padding_share():.0f} % padding"
+        )
+
+
+def special_token_errors(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
+    """Rows with no or several BOS for a conversation's start, or learned rows without an end."""
+    begins = [e.row for e in examples if e.ids[0] != tokenizer.bos_id]
+    doubled = [
+        e.row
+        for e in examples
+        if any(a == b == tokenizer.bos_id for a, b in zip(e.ids, e.ids[1:], strict=False))
+    ]
+    ends = sum(e.ids[-1] in tokenizer.stop_ids for e in examples)
+    console.print(
+        f"BOS: {sum(e.ids.count(tokenizer.bos_id) for e in examples):,} in {len(examples):,} rows; "
+        f"{ends:,} rows end in a stop token"
+    )
+    errors = [f"{len(begins)} rows without BOS: {begins[:10]}"] if begins else []
+    return errors + ([f"{len(doubled)} rows with BOS twice: {doubled[:10]}"] if doubled else [])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(lint, LintConfig, argv, name="lint")

@@ -1,0 +1,170 @@
+"""One run, from the model folder to the adapter folder."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jllama import bundled
+from jllama.cli.terminal import console
+from jllama.config import PRECISIONS, LoraConfig
+from jllama.errors import InputError
+from jllama.folders.adapter import (
+    check_base,
+    load_adapter,
+    read_lora_config,
+    save_adapter,
+    write_passport,
+)
+from jllama.folders.load import load_model, save_model
+from jllama.folders.model import model_sizes, read_config
+from jllama.lora import attach
+from jllama.machine import peak_memory_mib
+from jllama.text.rows import Example, make_examples, read_rows
+from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from train.config import TrainConfig
+from train.data.batches import Batches, hold_out, sequence_lengths
+from train.data.view import show_row
+from train.loop import fit
+from train.plan.auto import choose, out_of_memory_explained, step_of
+from train.run.folder import run_folder
+from train.run.provenance import make_passport
+from train.run.show import run_facts, show_end, show_plan, show_settings
+
+
+def fine_tune(config: TrainConfig) -> None:
+    """Loads, trains and writes; with --dry-run only counts."""
+    lora = lora_config(config) if config.tune == "lora" else None
+    if config.dry_run:
+        show_settings(config, model_sizes(config.model), lora)
+        console.print("dry run: nothing was loaded, allocated or written")
+        return
+    config = with_sample(config)
+    llama = read_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    show_settings(config, llama, lora)
+    training, held_out = load_examples(config, tokenizer)
+    (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
+    config, reason = choose(config, llama, lora, longest)
+    if reason:
+        console.print(reason)
+    batches, evaluation = plan_batches(config, training, held_out)
+    steps = min(config.max_steps or len(batches.windows), len(batches.windows))
+    show_plan(config, batches, training, held_out, steps)
+    show_row(training[0], tokenizer)
+
+    step = step_of(config, llama, lora, longest)
+    with out_of_memory_explained(step):
+        facts = run_facts(step, batches, (training, held_out), steps)
+        run_steps(config, lora, batches, evaluation, steps, facts)
+
+
+def run_steps(
+    config: TrainConfig,
+    lora: LoraConfig | None,
+    batches: Batches,
+    evaluation: Batches | None,
+    steps: int,
+    facts: Mapping[str, Any],
+) -> None:
+    """Loads the model, trains it, and fills the run folder."""
+    assert config.remat != "auto"  # `choose` was asked before
+    model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
+    if config.init_adapter:
+        check_base(config.init_adapter, config.model, force=config.force)
+        load_adapter(model, config.init_adapter)
+    elif lora:
+        attach(model, lora, jax.random.key(config.seed))
+    with run_folder(config, facts) as run:
+        passport = make_passport(config, run.read_record())
+
+        def save(folder: Path) -> None:
+            new = folder.with_name(f"{folder.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            if lora:
+                save_adapter(new, model, lora, config.model, passport)
+            else:
+                dtype = PRECISIONS[config.precision]
+                words = (Path(config.model) / FILE_NAME).read_bytes()
+                save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
+                write_passport(new, passport)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.replace(folder)
+
+        metrics = fit(config, model, batches, evaluation, steps, run, lambda: save(run.best))
+        save(run.result(config.tune))
+        of = "the device" if jax.default_backend() == "gpu" else "the whole process"
+        show_end(
+            run,
+            metrics.epoch_losses,
+            metrics.eval_losses,
+            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for "
+            f"the step, {peak_memory_mib():,.0f} measured for {of}",
+        )
+
+
+def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples of the data file."""
+    examples = make_examples(
+        read_rows(config.data),
+        tokenizer,
+        config.prompt_style,
+        max_seq_len=config.max_seq_len,
+        train_on_prompt=config.train_on_prompt,
+        skip_bad_rows=config.skip_bad_rows,
+        source=config.data,
+    )
+    if examples.truncated:
+        console.print(
+            f"{examples.truncated} rows are longer than {config.max_seq_len} tokens and lose "
+            "their end; --max-seq-len keeps more"
+        )
+    for problem in examples.skipped:
+        console.print(f"left out: {problem}")
+    return hold_out(examples.rows, config.val_size, config.seed)
+
+
+def plan_batches(
+    config: TrainConfig, training: list[Example], held_out: list[Example]
+) -> tuple[Batches, Batches | None]:
+    """The windows of the whole run, and those of one evaluation."""
+    shape: dict[str, Any] = {
+        "batch": config.micro_batch_size,
+        "max_seq_len": config.max_seq_len,
+        "packing": config.packing,
+        "length_buckets": config.length_buckets,
+        "seed": config.seed,
+    }
+    batches = Batches(
+        training,
+        accumulation=config.gradient_accumulation_steps,
+        shuffle=config.shuffle,
+        epochs=config.epochs,
+        **shape,
+    )
+    if not held_out:
+        return batches, None
+    shape["length_buckets"] = 1
+    return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The adapter's settings: the initial adapter's own, else the flags'."""
+    if not config.init_adapter:
+        return config.lora
+    return dataclasses.replace(read_lora_config(config.init_adapter), dropout=config.lora_dropout)
+
+
+def with_sample(config: TrainConfig) -> TrainConfig:
+    """Fills in the bundled sample's model and rows where the default asks for them."""
+    if config.model != bundled.MODEL:
+        if not config.data:
+            raise InputError("--data FILE is missing: the rows to train on")
+        return config
+    if bundled.is_missing(config.model):
+        console.print(f"{config.model} is not there yet: converting the bundled sample")
+        bundled.convert_sample(Path(config.model))
+    return dataclasses.replace(config, data=config.data or str(bundled.ROWS))

@@ -1,0 +1,6 @@
+"""What a step will need, before it runs (`python -m train.plan`).
+
+command.py     the command; its --fit is ladder.py      auto.py      choices for `train.lora`
+planner.py     plans: asked for, remembered             compiled.py  the child that compiles a step
+arithmetic.py  closed formulas                          cards.py     the GPUs
+"""

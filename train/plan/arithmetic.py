@@ -1,0 +1,120 @@
+"""Closed formulas: what a step holds and computes, from sizes alone.
+
+The terms of a token's operations, with N the parameters in matmuls, T the length, q = heads * head
+size, and one multiply-add as two operations:
+
+    forward 2N + 2TqL    gradients of activations 2N + 5TqL (scores are computed again)
+    adapters 6 per parameter    remat: what is recomputed, once more    full tuning: 2N more
+
+Causal attention is counted once: half of T x T.
+"""
+
+from dataclasses import dataclass
+
+from jllama.config import LlamaConfig, LoraConfig, Precision, Remat, linear_shapes
+from train.config import OptimizerName
+
+BYTES = {"bf16": 2, "fp32": 4}
+ADAPTER_BYTES = 4  # what learns is fp32
+# Arrays of the learned parameters' size that an optimizer keeps as moments.
+MOMENTS = {"adamw": 2, "lion": 1}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a plan is made for: one optimizer step of one model."""
+
+    model: LlamaConfig
+    lora: LoraConfig | None  # None: every weight learns
+    precision: Precision
+    remat: Remat
+    micro_batch_size: int
+    max_seq_len: int
+    accumulation: int = 8
+    optimizer: OptimizerName = "adamw"
+    packing: bool = False
+    gpus: int = 1
+
+    @property
+    def learned(self) -> int:
+        """Parameters that learn."""
+        model = self.model
+        return self.lora.parameter_count(model) if self.lora else model.parameter_count
+
+
+def matmul_parameters(model: LlamaConfig) -> tuple[int, int, int]:
+    """(all, of the head, of the feed-forward layers) parameters that a token is multiplied with."""
+    sizes = {name: outs * ins for name, (outs, ins) in linear_shapes(model).items()}
+    head = model.vocab_size * model.dim
+    feed = model.n_layers * (sizes["w1"] + sizes["w2"] + sizes["w3"])
+    return head + model.n_layers * sum(sizes.values()), head, feed
+
+
+def flops_per_token(step: Step) -> float:
+    """Floating-point operations of training on one token."""
+    weights, head, feed = matmul_parameters(step.model)
+    attended = step.max_seq_len * step.model.dim * step.model.n_layers  # T q L
+    forward = 2 * weights + 2 * attended
+    backward = 2 * weights + 5 * attended
+    again = {
+        "none": 0.0,
+        "dots": 0.0,
+        "offload": 2 * attended,
+        "ffn": 2.0 * feed,
+        "block": 2 * (weights - head) + 2 * attended,
+    }[step.remat]
+    learning = 6 * step.learned if step.lora else 2 * weights
+    return forward + backward + again + learning
+
+
+def memory_classes(step: Step) -> dict[str, int]:
+    """Bytes on one GPU of what stays between steps; weights lie cut over the GPUs."""
+    frozen = step.model.parameter_count * BYTES[step.precision] // step.gpus if step.lora else 0
+    learned = step.learned * ADAPTER_BYTES // (1 if step.lora else step.gpus)
+    return {
+        "base_weights": frozen,
+        "adapters" if step.lora else "learned_weights": learned,
+        "optimizer_state": MOMENTS.get(step.optimizer, 0) * learned,
+        "accumulator": learned,
+    }
+
+
+def saved_activations(step: Step) -> int:
+    """Bytes that wait for the backward pass, by what `remat` keeps of every block.
+
+    In units of one token's stream (D), of its keys or values (K) and of its hidden layer (F).
+    """
+    model = step.model
+    stream, hidden = model.dim, model.hidden_dim
+    keys = model.n_kv_heads * model.head_dim
+    kept = {
+        "none": 4 * stream + 2 * keys + 3 * hidden,
+        "dots": 4 * stream + 2 * keys + 2 * hidden,
+        "offload": stream,
+        "ffn": 4 * stream + 2 * keys,
+        "block": stream,
+    }[step.remat]
+    tokens = step.micro_batch_size * step.max_seq_len
+    return tokens * model.n_layers * kept * BYTES[step.precision]
+
+
+def working_memory(step: Step) -> int:
+    """Bytes of one block's forward and backward pass, and of the loss's chunk of logits."""
+    tokens = step.micro_batch_size * step.max_seq_len
+    block = tokens * (4 * step.model.hidden_dim + 6 * step.model.dim) * BYTES[step.precision]
+    return block + 128 * 2**20
+
+
+def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float:
+    """Tokens a second that no step can pass on a card with these rates.
+
+    A micro-batch takes at least the time of its operations, and of reading every weight once
+    forward and once backward (and once more where a remat runs the block again).
+    """
+    tokens = step.micro_batch_size * step.max_seq_len * step.gpus
+    passes = 3 if step.remat == "block" else 2
+    size = step.model.parameter_count * BYTES[step.precision]
+    if not flops or not bandwidth:
+        return 0.0  # a card whose rates are not known
+    computing = tokens / step.gpus * flops_per_token(step) / flops
+    return tokens / max(computing, passes * size / step.gpus / bandwidth)

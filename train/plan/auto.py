@@ -1,0 +1,140 @@
+"""`--remat auto`, `--micro-batch-size auto`, and advice when memory runs out: choices by plan."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import jax
+
+from jllama.config import LlamaConfig, LoraConfig
+from jllama.errors import InputError
+from train.config import TrainConfig
+from train.plan.arithmetic import Step
+from train.plan.cards import Gpu, cpu, present_gpu
+from train.plan.compiled import Request
+from train.plan.planner import Plan, estimate, fastest_first, make_plans, remats
+
+MIB = 2**20
+ROUGH = 1.3  # an estimate this much too high is not worth compiling
+
+
+def this_device() -> Gpu:
+    """The GPU that JAX uses, else the processor."""
+    return present_gpu() if jax.default_backend() == "gpu" else cpu()
+
+
+def step_of(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, length: int) -> Step:
+    """The step that a run will take; `auto` is read as the least memory."""
+    sequences = config.gradient_accumulation_steps
+    batch = config.micro_batch_size
+    return Step(
+        replace(llama, ffn_bias=config.ffn_bias),
+        lora,
+        config.precision,
+        "block" if config.remat == "auto" else config.remat,
+        1 if batch == "auto" else batch,
+        length,
+        sequences,
+        config.optimizer,
+        config.packing,
+    )
+
+
+def choose(
+    config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, length: int
+) -> tuple[TrainConfig, str]:
+    """The settings without `auto`, and why: the fastest by the bound that fits this device.
+
+    A step's sequences stay as many as they are: `--gradient-accumulation-steps` of them with an
+    automatic micro-batch, so that what is learned does not depend on the card.
+
+    Raises:
+        InputError: if nothing fits.
+    """
+    if "auto" not in (config.remat, config.micro_batch_size):
+        return config, ""
+    gpu, asked = this_device(), step_of(config, llama, lora, length)
+    sequences = config.gradient_accumulation_steps
+    steps = list(remats(asked)) if config.remat == "auto" else [asked]
+    if config.micro_batch_size == "auto":
+        steps = [
+            replace(step, micro_batch_size=batch, accumulation=sequences // batch)
+            for step in steps
+            for batch in range(1, sequences + 1)
+            if sequences % batch == 0
+        ]
+    tried: list[Plan] = []
+    for step in fastest_first(steps, gpu):
+        if estimate(step, gpu).peak > ROUGH * gpu.memory_mib * MIB:
+            continue
+        (plan,) = make_plans([Request(step)], gpu, present=True)
+        if plan.free >= 0:
+            chosen = replace(
+                config,
+                remat=step.remat,
+                micro_batch_size=step.micro_batch_size,
+                gradient_accumulation_steps=step.accumulation,
+            )
+            return chosen, _reason(plan, tried)
+        tried.append(plan)
+    least = min(tried, key=lambda plan: plan.peak) if tried else estimate(asked, gpu)
+    raise InputError(
+        f"no setting fits {gpu.name} ({gpu.memory_mib:,} MiB): the least, {_name(least)}; "
+        "lower --max-seq-len, or use --precision bf16"
+    )
+
+
+def _name(plan: Plan) -> str:
+    step = plan.step
+    return (
+        f"{step.remat} remat with micro-batches of {step.micro_batch_size} x {step.max_seq_len}, "
+        f"needs {plan.peak / MIB:,.0f} MiB and a margin of {plan.margin / MIB:,.0f}"
+    )
+
+
+def _reason(plan: Plan, tried: Sequence[Plan]) -> str:
+    step = plan.step
+    faster = "; ".join(
+        f"{other.step.remat} remat at {other.step.micro_batch_size} sequences would miss "
+        f"{-other.free / MIB:,.0f} MiB"
+        for other in tried[-2:]
+    )
+    return (
+        f"chosen for {plan.gpu.name}: {step.remat} remat, {step.micro_batch_size} sequences x "
+        f"{step.accumulation} micro-batches; {plan.peak / MIB:,.0f} MiB planned, "
+        f"{plan.free / MIB:,.0f} free" + (f" ({faster})" if faster else "")
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(step: Step) -> Iterator[None]:
+    """Turns an allocation that failed on the device into planned alternatives.
+
+    Raises:
+        InputError: instead of XLA's RESOURCE_EXHAUSTED.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"out of memory: {reason}\n{alternatives(step)}") from error
+
+
+def alternatives(step: Step) -> str:
+    """Settings that need less than a step, most first, with what they are planned to take."""
+    gpu = this_device()
+    half = max(1, step.micro_batch_size // 2)
+    smaller = [replace(other, micro_batch_size=half) for other in remats(step)]
+    smaller += [replace(step, remat="block"), replace(step, remat="block", micro_batch_size=1)]
+    requests = [Request(other, whole=False) for other in dict.fromkeys([step, *smaller])]
+    here, *others = make_plans(requests, gpu, present=True)
+    less = sorted((p for p in others if p.peak < here.peak), key=lambda p: -p.peak)
+    lines = [f"this step was planned at {here.peak / MIB:,.0f} MiB of {gpu.memory_mib:,}; less:"]
+    lines += [
+        f"  {plan.peak / MIB:>9,.0f} MiB  --remat {plan.step.remat} "
+        f"--micro-batch-size {plan.step.micro_batch_size}"
+        for plan in less
+    ]
+    return "\n".join(lines if less else ["nothing but a smaller --max-seq-len needs less"])

@@ -1,0 +1,142 @@
+"""The GPUs that can be planned for: their sizes, and their description as XLA reads it.
+
+Figures are the makers' data sheets: memory as the driver shows it, dense tensor-core rates with
+fp32 accumulation, fp32 without tensor cores. Rates and bandwidth give bounds, not predictions.
+"""
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from jllama.config import Precision
+from jllama.errors import InputError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card; `capability` is CUDA's compute capability (major, minor)."""
+
+    name: str
+    memory_mib: int
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    clock_ghz: float
+    bandwidth_gb: float  # GB/s
+    l2_mib: int
+    bf16_tflops: float
+    fp32_tflops: float
+
+    def __post_init__(self):
+        if self.memory_mib <= 0:
+            raise InputError(f"{self.memory_mib / 1024:g} GiB of GPU memory; expected above 0")
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuses bf16 where the card has no such arithmetic."""
+        if precision == "bf16" and self.capability < (8, 0):
+            raise InputError(
+                f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]}) has "
+                "no bf16 arithmetic, which came with 8.0; plan with --precision fp32"
+            )
+
+    def flops(self, precision: Precision) -> float:
+        """Operations a second that the data sheet promises."""
+        return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+
+_KNOWN = (
+    Gpu("rtx-3060", 12288, (8, 6), 28, 1.777, 360, 3, 25.5, 12.7),
+    Gpu("rtx-3090", 24576, (8, 6), 82, 1.695, 936, 6, 71, 35.6),
+    Gpu("rtx-4090", 24564, (8, 9), 128, 2.520, 1008, 72, 165, 82.6),
+    Gpu("rtx-5090", 32607, (12, 0), 170, 2.407, 1792, 96, 209.5, 104.8),
+    Gpu("t4", 15360, (7, 5), 40, 1.590, 320, 4, 0, 8.1),
+    Gpu("l4", 23034, (8, 9), 58, 2.040, 300, 48, 121, 30.3),
+    Gpu("a10g", 23028, (8, 6), 80, 1.710, 600, 6, 70, 35),
+    Gpu("l40s", 46068, (8, 9), 142, 2.520, 864, 96, 362, 91.6),
+    Gpu("a100-40gb", 40960, (8, 0), 108, 1.410, 1555, 40, 312, 19.5),
+    Gpu("a100-80gb", 81920, (8, 0), 108, 1.410, 2039, 40, 312, 19.5),
+    Gpu("h100", 81559, (9, 0), 132, 1.980, 3350, 50, 989, 67),
+    Gpu("h200", 143771, (9, 0), 132, 1.980, 4800, 60, 989, 67),
+    Gpu("b200", 183359, (10, 0), 148, 1.965, 8000, 126, 2250, 75),
+)
+GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _KNOWN})
+
+# Compute capability -> shared memory of a multiprocessor and of one block, threads, in XLA's words.
+_LIMITS = {
+    (7, 5): (65536, 65536, 1024),
+    (8, 0): (167936, 166912, 2048),
+    (8, 6): (102400, 101376, 1536),
+    (8, 9): (102400, 101376, 1536),
+    (9, 0): (233472, 232448, 2048),
+    (10, 0): (233472, 232448, 2048),
+    (12, 0): (102400, 101376, 1536),
+}
+
+
+def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
+    """A known card, or one with another amount of memory.
+
+    Raises:
+        InputError: with the choices, if the name is unknown.
+    """
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise InputError(f"unknown GPU {name!r}; choose from {', '.join(GPUS)} (or present)")
+    if memory_gib is None:
+        return gpu
+    return replace(
+        gpu, name=f"{gpu.name} with {memory_gib:g} GiB", memory_mib=int(memory_gib * 1024)
+    )
+
+
+def present_gpu() -> Gpu:
+    """The first GPU of this machine, by its driver; rates are 0 for a card that is not known.
+
+    Raises:
+        InputError: if there is none.
+    """
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        name, memory, capability = (part.strip() for part in said.splitlines()[0].split(","))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        raise InputError(
+            f"no GPU here (nvidia-smi shows none); name one with --gpu: {', '.join(GPUS)}"
+        ) from None
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    known = (gpu for gpu in _KNOWN if set(gpu.name.split("-")) <= words)
+    major, minor = (int(part) for part in capability.split("."))
+    unknown = Gpu(name, 1, (major, minor), 0, 0, 0, 0, 0, 0)
+    return replace(next(known, unknown), name=name, memory_mib=int(memory.split()[0]))
+
+
+def cpu() -> Gpu:
+    """This machine's processor: its free memory; its rates are not known."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    kib = int(text.split("MemAvailable:")[1].split()[0])
+    return Gpu("this machine's CPU", kib // 1024, (8, 0), 0, 0, 0, 0, 0, 0)
+
+
+def target_config(gpu: Gpu) -> str:
+    """The card as XLA's GpuTargetConfig, which stands in for the hardware when compiling."""
+    shared, shared_by_block, threads = _LIMITS[gpu.capability]
+    major, minor = gpu.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {shared_by_block}
+  threads_per_core_limit: {threads} core_count: {gpu.cores} fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {int(gpu.bandwidth_gb * 1e9)} l2_cache_size: {gpu.l2_mib * 2**20}
+  clock_rate_ghz: {gpu.clock_ghz} device_memory_size: {gpu.memory_mib * 2**20}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{gpu.name}"
+"""

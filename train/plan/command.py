@@ -1,0 +1,212 @@
+"""`python -m train.plan`: what a run will need, before it starts, for a GPU one need not own.
+
+    python -m train.plan --model llama-2-7b --gpu rtx-4090 --remat block --max-seq-len 1024
+    python -m train.plan --model llama-2-7b --gpu rtx-4090 --fit
+
+The real train step is compiled for the card, from shapes alone, in a process of its own.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line, console
+from jllama.config import LoraConfig, Precision, Remat
+from jllama.errors import InputError
+from jllama.folders.model import model_sizes
+from train.config import OptimizerName, Tune
+from train.plan import arithmetic
+from train.plan.arithmetic import Step
+from train.plan.cards import find_gpu, present_gpu
+from train.plan.compiled import Program, Request
+from train.plan.ladder import fit_card
+from train.plan.planner import CONTEXT_MIB, FRAGMENTATION, NO_EXTRA, Plan, make_plans, train_command
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan the memory of a run on a GPU, and bound its speed; --fit finds what fits the card."""
+
+    model: str = "llama-2-7b"
+    """A preset (llama-2-7b, llama-3-8b, ...) or a model folder."""
+    gpu: str = "h200"
+    """A card (rtx-4090, a100-40gb, ...; a wrong name lists all), or present: this machine's."""
+    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
+    """Memory of a card that differs from the named one's."""
+    gpus: int = 1
+    """How many of them; weights are cut over all, each has micro-batches of its own."""
+    program: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
+    """What to plan: a train step, or generation (--micro-batch-size prompts in caches of
+    --max-seq-len)."""
+    precision: Precision = "bf16"
+    """Of frozen weights and activations."""
+    remat: Remat = "block"
+    """What the backward pass recomputes, as in train.lora."""
+    micro_batch_size: int = 4
+    """Sequences in one forward pass of one GPU."""
+    max_seq_len: int = 512
+    """Tokens of a sequence."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches in one optimizer step; costs no memory."""
+    packing: bool = False
+    """Several rows in one sequence: adds the mask that keeps them apart."""
+    tune: Tune = "lora"
+    """What learns: adapters, or every weight."""
+    lora_rank: int = 16
+    """Rank R of the adapters."""
+    lora_targets: str = "wq,wv"
+    """Linears that get an adapter."""
+    lora_dropout: float = 0.05
+    """Dropout of the adapter's input."""
+    dora: bool = False
+    """DoRA's magnitudes."""
+    ffn_bias: bool = False
+    """Feed-forward biases, as the original report counted them."""
+    optimizer: OptimizerName = "adamw"
+    """Its moments take memory."""
+    fit: bool = False
+    """Which remat, micro-batch and length fit the card, and which is fastest by the bound."""
+    picture: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """With --fit: SVG or PNG of memory by class against the card's line."""
+    hlo: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Also write the compiled step's text, to be read."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self):
+        sizes = ("gpus", "micro_batch_size", "max_seq_len", "gradient_accumulation_steps")
+        wrong = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)}; expected at least 1")
+        if self.picture and not self.fit:
+            raise InputError("--picture shows the ladder; add --fit")
+        if self.fit and (self.program == "generate" or self.gpus > 1):
+            raise InputError("--fit plans training on one GPU; drop --for generate and --gpus")
+        if self.tune == "full" and (self.dora or self.ffn_bias):
+            raise InputError(
+                "--tune full has no adapters and stores no biases; drop --dora, --ffn-bias"
+            )
+
+    @property
+    def step(self) -> Step:
+        """The step that these settings describe."""
+        targets = tuple(self.lora_targets.split(","))
+        lora = LoraConfig(
+            self.lora_rank, dropout=self.lora_dropout, targets=targets, dora=self.dora
+        )
+        return Step(
+            replace(model_sizes(self.model), ffn_bias=self.ffn_bias),
+            lora if self.tune == "lora" else None,
+            self.precision,
+            self.remat,
+            self.micro_batch_size,
+            self.max_seq_len,
+            self.gradient_accumulation_steps,
+            self.optimizer,
+            self.packing,
+            self.gpus,
+        )
+
+
+def plan(config: PlanConfig) -> None:
+    """Makes and shows the plans."""
+    present = config.gpu == "present"
+    gpu = present_gpu() if present else find_gpu(config.gpu, config.gpu_memory)
+    if config.fit:
+        ladder = fit_card(config.step, gpu, present=present)
+        ladder.show(config.model, config.json, Path(config.picture) if config.picture else None)
+        return
+    programs: tuple[Any, ...] = ("train",) if config.program == "train" else ("prefill", "decode")
+    requests = [
+        Request(config.step, program=program, text=_hlo_file(config.hlo, program))
+        for program in programs
+    ]
+    plans = make_plans(requests, gpu, present=present)
+    if not plans[0].compiled and config.program == "generate":
+        raise InputError(f"{NO_EXTRA.split('. ')[0]}; there is no estimate for generation")
+    if config.json:
+        answers = [as_json(plan, config) for plan in plans]
+        print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))
+        return
+    if not plans[0].compiled:
+        console.print(NO_EXTRA)
+    for plan in plans:
+        show(plan, config)
+
+
+def _hlo_file(name: str, program: Program) -> str:
+    """step.txt; step.prefill.txt and step.decode.txt, which are compiled at the same time."""
+    if not name or program == "train":
+        return name
+    file = Path(name)
+    return str(file.with_name(f"{file.stem}.{program}{file.suffix}"))
+
+
+def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "peak_mib": plan.peak / MIB,
+        "classes_mib": {name: size / MIB for name, size in plan.classes.items()},
+        "free_mib": plan.free / MIB,
+        "margin_mib": plan.margin / MIB,
+        "host_mib": plan.host / MIB,
+        "compiled": plan.compiled,
+        "program": plan.program,
+        "flops_per_token": arithmetic.flops_per_token(plan.step),
+        "bound_tokens_per_second": plan.bound,
+        "compile_seconds": plan.compile_seconds,
+        "gpu": asdict(plan.gpu),
+        "settings": asdict(config),
+    }
+
+
+def show(plan: Plan, config: PlanConfig) -> None:
+    """Memory by class, what is left of the card, and the bound on speed."""
+    step, gpu = plan.step, plan.gpu
+    how = "compiled" if plan.compiled else "estimated"
+    rows = "prompts x slots" if plan.program != "train" else f"{step.remat} remat"
+    table = Table(
+        f"{plan.program}, {config.model} {step.precision}, {rows}, "
+        f"{step.micro_batch_size} x {step.max_seq_len} ({how})",
+        "MiB",
+    )
+    table.columns[1].justify = "right"
+    for name, size in plan.classes.items():
+        table.add_row(name.replace("_", " "), f"{size / MIB:,.1f}")
+    table.add_section()
+    table.add_row("peak", f"{plan.peak / MIB:,.1f}")
+    table.add_row("margin: context, fragmentation", f"{plan.margin / MIB:,.1f}")
+    table.add_row("free" if plan.free >= 0 else "missing", f"{abs(plan.free) / MIB:,.1f}")
+    table.add_row(f"{gpu.name}{f', each of {step.gpus}' if step.gpus > 1 else ''}",
+                  f"{gpu.memory_mib:,.1f}")  # fmt: skip
+    console.print(table)
+    if plan.host:
+        console.print(f"and {plan.host / MIB:,.0f} MiB of the host's memory")
+    if plan.program == "train":
+        flops = arithmetic.flops_per_token(step)
+        console.print(f"{flops / 1e9:.2f} GFLOP per token")
+        if plan.bound:
+            console.print(f"upper bound: {plan.bound:,.0f} tokens/s, by the card's data sheet")
+    if plan.compiled:
+        console.print(f"compiled in {plan.compile_seconds:.0f} s")
+    console.print(
+        f"The margin is {CONTEXT_MIB} MiB and {100 * FRAGMENTATION:.0f} % of the card; "
+        "docs/planning.md says what the figures cover."
+    )
+    if plan.free < 0:
+        ladder = command_line("plan", "--model", config.model, "--gpu", config.gpu, "--fit")
+        console.print(f"next: {ladder}")
+    elif plan.program == "train":
+        console.print(f"next: {train_command(step)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(plan, PlanConfig, argv, name="plan")

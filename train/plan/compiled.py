@@ -1,0 +1,210 @@
+"""What a compiled step needs, from shapes alone: the child process of `train.plan.planner`.
+
+JAX compiles for CUDA on a machine without a GPU or a driver, given a card's description, and the
+buffer assignment is then the one that a run would get. The platform must be chosen before JAX is
+imported, hence the process: pickled `Request`s on standard input, their answers as JSON on standard
+output.
+"""
+
+import functools
+import json
+import math
+import pickle
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jllama.decode.generate import decode, prefill
+from jllama.decode.sampling import Sampling, make_choice
+from jllama.folders.load import abstract_model
+from jllama.lora import split
+from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
+from train.optimizer import make_optimizer, split_learned
+from train.plan.arithmetic import Step
+from train.plan.cards import Gpu, target_config
+from train.step import Window, planned_bytes, start_state, train_step
+
+Program = Literal["train", "prefill", "decode"]
+SMALL = (2, 4)  # layers of the models whose difference is what each further layer adds
+
+
+@dataclass(frozen=True)
+class Request:
+    """A program to compile. `gpu` None means the devices of this machine.
+
+    `whole` compiles the model as it is. Without it, only its small versions are compiled and what
+    each further layer adds is added on: layers are alike, and for 7B the sum was that of the whole
+    to the MiB in four remats (tests/test_plan.py holds it for a small one).
+    """
+
+    step: Step
+    gpu: Gpu | None = None
+    program: Program = "train"
+    whole: bool = True
+    text: str = ""  # file for the compiled program's HLO
+
+
+class Weight(NamedTuple):
+    """Bytes of a compiled program, by XLA's buffer assignment.
+
+    `own` is what it takes on the device beside its arguments, `peak` both together.
+    """
+
+    own: int
+    peak: int
+    host: int
+
+
+def answer(request: Request) -> dict[str, Any]:
+    """Bytes on one device by class; of a program compiled whole also the peak that XLA states."""
+    mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
+    started = time.monotonic()
+    step, saved = request.step, {}
+    whole: Weight | None = None
+    if request.program != "train":
+        lowered, classes = lower_generation(step, mesh, request.program)
+        whole = compile_and_weigh(lowered, request.text)
+        own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
+    else:
+        arguments, static, classes = training_arguments(step, mesh)
+        few, more = (
+            compile_and_weigh(lower_training(with_layers(step, n), mesh)).own for n in SMALL
+        )
+        layer = max(0, more - few) / (SMALL[1] - SMALL[0])
+        if request.whole:
+            whole = compile_and_weigh(train_step.lower(*arguments, **static), request.text)
+            own = whole.own
+        else:
+            own = round(few + layer * (step.model.n_layers - SMALL[0]))
+        saved = {"saved_activations": min(own, round(layer * step.model.n_layers))}
+    return {
+        "classes": classes | saved | {"temporaries": own - sum(saved.values())},
+        "peak": whole and whole.peak,
+        "host": whole.host if whole else 0,
+        "compile_seconds": time.monotonic() - started,
+    }
+
+
+def compile_and_weigh(lowered: Any, text: str = "") -> Weight:
+    """Compiles a program, and writes its HLO if `text` names a file."""
+    compiled = lowered.compile()
+    if text:
+        Path(text).write_text(compiled.as_text(), encoding="utf-8")
+    memory = compiled.memory_analysis()
+    peak = planned_bytes(memory)
+    return Weight(peak - memory.argument_size_in_bytes, peak, memory.host_temp_size_in_bytes)
+
+
+def with_layers(step: Step, layers: int) -> Step:
+    """The same step of a model with so many layers."""
+    return replace(step, model=replace(step.model, n_layers=layers))
+
+
+def devices_of(gpu: Gpu | None, count: int) -> Any:
+    """Devices to compile for: a described card's, or this machine's."""
+    if gpu is None:
+        return jax.devices()[:count]
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target_config(gpu), topology=f"1x1x{count}"
+    ).devices
+
+
+def placed(tree: Any, place: Any) -> Any:
+    """Shapes with a sharding, which `place` gives for a shape."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x.shape)), tree
+    )
+
+
+def local_bytes(tree: Any) -> int:
+    """Of placed shapes, on one device."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
+
+
+def platform_of(mesh: Mesh) -> str:
+    """As `jax.default_backend` names it."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name := mesh.devices.flat[0].platform, name)
+
+
+def lower_training(step: Step, mesh: Mesh) -> Any:
+    """The train step, ready to compile."""
+    arguments, static, _ = training_arguments(step, mesh)
+    return train_step.lower(*arguments, **static)
+
+
+def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], dict[str, int]]:
+    """The shapes of the train step's arguments, its static ones, and bytes by class."""
+    model = abstract_model(
+        step.model, step.precision, remat=step.remat, platform=platform_of(mesh), lora=step.lora
+    )
+    graphdef, learned, frozen = split_learned(model, "lora" if step.lora else "full")
+    optimizer = make_optimizer(
+        {"learned": learned, "frozen": frozen}, optax.constant_schedule(1e-4),
+        name=step.optimizer, weight_decay=0.01, max_grad_norm=1.0, accumulation=step.accumulation,
+    )  # fmt: skip
+    state = jax.eval_shape(lambda a, b: start_state(a, b, optimizer), learned, frozen)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shape = (step.accumulation, step.micro_batch_size * mesh.size, step.max_seq_len)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    window = Window(ids, ids, mask, *((ids, ids) if step.packing else ()))
+
+    cut = functools.partial(cut_largest_axis, mesh)
+    state = placed(state, (lambda _: whole(mesh)) if step.lora else cut)
+    arguments = (
+        state,
+        placed(frozen, cut),
+        placed(window, lambda _: deal_rows(mesh, 1)),
+        placed(key, lambda _: whole(mesh)),
+    )
+    accumulator = local_bytes(optax.tree.get(state.optimizer, "acc_grads"))
+    classes = {
+        "base_weights": local_bytes(arguments[1]),
+        "adapters" if step.lora else "learned_weights": local_bytes(state.learned),
+        "optimizer_state": local_bytes(state.optimizer) - accumulator,
+        "accumulator": accumulator,
+        "batch": local_bytes((*arguments[2:], state.step)),
+    }
+    return arguments, {"graphdef": graphdef, "optimizer": optimizer}, classes
+
+
+def lower_generation(step: Step, mesh: Mesh, program: Program) -> tuple[Any, dict[str, int]]:
+    """The lowered prefill or decode for `micro_batch_size` prompts and `max_seq_len` slots."""
+    model = abstract_model(step.model, step.precision, platform=platform_of(mesh), lora=step.lora)
+    graphdef, adapters, base = split(model)
+    B, slots = step.micro_batch_size, step.max_seq_len
+    weights = placed(
+        (adapters, base, jax.ShapeDtypeStruct((), jnp.float32)),
+        lambda shape: cut_largest_axis(mesh, shape),
+    )
+    choice = jax.eval_shape(lambda: make_choice(Sampling(), [0] * B, [0] * B))
+    prompts = (
+        jax.ShapeDtypeStruct((B, slots // 2), jnp.int32),
+        jax.ShapeDtypeStruct((B,), jnp.int32),
+    )
+    prompts, choice = placed((prompts, choice), lambda _: whole(mesh))
+    read = functools.partial(prefill, graphdef=graphdef, slots=slots)
+    state = placed(jax.eval_shape(read, weights, *prompts, choice)[0], lambda _: whole(mesh))
+    classes = {
+        "base_weights": local_bytes(weights[1]),
+        "adapters": local_bytes(weights[0]),
+        "cache": local_bytes(state.cache),
+    }
+    if program == "prefill":
+        return prefill.lower(weights, *prompts, choice, graphdef=graphdef, slots=slots), classes
+    return decode.lower(weights, state, choice, graphdef=graphdef), classes
+
+
+if __name__ == "__main__":
+    print(json.dumps([answer(request) for request in pickle.load(sys.stdin.buffer)]))

@@ -1,0 +1,227 @@
+"""`python -m train.plan --fit`: every remat, length and micro-batch on a card, and the best.
+
+A few small steps are compiled; memory is then linear in the layers and in the tokens of a
+micro-batch. The recommended step is compiled whole before it is named.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from jllama.attention import choose_implementation
+from jllama.cli.terminal import console
+from jllama.config import PRECISIONS
+from train.plan.arithmetic import Step
+from train.plan.cards import Gpu
+from train.plan.compiled import Request
+from train.plan.planner import (
+    NO_EXTRA,
+    Plan,
+    can_compile,
+    estimate,
+    make_plans,
+    remats,
+    train_command,
+)
+
+LENGTHS = (512, 1024, 2048, 4096)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+MEASURED_LENGTH, MEASURED_BATCHES = 1024, (1, 2, 8)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All plans for one card, and the fastest at the length that was asked for, if one fits."""
+
+    gpu: Gpu
+    asked: Step
+    plans: list[Plan]
+    best: Plan | None
+
+    def fitting(self, remat: str, length: int) -> Plan | None:
+        """The largest micro-batch that fits."""
+        return next(
+            (
+                plan
+                for plan in reversed(self.plans)
+                if (plan.step.remat, plan.step.max_seq_len) == (remat, length) and plan.free >= 0
+            ),
+            None,
+        )
+
+    def command(self) -> str:
+        """How to train with the best plan, in steps of as many sequences as were asked for."""
+        assert self.best is not None
+        sequences = self.asked.micro_batch_size * self.asked.accumulation
+        step = self.best.step
+        return train_command(replace(step, accumulation=max(1, sequences // step.micro_batch_size)))
+
+    def show(self, model: str, as_json: bool, picture: Path | None) -> None:
+        """The table, or JSON; and the picture, if one is asked for."""
+        if picture:
+            draw(self, model, picture)
+        if as_json:
+            print(json.dumps(self.as_json(), indent=2))
+            return
+        how = "compiled small and extended" if self.plans[0].compiled else "estimated"
+        lengths = sorted({plan.step.max_seq_len for plan in self.plans})
+        table = Table(
+            "remat",
+            *(f"{length} tokens" for length in lengths),
+            title=f"{model} {self.asked.precision} on {self.gpu.name}: largest micro-batch, "
+            f"peak MiB, tokens/s at most ({how})",
+            title_justify="left",
+        )
+        for remat in dict.fromkeys(plan.step.remat for plan in self.plans):
+            cells = []
+            for length in lengths:
+                plan = self.fitting(remat, length)
+                bound = f"  {plan.bound:,.0f}/s" if plan and plan.bound else ""
+                cells.append(
+                    f"{plan.step.micro_batch_size} x  {plan.peak / MIB:,.0f}{bound}"
+                    if plan
+                    else "does not fit"
+                )
+            table.add_row(remat, *cells)
+        console.print(table)
+        if not self.plans[0].compiled:
+            console.print(NO_EXTRA)
+        if picture:
+            console.print(f"wrote {picture}")
+        if self.best is None:
+            least = min(self.plans, key=lambda plan: plan.peak)
+            console.print(
+                f"nothing fits: the least, {least.step.remat} remat at "
+                f"{least.step.micro_batch_size} x {least.step.max_seq_len}, misses "
+                f"{-least.free / MIB:,.0f} MiB"
+            )
+            return
+        best = self.best
+        console.print(
+            f"fastest by the bound at {best.step.max_seq_len} tokens"
+            f"{', compiled whole' if best.compiled else ''}: {best.step.remat} remat, "
+            f"{best.step.micro_batch_size} sequences; peak {best.peak / MIB:,.0f} MiB, "
+            f"{best.free / MIB:,.0f} MiB free beyond a margin of {best.margin / MIB:,.0f}"
+        )
+        console.print(f"next: {self.command()}")
+
+    def as_json(self) -> dict:
+        """What `--json` prints."""
+        return {
+            "gpu": self.gpu.name,
+            "memory_mib": self.gpu.memory_mib,
+            "compiled": self.plans[0].compiled,
+            "plans": [summary(plan) for plan in self.plans],
+            "best": summary(self.best) | {"command": self.command()} if self.best else None,
+        }
+
+
+def summary(plan: Plan) -> dict:
+    """One cell of the ladder."""
+    step = plan.step
+    return {
+        "remat": step.remat,
+        "micro_batch_size": step.micro_batch_size,
+        "max_seq_len": step.max_seq_len,
+        "peak_mib": plan.peak / MIB,
+        "free_mib": plan.free / MIB,
+        "classes_mib": {name: size / MIB for name, size in plan.classes.items()},
+        "bound_tokens_per_second": plan.bound,
+    }
+
+
+def fit_card(asked: Step, gpu: Gpu, *, present: bool = False) -> Ladder:
+    """Plans for all combinations on one card.
+
+    Raises:
+        InputError: if the card has no such precision, or a step cannot be compiled.
+    """
+    gpu.check_precision(asked.precision)
+    lengths = sorted({*LENGTHS, asked.max_seq_len})
+    lengths = [n for n in lengths if n <= max(asked.model.max_seq_len, asked.max_seq_len)]
+    cells = [
+        replace(step, max_seq_len=length, micro_batch_size=batch)
+        for step in remats(asked)
+        for length in lengths
+        for batch in MICRO_BATCHES
+    ]
+    if present or can_compile():
+        plans = list(extended(asked, cells, gpu, present))
+    else:
+        plans = [estimate(step, gpu) for step in cells]
+    candidates = [
+        plan for plan in plans if plan.step.max_seq_len == asked.max_seq_len and plan.free >= 0
+    ]
+    # Of equally fast ones the larger micro-batch: fewer, larger kernels.
+    candidates.sort(key=lambda plan: (round(plan.bound), plan.step.micro_batch_size), reverse=True)
+    for plan in candidates:
+        if not plan.compiled:
+            return Ladder(gpu, asked, plans, plan)
+        (whole,) = make_plans([Request(plan.step)], gpu, present=present)
+        if whole.free >= 0:
+            return Ladder(gpu, asked, plans, whole)
+    return Ladder(gpu, asked, plans, None)
+
+
+def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterator[Plan]:
+    """Plans for cells on the lines through three compiled micro-batches of each remat.
+
+    The peak is the greatest of several moments, each linear in the tokens. cuDNN's attention takes
+    memory for tokens alone, so one length stands for all of them; XLA's holds all pairs of tokens,
+    so each length is compiled.
+    """
+    dtype = PRECISIONS[asked.precision]
+    platform = "gpu" if gpu.bf16_tflops or present else "cpu"
+    cudnn = choose_implementation(platform, dtype, asked.model.head_dim) == "cudnn"
+
+    def measured(step: Step) -> list[Step]:
+        length = MEASURED_LENGTH if cudnn else step.max_seq_len
+        return [
+            replace(step, max_seq_len=length, micro_batch_size=batch) for batch in MEASURED_BATCHES
+        ]
+
+    wanted = list(dict.fromkeys(point for cell in cells for point in measured(cell)))
+    plans = make_plans([Request(step, whole=False) for step in wanted], gpu, present=present)
+    known = {plan.step: plan.classes for plan in plans}
+    for cell in cells:
+        points = measured(cell)
+        batch = cell.micro_batch_size * cell.max_seq_len / points[0].max_seq_len
+        few, many = points[:2] if batch <= MEASURED_BATCHES[1] else points[1:]
+        share = (batch - few.micro_batch_size) / (many.micro_batch_size - few.micro_batch_size)
+        classes = {
+            name: max(0, round(size + share * (known[many][name] - size)))
+            for name, size in known[few].items()
+        }
+        yield Plan(cell, gpu, classes, compiled=True)
+
+
+def draw(ladder: Ladder, model: str, file: Path) -> None:
+    """Memory by class, stacked, for each remat at the asked length, against the card's line."""
+    from matplotlib.figure import Figure
+
+    length = ladder.asked.max_seq_len
+    plans = [
+        plan
+        for plan in ladder.plans
+        if plan.step.max_seq_len == length and plan.step.micro_batch_size in (1, 4, 16)
+    ]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{plan.step.remat}\n{plan.step.micro_batch_size} x {length}" for plan in plans]
+    below = [0.0] * len(plans)
+    for kind in plans[0].classes:
+        sizes = [plan.classes[kind] / 2**30 for plan in plans]
+        if max(sizes) >= 0.01:
+            axes.bar(names, sizes, bottom=below, label=kind.replace("_", " "))
+        below = [low + size for low, size in zip(below, sizes, strict=True)]
+    usable = (ladder.gpu.memory_mib - plans[0].margin / MIB) / 1024
+    axes.axhline(usable, color="black", linestyle="--", label=f"{ladder.gpu.name} less the margin")
+    axes.set_ylabel("GiB")
+    axes.set_title(f"{model}, {ladder.asked.precision}: planned memory of one step")
+    axes.legend(fontsize="small")
+    axes.tick_params(axis="x", labelsize="small")
+    figure.savefig(file)

@@ -1,0 +1,206 @@
+"""Plans: what a step needs on a card, compiled in a child process, remembered, and chosen from."""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from jllama.cli.children import Children
+from jllama.cli.terminal import command_line
+from jllama.config import Remat
+from jllama.errors import InputError
+from jllama.folders.json_files import write_json
+from jllama.machine import installed_version, user_cache
+from train.plan import arithmetic
+from train.plan.arithmetic import Step
+from train.plan.cards import Gpu
+from train.plan.compiled import Program, Request
+
+# What a process takes beside the step, and what allocation in blocks leaves unused.
+CONTEXT_MIB = 700  # CUDA context, cuBLAS and cuDNN workspaces
+FRAGMENTATION = 0.03  # of the card's memory
+CHILDREN = 2  # compilations at a time; each takes a core and a gigabyte or two
+EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
+COMPILERS = ("jax", "jaxlib", "flax", "optax", *EXTRA)
+NO_EXTRA = (
+    "the packages to compile for a GPU are missing: pip install 'jllama[plan]' (from a checkout: "
+    "pip install -e '.[plan]'). The figures below are a closed-form estimate"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by class on one device; `compiled` tells a compiled step from an estimate."""
+
+    step: Step
+    gpu: Gpu
+    classes: dict[str, int]
+    compiled: bool
+    program: Program = "train"
+    compile_seconds: float = 0.0
+    host: int = 0  # bytes in the host's memory
+    stated_peak: int | None = None  # XLA's own, of a program compiled whole
+
+    @property
+    def peak(self) -> int:
+        return sum(self.classes.values())
+
+    @property
+    def margin(self) -> int:
+        """Bytes of the card that are left out: context and fragmentation."""
+        return int(CONTEXT_MIB * 2**20 + FRAGMENTATION * self.gpu.memory_mib * 2**20)
+
+    @property
+    def free(self) -> int:
+        """Bytes of the card beyond peak and margin; negative if it does not fit."""
+        return self.gpu.memory_mib * 2**20 - self.margin - self.peak
+
+    @property
+    def bound(self) -> float:
+        """Tokens a second that this card cannot pass."""
+        return arithmetic.bound_tokens_per_second(
+            self.step, self.gpu.flops(self.step.precision), self.gpu.bandwidth_gb * 1e9
+        )
+
+
+def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) -> list[Plan]:
+    """A plan for each request, from the user's cache where the same was asked before.
+
+    Args:
+        requests: the card in them is replaced.
+        gpu: whose memory counts; with `present` the step is compiled for this machine's devices,
+            else for the card as it is described.
+
+    Without the packages of the `plan` extra the plans are closed-form estimates.
+
+    Raises:
+        InputError: if a step cannot be compiled.
+    """
+    gpu.check_precision(requests[0].step.precision)
+    requests = [replace(request, gpu=None if present else gpu) for request in requests]
+    if not present and not can_compile():
+        return [estimate(request.step, gpu) for request in requests]
+    answers = [_remembered(request) for request in requests]
+    missing = [i for i, found in enumerate(answers) if found is None]
+    for i, found in zip(missing, _compile([requests[i] for i in missing]), strict=True):
+        answers[i] = found
+        _remember(requests[i], found)
+    return [
+        Plan(
+            request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
+            found["host"], found["peak"],
+        )
+        for request, found in zip(requests, answers, strict=True)
+        if found is not None
+    ]  # fmt: skip
+
+
+def can_compile() -> bool:
+    """Whether the `plan` extra (or a GPU's own packages) is installed."""
+    return all(installed_version(name) for name in EXTRA)
+
+
+def estimate(step: Step, gpu: Gpu) -> Plan:
+    """Closed formulas only; the activations and temporaries are rough."""
+    classes = arithmetic.memory_classes(step) | {
+        "saved_activations": arithmetic.saved_activations(step),
+        "temporaries": arithmetic.working_memory(step),
+    }
+    return Plan(step, gpu, classes, compiled=False)
+
+
+def train_command(step: Step) -> str:
+    """How to train with a step."""
+    words: list[object] = ["train", "--model", "DIR", "--data", "FILE"]
+    words += ["--precision", step.precision, "--remat", step.remat]
+    words += ["--micro-batch-size", step.micro_batch_size]
+    words += ["--gradient-accumulation-steps", step.accumulation]
+    words += ["--max-seq-len", step.max_seq_len]
+    words += ["--packing"] if step.packing else []
+    words += ["--tune", "full"] if step.lora is None else []
+    return command_line(*words)
+
+
+def fastest_first(steps: Sequence[Step], gpu: Gpu) -> list[Step]:
+    """By the bound on this card, then by the least remat, then by the largest micro-batch."""
+
+    def order(step: Step) -> tuple[float, int, int]:
+        bound = round(estimate(step, gpu).bound)
+        return -bound, get_args(Remat).index(step.remat), -step.micro_batch_size
+
+    return sorted(steps, key=order)
+
+
+def remats(step: Step) -> Iterator[Step]:
+    """The step with every remat that stays on the device."""
+    return (replace(step, remat=remat) for remat in get_args(Remat) if remat != "offload")
+
+
+def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Runs the children; on this machine's devices if a request's `gpu` is None."""
+    if not requests:
+        return []
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    flags = environment.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+    if requests[0].gpu is not None:
+        environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
+
+    def child(some: Sequence[Request]) -> list[dict[str, Any]]:
+        done = Children().run(
+            "train.plan.compiled", [], given=pickle.dumps(some), environment=environment
+        )
+        if done.code:
+            raise InputError(f"the step could not be compiled: {done.reason}")
+        return json.loads(done.output.splitlines()[-1])
+
+    answers: list[dict[str, Any]] = [{} for _ in requests]
+    with ThreadPoolExecutor(CHILDREN) as pool:
+        parts = [requests[first::CHILDREN] for first in range(min(CHILDREN, len(requests)))]
+        for first, found in enumerate(pool.map(child, parts)):
+            answers[first::CHILDREN] = found
+    return answers
+
+
+def _cache_file(request: Request) -> Path:
+    """Named by content: the request, the versions that compile it, and the code of the step."""
+    platforms = "" if request.gpu else os.environ.get("JAX_PLATFORMS", "")
+    content = hashlib.sha256(f"{request!r} {platforms} {_code()}".encode()).hexdigest()
+    return user_cache("plans") / f"{content}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of everything but the request that a plan depends on."""
+    known = [sys.version]
+    known += [f"{name} {installed_version(name)}" for name in COMPILERS]
+    root = Path(__file__).parents[2]
+    for file in sorted([*root.glob("jllama/**/*.py"), *root.glob("train/**/*.py")]):
+        known.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
+
+
+def _remembered(request: Request) -> dict[str, Any] | None:
+    if request.text:
+        return None
+    try:
+        return json.loads(_cache_file(request).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remember(request: Request, found: dict[str, Any]) -> None:
+    try:
+        file = _cache_file(request)
+        new = file.with_suffix(f".{os.getpid()}")
+        write_json(new, found)
+        new.replace(file)
+    except OSError:
+        pass  # a read-only home costs the next plan a compilation

@@ -1,0 +1,37 @@
+"""Where a run comes from: what a second person needs to repeat it."""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jllama.folders.manifest import manifest_sha256, read_manifest
+from jllama.folders.run import Record
+from jllama.machine import versions
+from jllama.text.tokenizer import FILE_NAME as TOKENIZER
+from train.config import TrainConfig
+
+IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged
+
+
+def provenance(config: TrainConfig) -> dict[str, Any]:
+    """The part of run.json that says what the run is made of."""
+    return {
+        "command": [sys.executable, *sys.argv],
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "base_manifest_sha256": manifest_sha256(config.model),
+        "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],
+        "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+    }
+
+
+def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
+    """What an adapter carries about its origin: whoever loads it can tell where it belongs."""
+    return {
+        "prompt_style": config.prompt_style,
+        "seed": config.seed,
+        **{name: record[name] for name in (*IDENTITY, "tokenizer_sha256", "versions")},  # type: ignore[literal-required]
+    }

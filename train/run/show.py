@@ -1,0 +1,121 @@
+"""What a run says on the terminal, before and after."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from jllama.cli.terminal import command_line, console
+from jllama.config import LlamaConfig, LoraConfig, Precision
+from jllama.folders.load import abstract_model
+from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
+from jllama.text.rows import Example
+from train.config import TrainConfig
+from train.data.batches import Batches
+from train.optimizer import count, split_learned
+from train.plan.arithmetic import Step, memory_classes
+from train.plan.auto import this_device
+
+
+def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None) -> None:
+    """Every setting, and how many parameters learn."""
+    table = Table(title="settings", show_header=False, title_justify="left")
+    for name, value in dataclasses.asdict(config).items():
+        if value != "":
+            table.add_row(name, str(value))
+    console.print(table)
+
+    for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
+        sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
+        counts = parameter_counts(sizes, lora, config.precision)
+        note = " without the feed-forward biases" if config.ffn_bias and not ffn_bias else ""
+        console.print(
+            f"parameters: {counts['trainable']:,} trainable of {counts['total']:,} "
+            f"({100 * counts['trainable'] / counts['total']:.2f} %){note}",
+        )
+
+
+@functools.cache
+def parameter_counts(
+    llama: LlamaConfig, lora: LoraConfig | None, precision: Precision
+) -> dict[str, int]:
+    """{"trainable": 8388608, "total": 6746804224}; without adapters every weight is trainable."""
+    _, learned, frozen = split_learned(
+        abstract_model(llama, precision, lora=lora), "lora" if lora else "full"
+    )
+    counts = count({"learned": learned, "frozen": frozen})
+    return {"trainable": counts["learned"], "total": sum(counts.values())}
+
+
+def run_facts(
+    step: Step,
+    batches: Batches,
+    examples: tuple[list[Example], list[Example]],
+    steps: int,
+) -> dict[str, Any]:
+    """What is known of a run before its first step; a report takes it from run.json.
+
+    Args:
+        examples: to train on, and held out.
+
+        {"parameters": {"trainable": 8388608, "total": 6746804224},
+         "model": {"dim": 4096, ...}, "steps": 125, "device_memory_mib": 40960,
+         "memory_bytes": {"base_weights": 13476831232, "adapters": 33554432, ...},
+         "data": {"rows": 200, "held_out_rows": 0, "tokens": 20000, "learned_tokens": 12000,
+                  "longest": 251, "cut_rows": 3, "padding_share": 0.6}}
+    """
+    training, held_out = examples
+    return {
+        "parameters": parameter_counts(step.model, step.lora, step.precision),
+        "model": dataclasses.asdict(step.model),
+        "steps": steps,
+        "device_memory_mib": this_device().memory_mib,
+        "memory_bytes": memory_classes(step),
+        "data": {
+            "rows": len(training),
+            "held_out_rows": len(held_out),
+            "tokens": sum(len(example.ids) for example in training),
+            "learned_tokens": sum(sum(example.learned[1:]) for example in training),
+            "longest": max(len(example.ids) for example in training),
+            "cut_rows": sum(example.cut for example in training),
+            "padding_share": batches.padding_share(),
+        },
+    }
+
+
+def show_plan(
+    config: TrainConfig,
+    batches: Batches,
+    training: list[Example],
+    held_out: list[Example],
+    steps: int,
+) -> None:
+    """The arithmetic of the run."""
+    part = f"{steps} of " if steps < len(batches.windows) else ""
+    effective = config.micro_batch_size * config.gradient_accumulation_steps
+    lengths = " or ".join(map(str, batches.lengths))
+    console.print(
+        f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
+        f"{lengths} tokens, {100 * batches.padding_share():.0f} % padding\n"
+        f"effective batch: {config.micro_batch_size} sequences x "
+        f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
+        f"{part}{len(batches.windows)} optimizer steps in {config.epochs} epochs",
+    )
+
+
+def show_end(
+    run: RunFolder, epoch_losses: Sequence[float], eval_losses: Sequence[float], cost: str
+) -> None:
+    """The loss of every epoch, what was written, the next command, and what it all cost."""
+    table = Table("epoch", "average loss")
+    for epoch, loss in enumerate(epoch_losses, start=1):
+        table.add_row(str(epoch), f"{loss:.4f}")
+    console.print(table)
+    best = f"best/ (held-out loss {min(eval_losses):.4f}), " if run.best.is_dir() else ""
+    result = "adapter/ (PEFT)" if run.result("lora").is_dir() else "model/ (every weight)"
+    console.print(
+        f"wrote {run.path}/: {result}, {best}state/, {METRICS}, tensorboard/, {CONFIG}, {RECORD}\n"
+        f"next: {command_line('prompts', '--run', run.path)}\n{cost}",
+    )

@@ -1,0 +1,1 @@
+"""The making of the bundled sample (`python -m train.sample`): make.py; world.py and facts.py."""
