@@ -230,14 +230,16 @@ def test_only_missing_cells_run_again(place, trained, monkeypatch, capsys):
     file.write_text(first + second[: len(second) // 2])  # killed while it wrote
     asked = []
     run = Children.run
-    monkeypatch.setattr(Children, "run", lambda self, c: asked.append(c) or run(self, c))
+    monkeypatch.setattr(
+        Children, "run", lambda self, module, c: asked.append(c) or run(self, module, c)
+    )
     main(flags(place, trained))
     assert [c[c.index("--remat") + 1] for c in asked] == [json.loads(second)["remat"]]
     assert file.read_text().startswith(first)
     assert {cell["remat"] for cell in read_ablation(trained)[1]} == {"none", "block"}
     said = capsys.readouterr().out
     assert "has 1 of 2 cells" in said
-    assert f"next: python -m eval.report --run runs/latest --ablation {trained}" in said
+    assert f"next: jllama report --run runs/latest --ablation {trained}" in said
     assert "block remat instead of none" in said
     asked.clear()
     main(flags(place, trained))  # all there: a table and no process
@@ -271,12 +273,12 @@ def test_one_process_fills_a_folder(place, trained, capsys):
 
 
 KILLED = Done(-signal.SIGKILL, "", "")
-FULL = Done(2, "", "python -m train.lora: out of memory: RESOURCE_EXHAUSTED: 9 bytes\nless: ...")
+FULL = Done(2, "", "jllama train: out of memory: RESOURCE_EXHAUSTED: 9 bytes\nless: ...")
 
 
 @pytest.mark.parametrize("done", [KILLED, FULL], ids=["killed", "said"])
 def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys, done):
-    monkeypatch.setattr(Children, "run", lambda self, command: done)
+    monkeypatch.setattr(Children, "run", lambda self, module, flags: done)
     main(flags(place, tmp_path / "ablation", remat="none"))
     (cell,) = read_ablation(tmp_path / "ablation")[1]
     assert cell["failed"].startswith("out of memory: ")
@@ -287,7 +289,7 @@ def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys,
 
 
 def test_another_failure_ends_the_command_with_its_words(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Children, "run", lambda self, c: Done(2, "", "no such file: rows.json"))
+    monkeypatch.setattr(Children, "run", lambda self, *_: Done(2, "", "no such file: rows.json"))
     said = refused(capsys, flags(place, tmp_path / "ablation", remat="none"))
     assert "the cell fp32 lora none 2 x 1 failed (code 2):\nno such file: rows.json" in said
     assert read_ablation(tmp_path / "ablation")[1] == []
@@ -306,15 +308,12 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
     """As Ctrl-C does: the main thread is interrupted while a child runs."""
     started, seen = threading.Event(), []
 
-    def endless(*_, **__):
-        return ["python3", "-c", "import time; print(1, flush=True); time.sleep(60)"]
-
     run = Children.run
 
-    def noted(self, command):
+    def noted(self, module, flags):
         seen.append(self)
         started.set()
-        return run(self, command)
+        return run(self, "timeit", ["-s", "import time", "time.sleep(60)"])
 
     def interrupted(futures):
         started.wait(20)
@@ -322,7 +321,6 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
             pass
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cells, "train_command", endless)
     monkeypatch.setattr(Children, "run", noted)
     monkeypatch.setattr(cells, "as_completed", interrupted)
     with pytest.raises(SystemExit) as ended:
@@ -359,9 +357,9 @@ def test_what_cannot_be_compared_is_refused(capsys, tmp_path, words, message):
 def estimated(monkeypatch):
     """Plans in this process, by the closed formulas."""
 
-    def run(self, command):
-        assert command[1:3] == ["-m", "train.plan"]
-        config = tyro.cli(PlanConfig, args=command[3:])
+    def run(self, module, flags):
+        assert module == "train.plan"
+        config = tyro.cli(PlanConfig, args=flags)
         gpu = find_gpu(config.gpu)
         return Done(0, json.dumps(as_json(planner.estimate(config.step, gpu), config)), "")
 
@@ -423,7 +421,7 @@ def test_the_compiled_7b_cells_keep_the_order_of_memory():
 
 def test_a_folder_without_cells_takes_other_settings(place, tmp_path, monkeypatch, capsys):
     """As after a first call that failed at once."""
-    monkeypatch.setattr(Children, "run", lambda self, c: Done(2, "", "no such card"))
+    monkeypatch.setattr(Children, "run", lambda self, *_: Done(2, "", "no such card"))
     for steps in (2, 3):
         refused(capsys, flags(place, tmp_path / "ablation", steps=steps))
     assert read_ablation(tmp_path / "ablation")[0]["settings"]["steps"] == 3

@@ -162,7 +162,8 @@ def test_merged_weights_give_the_logits_of_base_and_adapter(method, base):  # le
     expected = logits(model)
     merge(model)
     assert adapted_linears(model) == {}
-    assert_agree(logits(model), expected)
+    # fp32 rounds the sum W + s B A, of which rsLoRA's s is the largest: 3.5e-5 was seen.
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=3 * TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -121,7 +121,7 @@ def test_meta_files_without_a_name_go_to_the_models_folder(original, tmp_path, m
     convert(FromMeta(original))
     assert read_config(tmp_path / "models" / "a").n_kv_heads == 2
     printed = capsys.readouterr().out
-    assert "python -m train.lora --model models/a" in printed
+    assert "jllama train --model models/a" in printed
     assert "55,968 parameters, float32, 223,872 bytes" in printed
 
 

@@ -209,7 +209,7 @@ DAMAGE = {
     ),
     "params.json broken": (
         lambda meta: (meta / "params.json").write_text('{"dim": 32'),
-        ["params.json: not readable as JSON"],
+        ["params.json: line 1: invalid JSON"],
     ),
     "tokenizer missing": (
         lambda meta: (meta / "tokenizer.model").unlink(),
@@ -268,7 +268,7 @@ def test_the_command_exits_with_2_and_one_message(what, meta, tmp_path):
         timeout=60,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"python -m convert.from_meta: {meta}: ")
+    assert done.stderr.startswith(f"jllama from-meta: {meta}: ")
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == ["meta"]
 

@@ -138,7 +138,7 @@ def test_written_files_can_be_read_by_whoever_may_read_any_file_of_the_user(mode
 
 def test_hugging_faces_files_are_sent_to_the_other_command(model, tmp_path):
     to_hf.export(ToHf(model, tmp_path / "hf"))
-    with pytest.raises(InputError, match=r"run: python -m convert\.from_hf"):
+    with pytest.raises(InputError, match=r"run: jllama from-hf"):
         load_model(tmp_path / "hf")
 
 

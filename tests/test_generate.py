@@ -276,7 +276,7 @@ def test_a_stream_never_splits_a_character_and_loses_nothing(monkeypatch, model)
             yield np.array([ids[start : start + 3]]), np.zeros((1, 3))
         yield np.array([[0, 65, 65]]), np.zeros((1, 3))
 
-    monkeypatch.setattr(sys.modules["jllama.stream"], "decode_chunks", chunks)
+    monkeypatch.setattr(sys.modules["jllama.decode.stream"], "decode_chunks", chunks)
     pieces = list(jllama.stream(model, Bytes(), [1], 1000))
     assert "".join(pieces) == text
     assert len(pieces) > 5

@@ -101,7 +101,7 @@ DAMAGE = {
     "index to a pickle": (move_to("pytorch_model.bin"), ["'pytorch_model.bin' is no name"]),
     "index of numbers": (set_json(INDEX, weight_map={Q: 3}), ["'3' is no name"]),
     "index without a map": (set_json(INDEX, weight_map=None), ["no weight_map of tensors"]),
-    "index broken": (write(INDEX, b"{"), [f"{INDEX}: not readable as JSON"]),
+    "index broken": (write(INDEX, b"{"), [f"{INDEX}: line 1: invalid JSON"]),
     "index of endless nesting": (write(INDEX, b'{"a":' * 200_000), [f"{INDEX}: not readable"]),
     "index swaps two files": (index_swaps, [f"{Q}: {INDEX} says model-0000", "has it"]),
     "missing file": (lambda hf: (hf / SECOND).unlink(), [f"{SECOND}: no such file"]),
@@ -206,7 +206,7 @@ def test_a_tied_head_that_is_no_copy_is_refused(tmp_path):
 
 
 def test_metas_files_are_sent_to_the_other_command(original, tmp_path):
-    with pytest.raises(InputError, match=r"run: python -m convert\.from_meta"):
+    with pytest.raises(InputError, match=r"run: jllama from-meta"):
         convert(FromHf(original, tmp_path / "model"))
 
 
@@ -215,4 +215,4 @@ def test_the_command_names_what_it_wrote(hf, tmp_path, monkeypatch, capsys):
     from_hf.main(["hf"])
     said = capsys.readouterr().out
     assert "wrote models/hf" in said
-    assert "next: python -m train.lora --model models/hf --data FILE" in said
+    assert "next: jllama train --model models/hf --data FILE" in said

@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         text("tokenizer.model", "version https://git-lfs.github.com/spec/v1\n"),
         ["tokenizer.model: neither a SentencePiece model nor tiktoken ranks", "again (43 bytes"],
     ),
-    "broken": (text("tokenizer.json", '{"model": '), ["not readable as JSON"]),
+    "broken": (text("tokenizer.json", '{"model": '), ["line 1: invalid JSON"]),
     "list": (text("tokenizer.json", "[]"), ["expected a JSON object, found list"]),
     "nested": (text("tokenizer.json", "[" * 100_000), ["not readable as JSON"]),
     "digits": (text("tokenizer.json", "1" * 5000), ["not readable as JSON", "4300"]),

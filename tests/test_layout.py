@@ -48,7 +48,7 @@ def test_no_file_outgrows_a_reading():
 
 def test_commands_start_quietly_where_the_plan_extra_is_but_no_driver():
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    script = "from jllama import cli; cli.pass_over_absent_gpu(); import jax; print(jax.devices())"
+    script = "from jllama.machine import pass_over_absent_gpu; pass_over_absent_gpu(); import jax; print(jax.devices())"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )

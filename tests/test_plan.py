@@ -203,7 +203,7 @@ def estimated(monkeypatch):
 def test_fit_names_a_bf16_setting_of_7b_for_24_gigabytes(estimated, capsys, tmp_path):
     picture = tmp_path / "fit.svg"
     said = asked(capsys, "--fit", "--gpu", "rtx-4090", "--picture", picture)
-    assert "next: python -m train.lora --model DIR --data FILE --precision bf16" in said
+    assert "next: jllama train --model DIR --data FILE --precision bf16" in said
     assert picture.read_text().count("<path") > 10
     found = json.loads(asked(capsys, "--fit", "--gpu", "rtx-4090", "--json"))
     best = found["best"]
@@ -323,7 +323,7 @@ def test_running_out_of_memory_is_answered_with_what_needs_less(
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr("train.lora.fit", full)
+    monkeypatch.setattr("train.fine_tune.fit", full)
     with pytest.raises(SystemExit) as ended:
         train(flags(place, tmp_path / "run", "--remat", "none", "--micro-batch-size", "4"))
     assert ended.value.code == 2

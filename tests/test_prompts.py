@@ -99,7 +99,7 @@ def test_an_adapter_is_asked_in_the_style_it_was_trained_in(place, tmp_path):  #
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "nowhere"], "nowhere: no run folder"),
+        (["--run", "nowhere"], "nowhere: no config.yaml; expected a run folder"),
         (
             ["--model", "{place}/other", "--adapter", "{place}/run/adapter"],
             "give the right --model",

@@ -119,7 +119,7 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
     assert re.search(
         r"peak memory: \d+ MiB planned for the step, [1-9][\d,]* measured", said
     )  # lesson 15
-    assert f"next: python -m eval.prompts --run {run}" in said
+    assert f"next: jllama prompts --run {run}" in said
     tensors = safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(np.any(x) for name, x in tensors.items() if "lora_B" in name)
     for block in tensor_shapes(read_model_config(place / "model")):  # the base is untouched
@@ -495,7 +495,7 @@ def test_bad_data_ends_in_one_message_that_lists_all(place, tmp_path, capsys, co
         main(flags(place, tmp_path / "run", data=data, skip_bad_rows=2))
     said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith(f"python -m train.lora: {data}: ")
+    assert said.startswith(f"jllama train: {data}: ")
     for message in messages:
         assert message in said
     assert not (tmp_path / "run").exists()

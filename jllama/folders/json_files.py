@@ -43,15 +43,15 @@ def read_text(path: str | Path, wanted: str) -> str:
 
 
 def parse(text: str, source: str) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text; `source` is a file, or the "line 3" that the text is.
 
     Raises:
-        InputError: naming the source and, beyond the first, the line.
+        InputError: naming the source, and the line in it.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f" line {error.lineno}:" if "\n" in text.strip() else ""
+        line = "" if source.startswith("line ") else f" line {error.lineno}:"
         raise InputError(f"{source}:{line} invalid JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:  # numbers of 5,000 digits; endless nesting
         raise InputError(f"{source}: not readable as JSON ({error})") from error
