@@ -98,48 +98,47 @@ def checked(settings: type[Settings]) -> type[Settings]:
     made = pydantic.dataclasses.dataclass(
         frozen=True, config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
     )(settings)
-    check = made.__init__
+    check, declared = made.__init__, get_type_hints(made, include_extras=True)
     names = [field.name for field in dataclasses.fields(made)]
+    switches = {name for name in names if in_words(declared[name]) == _KINDS[bool]}
 
     @functools.wraps(check)
     def init(self: Any, *values: Any, **named: Any) -> None:
-        errors: list[ErrorDetails] = []
+        given = {**dict(zip(names, values, strict=False)), **named}
+        wrong: dict[tuple[str, str], str] = {}  # a field and its value are named once
+        for name in filter(given.__contains__, names):  # to Python and pydantic True is 1
+            value = given[name]
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool) != (name in switches):
+                    wrong[name, _shown(part)] = f", expected {in_words(declared[name])}"
         try:
             check(self, *values, **named)
         except pydantic.ValidationError as error:
-            errors = error.errors()
-        given = {**dict(zip(names, values, strict=False)), **named}
-        if problems := _problems(made, given, errors):
-            raise WrongFields(made, problems)
+            for problem in error.errors():
+                name, found, expected = _problem(problem, declared)
+                wrong.setdefault((name, found), expected)
+        except InputError:  # of __post_init__
+            if not wrong:
+                raise
+        if wrong:
+            problems = [(name, found + expected) for (name, found), expected in wrong.items()]
+            raise WrongFields(made, problems) from None
 
     made.__init__ = init  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
 
 
-def _problems(
-    settings: type, given: dict[str, Any], errors: Sequence[ErrorDetails]
-) -> list[tuple[str, str]]:
-    """Names of fields, and what is wrong with each, in words; a value is named once."""
-    declared = get_type_hints(settings, include_extras=True)
-    wrong: dict[tuple[str, str], str] = {}
-    for name, value in given.items():
-        if isinstance(value, bool) and "bool" not in str(declared.get(name, "bool")):
-            wrong[name, str(value)] = (
-                f", expected {in_words(declared[name])}"  # it is no 1 and no 0
-            )
-    for error in errors:
-        name, found = str(error["loc"][0]), _shown(error["input"])
-        if error["type"] == "missing":
-            wrong[name, "is"] = " missing"
-        elif name in declared:
-            words = in_words(declared[name], largest=error["type"] == "less_than_equal")
-            wrong.setdefault((name, found), f", expected {words}")
-        else:
-            near = difflib.get_close_matches(name, declared, 1)
-            wrong[name, "is"] = " no field; " + (
-                f"did you mean {near[0]}?" if near else f"there are {', '.join(declared)}"
-            )
-    return [(name, found + expected) for (name, found), expected in wrong.items()]
+def _problem(problem: ErrorDetails, declared: dict[str, Any]) -> tuple[str, str, str]:
+    """A field's name, what was found and what was expected."""
+    name, found = str(problem["loc"][0]), _shown(problem["input"])
+    if problem["type"] == "missing":
+        return name, "is", " missing"
+    if name in declared:
+        words = in_words(declared[name], largest=problem["type"] == "less_than_equal")
+        return name, found, f", expected {words}"
+    near = difflib.get_close_matches(name, declared, 1)
+    known = f"did you mean {near[0]}?" if near else f"there are {', '.join(declared)}"
+    return name, "is", f" no such field; {known}"
 
 
 def _shown(value: Any) -> str:
@@ -173,7 +172,7 @@ def in_words(declared: Any, largest: bool = False) -> str:
         for side, words in _BOUNDS.items()
         if hasattr(bound, side) and (largest or getattr(bound, side) != LARGEST)
     ]
-    return ", ".join([_KINDS[kind], " and ".join(bounds)]) if bounds else _KINDS[kind]
+    return ", ".join([_KINDS.get(kind, kind.__name__), *filter(None, [" and ".join(bounds)])])
 
 
 _KINDS = {

@@ -98,7 +98,7 @@ def test_the_first_different_id_is_named():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--new-tokens", "1"], "--new-tokens 1, expected at least 2"),
+        (["--new-tokens", "1"], "--new-tokens 1, expected a whole number, at least 2"),
         (["--threads", "4096"], "--threads 4096, but this process may use"),
         (["--prompt-tokens", "4090"], "context 4096"),
         (["--model", "nowhere"], "nowhere: no config.json"),
