@@ -1,7 +1,6 @@
 """What the commands that write a model folder in another format share: flags, reading, the end."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from convert.blocks import block_progress, fingerprint
 from convert.dtypes import forget
 from convert.merge import Merge, show_report
 from jllama.config import tensor_shapes
+from jllama.errors import checked
 from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS
 from jllama.folders.files import bytes_begun, room_for, whole_folder
 from jllama.folders.json_files import write_json
@@ -20,7 +20,7 @@ from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_block, read_config
 
 
-@dataclasses.dataclass(frozen=True)
+@checked
 class Export:
     """The flags of every export."""
 

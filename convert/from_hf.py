@@ -7,7 +7,6 @@ Face from Meta gives the same tensors, and the same certificate of them, as Meta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +18,11 @@ from convert.hf.tokenizer import read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line
-from jllama.errors import InputError
+from jllama.errors import InputError, checked
 from jllama.folders.model import CONFIG
 
 
-@dataclass(frozen=True)
+@checked
 class FromHf:
     """Converts a Hugging Face LLaMA (safetensors) to a model folder."""
 

@@ -7,7 +7,6 @@ its name only when it is whole. Tensors are copied, never changed: `manifest.jso
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +18,12 @@ from convert.meta.weights import open_meta
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, InputError, Positive, checked
 from jllama.folders.model import CONFIG
 from jllama.text.tokenizer import FILE_NAME
 
 
-@dataclass(frozen=True)
+@checked
 class FromMeta:
     """Converts Meta's consolidated.NN.pth files to a model folder."""
 
@@ -34,9 +33,9 @@ class FromMeta:
     """Folder to make; by default models/ and the name of SRC."""
     tokenizer: Path | None = None
     """Meta's tokenizer.model; by default the one in SRC or one folder above."""
-    rope_scaling_factor: float | None = None
+    rope_scaling_factor: Positive | None = None
     """How far a scaled rope is stretched; by default 32 for tied models (3.2), 8 for others."""
-    max_seq_len: int | None = None
+    max_seq_len: AtLeast1 | None = None
     """The trained context in tokens; by default that of the family."""
 
 
@@ -70,8 +69,6 @@ def _params(settings: FromMeta) -> dict:
         )
     for name in ("rope_scaling_factor", "max_seq_len"):
         value = getattr(settings, name)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
         params |= {} if value is None else {name: value}
     return params
 

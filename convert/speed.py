@@ -20,13 +20,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 
 from convert.dtypes import as_numpy
 from convert.meta.archive import Archive
@@ -35,7 +35,7 @@ from convert.to_meta import cut_axis, even_part
 from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.config import LlamaConfig, tensor_shapes
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, Positive, checked
 from jllama.folders.files import room_for
 from jllama.folders.json_files import write_json
 from jllama.machine import measured_here
@@ -45,24 +45,20 @@ _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to 
 _MIB = 2**20
 
 
-@dataclass(frozen=True)
+@checked
 class ConvertSpeed:
     """Times conversions of a synthetic checkpoint, and `cp` of the same bytes."""
 
-    gigabytes: float = 2.0
+    gigabytes: Positive = 2.0
     """Size of the checkpoint, bf16."""
-    shards: tuple[int, ...] = (1, 4)
+    shards: Annotated[tuple[AtLeast1, ...], Field(min_length=1)] = (1, 4)
     """In how many files the checkpoint comes; every number is measured."""
-    repeats: int = 5
+    repeats: AtLeast1 = 5
     """Times that each conversion runs."""
     place: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Folder for the files, about five times their size; by default one of the system's."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
-
-    def __post_init__(self):
-        if self.gigabytes <= 0 or self.repeats < 1 or not self.shards or min(self.shards) < 1:
-            raise InputError("--gigabytes, --repeats and --shards are expected above 0")
 
 
 def measure(settings: ConvertSpeed) -> None:

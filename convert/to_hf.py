@@ -8,7 +8,6 @@ were converted, or would have been.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from convert.hf.files import INDEX
 from convert.hf.tokenizer import write_hf_tokenizer
 from jllama.cli.command import run_command
 from jllama.config import LlamaConfig
+from jllama.errors import checked
 from jllama.folders.json_files import write_json
 from jllama.folders.model import CONFIG
 from jllama.folders.tensors import map_tensors, save_tensors
@@ -27,7 +27,7 @@ from jllama.names import hf_name
 from jllama.text.tokenizer import FILE_NAME, load_tokenizer
 
 
-@dataclass(frozen=True)
+@checked
 class ToHf(Export):
     """Writes a model folder, alone or with an adapter merged in, in Hugging Face's format."""
 

@@ -10,7 +10,6 @@ always gives the same bytes.
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,22 +21,18 @@ from convert.meta.params import PARAMS, meta_params
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line
 from jllama.config import LlamaConfig
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, InputError, checked
 from jllama.folders.json_files import write_json
 from jllama.names import EMBEDDINGS, OUTPUT
 from jllama.text.tokenizer import FILE_NAME
 
 
-@dataclass(frozen=True)
+@checked
 class ToMeta(Export):
     """Writes a model folder, alone or with an adapter merged in, in Meta's own format."""
 
-    shards: int = 1
+    shards: AtLeast1 = 1
     """Files to cut the weights into; Meta's code wants a GPU for each."""
-
-    def __post_init__(self):
-        if self.shards < 1:
-            raise InputError(f"--shards is {self.shards}, expected 1 or more")
 
 
 def export(settings: ToMeta) -> None:

@@ -9,7 +9,6 @@ differs.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +20,13 @@ from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
 from jllama.cli.command import run_command
 from jllama.config import LlamaConfig, tensor_shapes
-from jllama.errors import InputError
+from jllama.errors import InputError, checked
 from jllama.folders.manifest import MANIFEST, certificate, read_manifest
 from jllama.folders.model import CONFIG, check_manifest, read_block, read_config
 from jllama.text.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True)
+@checked
 class Verify:
     """Checks every byte of a model folder against its certificate."""
 

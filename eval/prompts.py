@@ -15,7 +15,7 @@ nats) both models find that answer, and how far the tuned one is from the base a
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,8 @@ from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console
-from jllama.errors import InputError
+from jllama.decode.sampling import Likeliest
+from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
 from jllama.folders.json_files import read_values, write_json_lines
 from jllama.folders.run import GENERATIONS
 from jllama.lora import merge
@@ -37,7 +38,7 @@ from jllama.text.prompt import prompt_ids
 REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
 
 
-@dataclass(frozen=True)
+@checked
 class PromptsConfig(Subject):
     """Answer prompts with the base and the tuned model.
 
@@ -53,25 +54,20 @@ class PromptsConfig(Subject):
     """JSON or JSONL rows as for training (their answers are compared with), or prompts."""
     reference: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON rows with recorded answers, shown as further columns."""
-    temperature: float | None = None
+    temperature: NotNegative | None = None
     """0 takes the likeliest token; by default what the prompts' file says, else 0.6."""
-    top_p: float | None = None
+    top_p: Likeliest | None = None
     """Share of probability sampled from; by default what the prompts' file says, else 0.9."""
-    max_new_tokens: int | None = None
+    max_new_tokens: AtLeast1 | None = None
     """Tokens of an answer; by default what the prompts' file says, else 128."""
-    seed: int = 1
+    seed: Seed = 1
     """Of the samples."""
-    batch_size: int = 16
+    batch_size: AtLeast1 = 16
     """Prompts answered at a time."""
-    limit: int = 0
+    limit: AtLeast0 = 0
     """Only the first prompts; 0 takes all."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Where to write; by default generations.jsonl in the run folder, else here."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size < 1 or self.limit < 0:
-            raise InputError(f"batch_size {self.batch_size}, limit {self.limit}; expected >= 1, 0")
 
 
 def answer_prompts(config: PromptsConfig) -> None:

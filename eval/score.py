@@ -19,7 +19,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,7 @@ from eval.likelihood import Score, count_batches, score_sequences
 from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console
-from jllama.errors import InputError
+from jllama.errors import AtLeast0, AtLeast1, InputError, checked
 from jllama.folders.json_files import read_json, write_json
 from jllama.folders.manifest import read_manifest
 from jllama.folders.model import read_config
@@ -51,7 +50,7 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True)
+@checked
 class ScoreConfig(Subject):
     """Score the answers of a data file with the base and the tuned model.
 
@@ -61,31 +60,21 @@ class ScoreConfig(Subject):
 
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON or JSONL rows as for training; by default all that the run was given."""
-    max_seq_len: int = 0
+    max_seq_len: AtLeast0 = 0
     """Tokens after which a row is cut; 0 takes the run's, else 512."""
-    skip_bad_rows: int = 0
+    skip_bad_rows: AtLeast0 = 0
     """Rows without an answer that may be left out; at least as many as in the run."""
-    exact_tokens: int = 32
+    exact_tokens: AtLeast0 = 32
     """Longest answer, in tokens with its end, that greedy decoding is asked for; 0 asks none."""
-    batch_size: int = 8
+    batch_size: AtLeast1 = 8
     """Rows at a time."""
-    limit: int = 0
+    limit: AtLeast0 = 0
     """Only the first rows; 0 takes all."""
     json: bool = False
     """Print one JSON object instead of a table."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Where to write that object; by default score.json in the run folder, else here (with --json
     nowhere)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        names = ("max_seq_len", "skip_bad_rows", "exact_tokens", "limit")
-        wrong = [f"{name} {getattr(self, name)}, expected 0 or more"
-                 for name in names if getattr(self, name) < 0]  # fmt: skip
-        if self.batch_size < 1:
-            wrong.append(f"batch_size {self.batch_size}, expected 1 or more")
-        if wrong:
-            raise InputError("; ".join(wrong))
 
 
 def complete(config: ScoreConfig) -> ScoreConfig:

@@ -1,7 +1,6 @@
 """Whom a command of this package is about: a base model, and what was tuned of it."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -10,7 +9,7 @@ import tyro
 import jllama
 from jllama import bundled
 from jllama.config import Precision
-from jllama.errors import InputError
+from jllama.errors import InputError, checked
 from jllama.folders.adapter import check_base, read_passport
 from jllama.folders.run import LATEST, RunFolder
 from jllama.text.prompt import PromptStyle
@@ -18,7 +17,7 @@ from jllama.text.prompt import PromptStyle
 Voices = dict[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
 
 
-@dataclass(frozen=True)
+@checked
 class Subject:
     """The flags that name them."""
 

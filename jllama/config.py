@@ -9,11 +9,9 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from jllama.errors import InputError, checked
+from jllama.errors import AtLeast1, InputError, Positive, Share, checked
 from jllama.names import EMBEDDINGS, NORM, OUTPUT, linear_names
 
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Positive = Annotated[float, Field(gt=0)]
 MAX_LAYERS = 1000  # of any LLaMA, with much room; a file that states a billion is an attack
 
 # The dtype of activations. Adapters, optimizer moments, norm statistics, softmax and loss are fp32
@@ -44,25 +42,25 @@ class RopeScaling:
     factor: Positive = 8.0
     low_frequency_factor: Positive = 1.0
     high_frequency_factor: Positive = 4.0
-    original_context: Count = 8192
+    original_context: AtLeast1 = 8192
 
 
 @checked
 class LlamaConfig:
     """The sizes of one model; complete, checked once, and the same for every family."""
 
-    dim: Count
+    dim: AtLeast1
     n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    n_heads: Count
-    n_kv_heads: Count
-    hidden_dim: Count
-    vocab_size: Count
+    n_heads: AtLeast1
+    n_kv_heads: AtLeast1
+    hidden_dim: AtLeast1
+    vocab_size: AtLeast1
     norm_eps: Positive = 1e-5
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     ffn_bias: bool = False
-    max_seq_len: Count = 4096
+    max_seq_len: AtLeast1 = 4096
 
     def __post_init__(self):
         if self.dim % self.n_heads:
@@ -172,9 +170,9 @@ class LoraConfig:
     al., 2024) adds a learned magnitude for every output.
     """
 
-    rank: Count = 16
+    rank: AtLeast1 = 16
     alpha: Positive = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Share = 0.05
     targets: tuple[str, ...] = ("wq", "wv")
     rslora: bool = False
     dora: bool = False

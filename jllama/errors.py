@@ -1,16 +1,80 @@
-"""Wrong input: the one exception that means it, and settings that raise it when they are made."""
+"""Wrong input: the one exception that means it, and settings that raise it when they are made.
+
+A field of settings is declared once, with its type and its range:
+
+    steps: AtLeast1 = 100
+    shape: Literal["linear", "cosine"] = "linear"
+    parts: Annotated[str, SomeOf(("head", "layers"))] = "head,layers"
+"""
 
 import dataclasses
+import difflib
 import functools
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import pydantic
+from pydantic import Field
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
+
+LARGEST = 2**31 - 1  # the whole numbers of compiled functions
+AtLeast0 = Annotated[int, Field(ge=0, le=LARGEST)]
+AtLeast1 = Annotated[int, Field(ge=1, le=LARGEST)]
+AtLeast2 = Annotated[int, Field(ge=2, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 Settings = TypeVar("Settings")
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """What was found, what was expected and what to do. A command prints it and exits with 2."""
+
+
+class WrongFields(InputError):
+    """Values that the declarations of settings do not allow.
+
+    Args:
+        settings: the class.
+        problems: names of fields, and what is wrong with each.
+    """
+
+    def __init__(self, settings: type, problems: Sequence[tuple[str, str]]):
+        super().__init__(settings, problems)
+        self.settings, self.problems = settings, problems
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name} {wrong}" for name, wrong in self.problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class SomeOf:
+    """Declares text that names some of `choices`, each once, with commas between them."""
+
+    choices: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        names = [name.strip() for name in text.split(",")]
+        if len(set(names)) < len(names) or not set(names) <= set(self.choices):
+            raise ValueError
+        return ",".join(names)
 
 
 @dataclass_transform(frozen_default=True)
@@ -19,58 +83,99 @@ def checked(settings: type[Settings]) -> type[Settings]:
 
         @checked
         class Warmup:
-            steps: Annotated[int, Field(ge=1)] = 100
+            steps: AtLeast1 = 100
             shape: Literal["linear", "cosine"] = "linear"
 
-        Warmup(0, "cubic")  ->  InputError: steps 0, expected greater than or equal to 1;
-                                shape 'cubic', expected 'linear' or 'cosine'
+        Warmup(0, "cubic")  ->  InputError: steps 0, expected a whole number, at least 1;
+                                shape cubic, expected linear or cosine
 
-    Numbers are finite; text becomes a number where it is one, for YAML reads 5e-5 as text. What
-    only several fields together can tell is checked by `__post_init__`.
+    Numbers are finite; text becomes a number where it is one, for flags are text and YAML reads
+    5e-5 as text. What only several fields together can tell is checked by `__post_init__`.
 
     Raises:
-        InputError: everything that is wrong with the fields.
+        WrongFields: everything that is wrong with the fields.
     """
     made = pydantic.dataclasses.dataclass(
         frozen=True, config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
     )(settings)
-    check = made.__init__
+    check, declared = made.__init__, get_type_hints(made, include_extras=True)
     names = [field.name for field in dataclasses.fields(made)]
+    switches = {name for name in names if in_words(declared[name]) == _KINDS[bool]}
 
     @functools.wraps(check)
     def init(self: Any, *values: Any, **named: Any) -> None:
         given = {**dict(zip(names, values, strict=False)), **named}
-        wrong = _switches(made, given)
+        wrong: dict[tuple[str, str], str] = {}  # a field and its value are named once
+        for name in filter(given.__contains__, names):  # to Python and pydantic True is 1
+            value = given[name]
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool) != (name in switches):
+                    wrong[name, _shown(part)] = f", expected {in_words(declared[name])}"
         try:
             check(self, *values, **named)
         except pydantic.ValidationError as error:
-            wrong += _in_words(error)
+            for problem in error.errors():
+                name, found, expected = _problem(problem, declared)
+                wrong.setdefault((name, found), expected)
+        except InputError:  # of __post_init__
+            if not wrong:
+                raise
         if wrong:
-            raise InputError("; ".join(wrong)) from None
+            problems = [(name, found + expected) for (name, found), expected in wrong.items()]
+            raise WrongFields(made, problems) from None
 
     made.__init__ = init  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
 
 
-def _switches(settings: type, given: dict[str, Any]) -> list[str]:
-    """Fields for which True or False was given but something else is expected: no 1 and no 0."""
-    hints = get_type_hints(settings)
-    return [
-        f"{name} {value}, expected a number or text"
-        for name, value in given.items()
-        if isinstance(value, bool) and name in hints and "bool" not in str(hints[name])
+def _problem(problem: ErrorDetails, declared: dict[str, Any]) -> tuple[str, str, str]:
+    """A field's name, what was found and what was expected."""
+    name, found = str(problem["loc"][0]), _shown(problem["input"])
+    if problem["type"] == "missing":
+        return name, "is", " missing"
+    if name in declared:
+        words = in_words(declared[name], largest=problem["type"] == "less_than_equal")
+        return name, found, f", expected {words}"
+    near = difflib.get_close_matches(name, declared, 1)
+    known = f"did you mean {near[0]}?" if near else f"there are {', '.join(declared)}"
+    return name, "is", f" no such field; {known}"
+
+
+def _shown(value: Any) -> str:
+    word = isinstance(value, str) and value.isprintable() and len(value.split()) == 1
+    return (value if word else repr(value))[:80]
+
+
+def in_words(declared: Any, largest: bool = False) -> str:
+    """What a declaration allows.
+
+    Annotated[int, Field(ge=1)] | Literal["auto"]  ->  a whole number, at least 1 or auto
+
+    Args:
+        largest: whether to name `LARGEST`, too.
+    """
+    kind, *marks = get_args(declared) if get_origin(declared) is Annotated else (declared,)
+    origin, parts = get_origin(kind), get_args(kind)
+    for mark in marks:
+        if isinstance(mark, SomeOf):
+            return f"some of {', '.join(mark.choices)}, each once, with commas between them"
+    if origin is Literal:
+        return " or ".join(", ".join(map(str, filter(None, parts))).rsplit(", ", 1))
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(part, largest) for part in parts if part is not type(None))
+    if origin is tuple:
+        return f"a list, each {in_words(parts[0], largest)}"
+    bounds = [
+        f"{words} {getattr(bound, side)}"
+        for mark in marks
+        for bound in getattr(mark, "metadata", ())
+        for side, words in _BOUNDS.items()
+        if hasattr(bound, side) and (largest or getattr(bound, side) != LARGEST)
     ]
+    return ", ".join([_KINDS.get(kind, kind.__name__), *filter(None, [" and ".join(bounds)])])
 
 
-def _in_words(error: pydantic.ValidationError) -> list[str]:
-    """One sentence a field, whichever of its types was missed; __post_init__ speaks for itself."""
-    own, expected = [], dict[str, list[str]]()
-    for problem in error.errors():
-        said = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if problem["type"] == "value_error":
-            own.append(said)
-        elif problem["type"] == "unexpected_keyword_argument":
-            own.append(f"{problem['loc'][0]}: no such field")
-        else:
-            expected.setdefault(f"{problem['loc'][0]} {problem['input']!r}", []).append(said)
-    return own + [f"{found}, expected {' or '.join(said)}" for found, said in expected.items()]
+_KINDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"
+}  # fmt: skip
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

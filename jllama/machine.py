@@ -10,7 +10,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BeforeValidator
+
+# The cards that can be planned for; `train.plan.cards` has their sizes.
+GpuName = Literal[
+    "rtx-3060", "rtx-3090", "rtx-4090", "rtx-5090", "t4", "l4", "a10g", "l40s",
+    "a100-40gb", "a100-80gb", "h100", "h200", "b200",
+]  # fmt: skip
+AnyCase = BeforeValidator(lambda name: name.lower() if isinstance(name, str) else name)
 
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

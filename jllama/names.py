@@ -27,6 +27,7 @@ HF_LINEARS: Mapping[str, str] = MappingProxyType(
         "w3": "up_proj",
     }
 )
+LINEAR_CHOICES = (*HF_LINEARS, *HF_LINEARS.values(), "all")  # what a user may name
 _HF_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HF_OUTSIDE = {
     EMBEDDINGS: "model.embed_tokens.weight",
@@ -76,11 +77,10 @@ def linear_names(text: str) -> tuple[str, ...]:
     Raises:
         InputError: if a name is unknown or none is given.
     """
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    if asked == ["all"]:
-        return tuple(HF_LINEARS)
+    asked = {name.strip() for name in text.split(",") if name.strip()}
     meta = {hf: meta for meta, hf in HF_LINEARS.items()}
-    named = {meta.get(name, name) for name in asked}
+    named = set(HF_LINEARS) if "all" in asked else set()
+    named |= {meta.get(name, name) for name in asked - {"all"}}
     unknown = sorted(named - set(HF_LINEARS))
     if unknown or not named:
         raise InputError(

@@ -334,16 +334,16 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--precision", "fp16"], "--precision fp16, expected some of"),
+        (["--precision", "fp16"], "--precision fp16, expected some of bf16, fp32"),
         (["--remat", "none,none"], "each once"),
         (["--accumulation", "1,3"], "--accumulation 1,3, expected whole"),
         (["--accumulation", "0"], "--accumulation 0, expected whole"),
-        (["--steps", "1"], "--steps 1, expected at least 2"),
-        (["--repeats", "0"], "--repeats 0, expected at least 1"),
+        (["--steps", "1"], "--steps 1, expected a whole number, at least 2"),
+        (["--repeats", "0"], "--repeats 0, expected a whole number, at least 1"),
         (["--model", "nowhere"], "--data FILE is missing"),
         (["--model", "nowhere", "--data", "rows.json"], "nowhere"),
         (["--gpu", "a100-40gb", "--data", "rows.json"], "reads no rows"),
-        (["--gpu", "rtx-9090", "--tune", "lora", "--accumulation", "1"], "unknown GPU 'rtx-9090'"),
+        (["--gpu", "rtx-9090"], "--gpu rtx-9090, expected rtx-3060"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(capsys, tmp_path, words, message):

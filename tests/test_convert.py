@@ -20,8 +20,8 @@ from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, wri
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
-from jllama.folders import files
 from jllama.errors import InputError
+from jllama.folders import files
 from jllama.folders.load import load_model
 from jllama.folders.model import ModelWriter, read_block, read_config
 from jllama.text.tokenizer import load_tokenizer

@@ -12,8 +12,8 @@ import pytest
 from meta_files import BASE, random_tensors, write_meta
 
 from convert import from_meta
-from jllama.folders import files
 from jllama.errors import InputError
+from jllama.folders import files
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
 from train import lora

@@ -343,10 +343,13 @@ def test_wrong_arguments_are_named(model, arguments, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature -0.1, expected 0 or more"),
-        ({"top_p": 0.0, "top_k": -1}, "top_k -1, expected 0 or more; top_p 0.0, expected above 0"),
-        ({"min_p": 2.0}, "min_p 2.0, expected 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0, expected above 0"),
+        ({"temperature": -0.1}, "temperature -0.1, expected a number, at least 0"),
+        (
+            {"top_p": 0.0, "top_k": -1},
+            "top_k -1, expected a whole number, at least 0; top_p 0.0, expected a number, above 0",
+        ),
+        ({"min_p": 2.0}, "min_p 2.0, expected a number, at least 0 and at most 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0, expected a number, above 0"),
     ],
 )
 def test_wrong_sampling_is_named(settings, message):

@@ -232,10 +232,13 @@ def test_the_reports_situation_fits_40_gigabytes(estimated, capsys):
     ("words", "message"),
     [
         (["--model", "llama-9"], "presets: llama-7b, llama-13b"),
-        (["--gpu", "rtx-9090"], "unknown GPU 'rtx-9090'; choose from rtx-3060"),
+        (["--gpu", "rtx-9090"], "--gpu rtx-9090, expected rtx-3060, rtx-3090"),
         (["--gpu", "t4"], "t4 (compute capability 7.5) has no bf16 arithmetic"),
-        (["--micro-batch-size", "-1"], "micro_batch_size -1; expected at least 1"),
-        (["--gpu-memory", "-4"], "expected above 0"),
+        (
+            ["--micro-batch-size", "-1"],
+            "--micro-batch-size -1, expected a whole number, at least 1",
+        ),
+        (["--gpu-memory", "-4"], "--gpu-memory -4, expected a number, above 0"),
         (["--gpu", "present"], "no GPU here"),
         (["--fit", "--gpus", "2"], "--fit plans training on one GPU"),
         (["--tune", "full", "--dora"], "--tune full has no adapters"),
@@ -348,7 +351,7 @@ def test_auto_in_a_recipe_is_read(tmp_path):
     assert config is not None
     assert (config.remat, config.micro_batch_size) == ("auto", "auto")
     (tmp_path / "b.yaml").write_text("epochs: auto\n")
-    with pytest.raises(InputError, match="epochs 'auto', expected int"):
+    with pytest.raises(InputError, match="epochs auto, expected a whole number"):
         read_defaults(["--config", str(tmp_path / "b.yaml")])
 
 

@@ -442,9 +442,9 @@ def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, caps
     [
         ({"model": "nowhere"}, "nowhere: no config.json here; expected a model folder"),
         ({"data": "nowhere.json"}, "nowhere.json: no such data file"),
-        ({"epochs": 0}, "epochs 0, expected above 0"),
-        ({"lora-targets": "wq,wx"}, "unknown linear wx; choose from wq"),
-        ({"lora-dropout": 1.5}, "LoRA dropout 1.5 is outside"),
+        ({"epochs": 0}, "--epochs 0, expected a whole number, at least 1"),
+        ({"lora-targets": "wq,wx"}, "--lora-targets wq,wx, expected some of wq, wk"),
+        ({"lora-dropout": 1.5}, "--lora-dropout 1.5, expected a number, at least 0 and below 1"),
         ({"init-adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: No such file"),
         ({"val-size": 99}, "holds out all 30 rows"),
@@ -599,7 +599,9 @@ def test_yaml_numbers_are_read_as_the_fields_types(tmp_path):
     assert defaults is not None
     assert (defaults.learning_rate, defaults.lora_alpha) == (5e-5, 8.0)
     (tmp_path / "b.yaml").write_text("epochs: three\npacking: 1\n")
-    with pytest.raises(InputError, match="epochs 'three', expected int; packing 1, expected bool"):
+    with pytest.raises(
+        InputError, match="packing 1, expected true or false; epochs three, expected a"
+    ):
         read_defaults(["--config", str(tmp_path / "b.yaml")])
 
 
@@ -616,7 +618,7 @@ def test_flags_override_a_recipe_and_unknown_fields_are_refused(tmp_path):
         True, 8, ["--epochs", "1"],
     )  # fmt: skip
     (tmp_path / "bad.yaml").write_text("epoch: 3\n")
-    with pytest.raises(InputError, match="unknown fields"):
+    with pytest.raises(InputError, match=r"epoch is no such field; did you mean epochs\?"):
         read_defaults([f"--config={tmp_path / 'bad.yaml'}"])
 
 

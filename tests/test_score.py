@@ -339,7 +339,10 @@ def test_bf16_is_near_fp32(pair, sequences, result):
         (["--model", "{place}/model", "--data", "{place}/list"], "expected a list of objects"),
         (["--model", "{place}/model", "--data", "{place}/bad"], "--skip-bad-rows 1\n  row 1: no"),
         (["--run", "{place}/run", "--max-seq-len", "5"], "its prompt fills all 5 tokens"),
-        (["--run", "{place}/run", "--batch-size", "0"], "batch_size 0, expected 1 or more"),
+        (
+            ["--run", "{place}/run", "--batch-size", "0"],
+            "--batch-size 0, expected a whole number, at least 1",
+        ),
         (["--run", "{place}/run", "--output", "{place}/no/a.json"], "--output wants a file"),
         (
             ["--model", "{place}/other", "--tuned", "{place}/model", "--data", "{place}/rows.json"],

@@ -4,8 +4,8 @@ import statistics
 import pytest
 from meta_files import BASE, model_folder
 
-from eval.speed.generate import RANDOM, compare_ids, write_random
 from eval.speed.command import main
+from eval.speed.generate import RANDOM, compare_ids, write_random
 from jllama.config import LlamaConfig
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import read_config
@@ -98,7 +98,7 @@ def test_the_first_different_id_is_named():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--new-tokens", "1"], "--new-tokens 1, expected at least 2"),
+        (["--new-tokens", "1"], "--new-tokens 1, expected a whole number, at least 2"),
         (["--threads", "4096"], "--threads 4096, but this process may use"),
         (["--prompt-tokens", "4090"], "context 4096"),
         (["--model", "nowhere"], "nowhere: no config.json"),

@@ -7,14 +7,23 @@ from typing import Annotated, Literal
 
 import tyro
 import yaml
-from pydantic import Field
 
 from jllama import bundled
 from jllama.cli.settings import settings_from_yaml, take_flag
 from jllama.config import LoraConfig, Precision, Remat
-from jllama.errors import InputError, checked
+from jllama.errors import (
+    AtLeast0,
+    AtLeast1,
+    InputError,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    SomeOf,
+    checked,
+)
 from jllama.folders.run import LATEST, RunFolder
-from jllama.names import linear_names
+from jllama.names import LINEAR_CHOICES
 from jllama.text.prompt import PromptStyle
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -22,13 +31,6 @@ RECIPES = Path(__file__).parent / "recipes"
 Scheduler = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "lion"]
 Tune = Literal["lora", "full"]
-
-AtLeast1 = Annotated[int, Field(ge=1)]
-AtLeast0 = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @checked
@@ -74,7 +76,7 @@ class TrainConfig:
     """The adapter's output is multiplied by alpha / rank."""
     lora_dropout: Share = 0.05
     """Dropout of the adapter's input while training."""
-    lora_targets: str = "wq,wv"
+    lora_targets: Annotated[str, SomeOf(LINEAR_CHOICES)] = "wq,wv"
     """Linears that get an adapter: wq,wk,wv,wo,w1,w2,w3 (or q_proj, ...), or all."""
     init_adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """A PEFT adapter to start from; it brings its own rank, alpha and targets."""
@@ -135,7 +137,6 @@ class TrainConfig:
     """Print settings and counts, allocate nothing."""
 
     def __post_init__(self):
-        linear_names(self.lora_targets)
         wrong = []
         if self.packing and self.length_buckets > 1:
             wrong.append("packing and length_buckets, expected one of them")

@@ -29,9 +29,9 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -52,26 +52,33 @@ from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, command_line, console
 from jllama.config import PRESETS, LoraConfig, Precision, Remat
-from jllama.errors import InputError
+from jllama.errors import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast2,
+    InputError,
+    NotNegative,
+    Positive,
+    Seed,
+    SomeOf,
+    checked,
+)
 from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.folders.model import read_config
 from jllama.folders.run import LATEST
-from jllama.machine import measured_here
+from jllama.machine import AnyCase, GpuName, measured_here
 from jllama.text.rows import read_rows
 
-CHOICES = {
-    "precision": get_args(Precision),
-    "remat": get_args(Remat),
-    "tune": ("full", "lora"),
-}
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax")
 PLAN_PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
 # The settings that make an ablation what it is; one with others needs another folder.
 BOTH = ("model", "precision", "accumulation", "remat", "tune", "sequences", "max_seq_len")
 ONLY_MEASURED = ("data", "steps", "repeats", "val_size", "learning_rate", "seed")
 
+LIST = tyro.conf.arg(metavar="LIST")
 
-@dataclass(frozen=True)
+
+@checked
 class AblateConfig:
     """Measure what each technique saves and costs; with --gpu plan it for a card.
 
@@ -84,53 +91,38 @@ class AblateConfig:
     """Rows to train on; by default the sample's, for the sample."""
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Folder for the cells; by default runs/ablation, with --gpu runs/ablation-planned."""
-    gpu: str = ""
-    """Plan for this card (rtx-4090, a100-40gb, ...) instead of training."""
-    precision: Annotated[str, tyro.conf.arg(metavar="LIST")] = "fp32,bf16"
+    gpu: Annotated[Literal[GpuName, ""], AnyCase] = ""
+    """Plan for this card instead of training."""
+    precision: Annotated[str, SomeOf(get_args(Precision)), LIST] = "fp32,bf16"
     """Precisions, by commas."""
-    accumulation: Annotated[str, tyro.conf.arg(metavar="LIST")] = "1,8"
+    accumulation: Annotated[str, LIST] = "1,8"
     """Micro-batches into which a step's --sequences are cut."""
-    remat: Annotated[str, tyro.conf.arg(metavar="LIST")] = "none,ffn,block"
+    remat: Annotated[str, SomeOf(get_args(Remat)), LIST] = "none,ffn,block"
     """What the backward pass recomputes: none, dots, offload, ffn, block."""
-    tune: Annotated[str, tyro.conf.arg(metavar="LIST")] = "full,lora"
+    tune: Annotated[str, SomeOf(("full", "lora")), LIST] = "full,lora"
     """What learns."""
-    sequences: int = 8
+    sequences: AtLeast1 = 8
     """Sequences in an optimizer step of every cell."""
-    max_seq_len: int = 0
+    max_seq_len: AtLeast0 = 0
     """Tokens of a sequence; 0 takes 64, with --gpu 512."""
-    steps: int = 6
+    steps: AtLeast2 = 6
     """Optimizer steps of each run; the first is not timed."""
-    repeats: int = 2
+    repeats: AtLeast1 = 2
     """Runs of each cell; the median counts, and their spread is what a difference must pass."""
-    val_size: float = 32
+    val_size: NotNegative = 32
     """Rows held out, as in train.lora; 0 holds out none."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Of every cell, constant."""
-    seed: int = 0
+    seed: Seed = 0
     """Of adapters, order and held-out rows."""
 
     def __post_init__(self):
-        axes, wrong = self.axes, []
-        for name, values in axes.items():
-            known = CHOICES.get(name)
-            unknown = [x for x in values if (x not in known if known else not self._divides(x))]
-            expected = (
-                f"some of {', '.join(known)}"
-                if known
-                else f"whole numbers that divide --sequences {self.sequences}"
+        wrong, counts = [], self.axes["accumulation"]
+        if len(set(counts)) < len(counts) or not all(map(self._divides, counts)):
+            wrong.append(
+                f"--accumulation {self.accumulation}, expected whole numbers that divide "
+                f"--sequences {self.sequences}, each once"
             )
-            if unknown or len(set(values)) < len(values):
-                wrong.append(f"--{name} {getattr(self, name)}, expected {expected}, each once")
-        least = {
-            "sequences": 1, "max_seq_len": 0, "steps": 2, "repeats": 1, "val_size": 0, "seed": 0
-        }  # fmt: skip
-        wrong += [
-            f"--{name.replace('_', '-')} {getattr(self, name)}, expected at least {smallest}"
-            for name, smallest in least.items()
-            if getattr(self, name) < smallest
-        ]
-        if self.learning_rate <= 0:
-            wrong.append(f"--learning-rate {self.learning_rate}, expected above 0")
         if self.gpu and self.data:
             wrong.append("--data with --gpu, which plans and reads no rows")
         if not self.gpu and not self.data and self.model != bundled.MODEL:

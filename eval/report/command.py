@@ -8,7 +8,6 @@ is said to be missing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from eval.report.techniques import techniques
 from jllama.cli.children import Children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line
-from jllama.errors import InputError
+from jllama.errors import InputError, checked
 from jllama.folders.json_files import read_values
 from jllama.folders.manifest import file_sha256
 from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
@@ -33,7 +32,7 @@ SERIES = "average_loss_per_epoch"
 Write = Callable[[], Iterator[Block]]
 
 
-@dataclass(frozen=True)
+@checked
 class ReportConfig:
     """Write the report of a run: one HTML page that needs no network, and Markdown."""
 

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from jllama import bundled
 from jllama.cli import children
 from jllama.cli.terminal import console
 from jllama.config import LlamaConfig, Precision, tensor_shapes
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, AtLeast2, InputError, checked
 from jllama.folders.files import room_for, whole_folder
 from jllama.folders.json_files import read_json, write_json
 from jllama.folders.model import ModelWriter, read_config
@@ -46,7 +46,7 @@ RATIOS = ("decode_tokens_per_second", "prompt_tokens_per_second", "peak_memory_m
 RANDOM = {"110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, tied=True, max_seq_len=1024)}
 
 
-@dataclass(frozen=True)
+@checked
 class GenerateSpeed:
     """Measure generation: prompt and decode tokens per second, time to first token, memory."""
 
@@ -56,40 +56,32 @@ class GenerateSpeed:
     """Also a random model of this size, made for the occasion."""
     precision: Precision = "fp32"
     """Of weights and activations."""
-    batch_size: int = 1
+    batch_size: AtLeast1 = 1
     """Prompts answered together."""
-    prompt_tokens: int = 32
+    prompt_tokens: AtLeast1 = 32
     """Length of every prompt; its ids are random."""
-    new_tokens: int = 200
+    new_tokens: AtLeast2 = 200
     """Length of every answer."""
-    threads: int = 2
+    threads: AtLeast1 = 2
     """Cores of each side."""
     peer: Literal["transformers"] | None = None
     """Also run the same weights there, and compare."""
-    repeats: int = 5
+    repeats: AtLeast1 = 5
     """Timed calls; the median counts."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
     def __post_init__(self):
-        at_least = {
-            "batch_size": 1, "prompt_tokens": 1, "new_tokens": 2, "threads": 1, "repeats": 1
-        }  # fmt: skip
-        wrong = [
-            f"--{name.replace('_', '-')} {getattr(self, name)}, expected at least {least}"
-            for name, least in at_least.items()
-            if getattr(self, name) < least
-        ]
-        if wrong:
-            raise InputError("; ".join(wrong))
+        if not self.model and not self.random:
+            raise InputError(
+                "no model to measure; name a folder with --model or a size with --random"
+            )
 
 
 def measure_generation(config: GenerateSpeed) -> None:
     """Measures every model and shows, and if asked writes, the figures."""
     if config.threads > (cores := available_cores()):
         raise InputError(f"--threads {config.threads}, but this process may use {cores} cores")
-    if not config.model and not config.random:
-        raise InputError("no model to measure; name a folder with --model or a size with --random")
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:

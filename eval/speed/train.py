@@ -9,7 +9,7 @@ the first steps, which compile, are left out.
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ from jllama import bundled
 from jllama.cli import children
 from jllama.cli.terminal import console
 from jllama.config import Precision
-from jllama.errors import InputError
+from jllama.errors import AtLeast0, AtLeast1, InputError, checked
 from jllama.folders.json_files import write_json
 from jllama.folders.run import RunFolder
 from jllama.machine import measured_here
@@ -33,7 +33,7 @@ COMPARISONS: dict[str, dict[str, list[str]]] = {
 }
 
 
-@dataclass(frozen=True)
+@checked
 class TrainSpeed:
     """Measure training speed: supervised tokens per second, as ratios from one call."""
 
@@ -45,24 +45,26 @@ class TrainSpeed:
     """Rows to train on."""
     precision: Precision = "fp32"
     """Of weights and activations, unless compared."""
-    max_seq_len: int = 256
+    max_seq_len: AtLeast1 = 256
     """Tokens of a sequence."""
-    micro_batch_size: int = 4
+    micro_batch_size: AtLeast1 = 4
     """Sequences in one forward pass; one micro-batch a step."""
-    steps: int = 24
+    steps: AtLeast1 = 24
     """Optimizer steps of each variant."""
-    warmup_steps: int = 4
+    warmup_steps: AtLeast0 = 4
     """First steps that are not counted."""
-    skip_bad_rows: int = 1_000_000
+    skip_bad_rows: AtLeast0 = 1_000_000
     """Rows that may be left out."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
+    def __post_init__(self):
+        if self.steps <= self.warmup_steps + 1:
+            raise InputError(f"--steps {self.steps} leaves nothing after --warmup-steps")
+
 
 def measure_training(config: TrainSpeed) -> None:
     """Runs every variant and shows, and if asked writes, the figures."""
-    if config.steps <= config.warmup_steps + 1:
-        raise InputError(f"--steps {config.steps} leaves nothing after --warmup-steps")
     variants = COMPARISONS[config.compare]
     figures = {name: run_variant(config, flags) for name, flags in variants.items()}
     reference = next(iter(figures.values()))["supervised_tokens_per_second"]

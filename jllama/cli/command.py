@@ -5,13 +5,34 @@ A command is settings (a `jllama.errors.checked` class, one field a flag) and a 
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import tyro
 
 from jllama.cli.terminal import silent_if_nobody_reads
-from jllama.errors import InputError
+from jllama.errors import InputError, WrongFields
 from jllama.machine import pass_over_absent_gpu, use_cpu, use_private_compilation_cache
 
 Settings = TypeVar("Settings")
+
+_AS_TYPED = tyro.constructors.ConstructorRegistry()
+
+
+@_AS_TYPED.primitive_rule
+def _as_typed(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Numbers and choices reach the settings as text, which check them by their declarations."""
+    choices = get_args(kind.type) if kind.type_origin is Literal else ()
+    if not choices and kind.type not in (int, float):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(filter(None, choices))}}}" if choices else kind.type.__name__.upper(),
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def run_command(
@@ -33,15 +54,13 @@ def run_command(
 
     A wrong input ends in one message and exit code 2, Ctrl-C in exit code 130.
     """
-    import tyro
-
     prog = f"jllama {name}"
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with silent_if_nobody_reads():
             loaded, arguments = default(arguments) if default else (None, arguments)
             defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
-            parsed = tyro.cli(settings, prog=prog, args=arguments, **defaults)
+            parsed = _parse(settings, prog=prog, args=arguments, registry=_AS_TYPED, **defaults)
             if gpu:
                 pass_over_absent_gpu()
             else:
@@ -54,3 +73,19 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _parse(settings: type[Settings], **how: Any) -> Settings:
+    """`tyro.cli`, whose words for a wrong value are the declaration's."""
+    try:
+        return tyro.cli(settings, **how)
+    except WrongFields as wrong:
+        problems = [(_flag(wrong.settings, name), what) for name, what in wrong.problems]
+        raise InputError(str(WrongFields(wrong.settings, problems))) from None
+
+
+def _flag(settings: type, field: str) -> str:
+    """A field as it is typed: `--micro-batch-size`."""
+    marks = getattr(get_type_hints(settings, include_extras=True)[field], "__metadata__", ())
+    named = next((mark.name for mark in marks if getattr(mark, "name", None)), field)
+    return "--" + named.replace("_", "-")

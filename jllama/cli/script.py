@@ -23,17 +23,23 @@ COMMANDS = {
     "to-meta": Command("convert.to_meta", "export a model folder, tuned or not, to Meta's format"),
     "to-hf": Command("convert.to_hf", "export a model folder, tuned or not, to Hugging Face's"),
     "verify": Command("convert.verify", "check a model folder, alone or against its source"),
-    "plan": Command("train.plan", "estimate memory and speed for any listed GPU, no GPU required"),
-    "lint": Command("train.data", "check a data file, and show what a run would learn from it"),
+    "plan": Command(
+        "train.plan.command", "estimate memory and speed for any listed GPU, no GPU required"
+    ),
+    "lint": Command(
+        "train.data.lint", "check a data file, and show what a run would learn from it"
+    ),
     "train": Command("train.lora", "fine-tune a model with LoRA"),
     "prompts": Command("eval.prompts", "answer prompts with the base and the tuned model"),
     "chat": Command("eval.chat", "talk with the tuned model and its base"),
     "score": Command("eval.score", "measure how likely the models find a data file's answers"),
-    "report": Command("eval.report", "write the report of a run, as HTML and as Markdown"),
-    "ablate": Command("eval.ablate", "measure or plan what each memory technique saves and costs"),
-    "speed": Command("eval.speed", "measure the speed of training and of generation"),
+    "report": Command("eval.report.command", "write the report of a run, as HTML and as Markdown"),
+    "ablate": Command(
+        "eval.ablate.command", "measure or plan what each memory technique saves and costs"
+    ),
+    "speed": Command("eval.speed.command", "measure the speed of training and of generation"),
     "speed-convert": Command("convert.speed", "measure the speed and memory of conversions"),
-    "sample": Command("train.sample", "make the bundled sample model anew"),
+    "sample": Command("train.sample.make", "make the bundled sample model anew"),
 }
 
 

@@ -5,18 +5,21 @@ ones before it already exceed p (so the first that crosses p is kept).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from pydantic import Field
 
-from jllama.errors import InputError
+from jllama.errors import AtLeast0, NotNegative, Positive, checked
+
+Likelihood = Annotated[float, Field(ge=0, le=1)]
+Likeliest = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
+@checked
 class Sampling:
     """How the next token is chosen; temperature 0 takes the likeliest.
 
@@ -28,26 +31,11 @@ class Sampling:
             the prompt or the answer holds (Keskar et al., 2019); 1 does nothing.
     """
 
-    temperature: float = 0.6
-    top_k: int = 0
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        wrong = [
-            f"{name} {getattr(self, name)}, expected {expected}"
-            for name, expected, good in (
-                ("temperature", "0 or more", self.temperature >= 0),
-                ("top_k", "0 or more", self.top_k >= 0),
-                ("top_p", "above 0, at most 1", 0 < self.top_p <= 1),
-                ("min_p", "0 to 1", 0 <= self.min_p <= 1),
-                ("repetition_penalty", "above 0", self.repetition_penalty > 0),
-            )
-            if not good
-        ]
-        if wrong:
-            raise InputError("; ".join(wrong))
+    temperature: NotNegative = 0.6
+    top_k: AtLeast0 = 0
+    top_p: Likeliest = 0.9
+    min_p: Likelihood = 0.0
+    repetition_penalty: Positive = 1.0
 
 
 class Choice(NamedTuple):

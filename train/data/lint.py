@@ -8,7 +8,6 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -17,6 +16,7 @@ from rich.table import Table
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
+from jllama.errors import AtLeast0, AtLeast1, NotNegative, Seed, checked
 from jllama.text.prompt import PromptStyle
 from jllama.text.rows import Example, make_examples, read_rows
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ from train.data.batches import Batches, hold_out
 from train.data.view import show_row
 
 
-@dataclass(frozen=True)
+@checked
 class LintConfig:
     """Check a data file and show what would be learned; exit code 1 on a hard error."""
 
@@ -34,15 +34,15 @@ class LintConfig:
     """Model folder, or any folder with a tokenizer.model."""
     prompt_style: PromptStyle = "plain"
     """How a row becomes text."""
-    max_seq_len: int = 512
+    max_seq_len: AtLeast1 = 512
     """Tokens a row may have."""
     train_on_prompt: bool = False
     """Learn the prompt as well as the answer."""
-    val_size: float = 0.0
+    val_size: NotNegative = 0.0
     """Rows held out, as in training: checked for leaks."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the held-out rows."""
-    show: int = 3
+    show: AtLeast0 = 3
     """Rows to show."""
 
 

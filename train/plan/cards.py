@@ -7,31 +7,27 @@ fp32 accumulation, fp32 without tensor cores. Rates and bandwidth give bounds, n
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from jllama.config import Precision
-from jllama.errors import InputError
+from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
 
 
-@dataclass(frozen=True)
+@checked
 class Gpu:
     """One card; `capability` is CUDA's compute capability (major, minor)."""
 
     name: str
-    memory_mib: int
+    memory_mib: AtLeast1
     capability: tuple[int, int]
-    cores: int  # streaming multiprocessors
-    clock_ghz: float
-    bandwidth_gb: float  # GB/s
-    l2_mib: int
-    bf16_tflops: float
-    fp32_tflops: float
-
-    def __post_init__(self):
-        if self.memory_mib <= 0:
-            raise InputError(f"{self.memory_mib / 1024:g} GiB of GPU memory; expected above 0")
+    cores: AtLeast0  # streaming multiprocessors
+    clock_ghz: NotNegative
+    bandwidth_gb: NotNegative  # GB/s
+    l2_mib: AtLeast0
+    bf16_tflops: NotNegative
+    fp32_tflops: NotNegative
 
     def check_precision(self, precision: Precision) -> None:
         """Refuses bf16 where the card has no such arithmetic."""

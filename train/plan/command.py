@@ -8,7 +8,7 @@ The real train step is compiled for the card, from shapes alone, in a process of
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,10 @@ from rich.table import Table
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.config import LoraConfig, Precision, Remat
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import model_sizes
+from jllama.machine import AnyCase, GpuName
+from jllama.names import LINEAR_CHOICES
 from train.config import OptimizerName, Tune
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
@@ -31,17 +33,17 @@ from train.plan.planner import CONTEXT_MIB, FRAGMENTATION, NO_EXTRA, Plan, make_
 MIB = 2**20
 
 
-@dataclass(frozen=True)
+@checked
 class PlanConfig:
     """Plan the memory of a run on a GPU, and bound its speed; --fit finds what fits the card."""
 
     model: str = "llama-2-7b"
     """A preset (llama-2-7b, llama-3-8b, ...) or a model folder."""
-    gpu: str = "h200"
-    """A card (rtx-4090, a100-40gb, ...; a wrong name lists all), or present: this machine's."""
-    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
+    gpu: Annotated[Literal[GpuName, "present"], AnyCase] = "h200"
+    """A card, or present: this machine's."""
+    gpu_memory: Annotated[Positive | None, tyro.conf.arg(metavar="GIB")] = None
     """Memory of a card that differs from the named one's."""
-    gpus: int = 1
+    gpus: AtLeast1 = 1
     """How many of them; weights are cut over all, each has micro-batches of its own."""
     program: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
     """What to plan: a train step, or generation (--micro-batch-size prompts in caches of
@@ -50,21 +52,21 @@ class PlanConfig:
     """Of frozen weights and activations."""
     remat: Remat = "block"
     """What the backward pass recomputes, as in train.lora."""
-    micro_batch_size: int = 4
+    micro_batch_size: AtLeast1 = 4
     """Sequences in one forward pass of one GPU."""
-    max_seq_len: int = 512
+    max_seq_len: AtLeast1 = 512
     """Tokens of a sequence."""
-    gradient_accumulation_steps: int = 4
+    gradient_accumulation_steps: AtLeast1 = 4
     """Micro-batches in one optimizer step; costs no memory."""
     packing: bool = False
     """Several rows in one sequence: adds the mask that keeps them apart."""
     tune: Tune = "lora"
     """What learns: adapters, or every weight."""
-    lora_rank: int = 16
+    lora_rank: AtLeast1 = 16
     """Rank R of the adapters."""
-    lora_targets: str = "wq,wv"
-    """Linears that get an adapter."""
-    lora_dropout: float = 0.05
+    lora_targets: Annotated[str, SomeOf(LINEAR_CHOICES)] = "wq,wv"
+    """Linears that get an adapter: wq,wk,wv,wo,w1,w2,w3 (or q_proj, ...), or all."""
+    lora_dropout: Share = 0.05
     """Dropout of the adapter's input."""
     dora: bool = False
     """DoRA's magnitudes."""
@@ -82,10 +84,6 @@ class PlanConfig:
     """Print one JSON object."""
 
     def __post_init__(self):
-        sizes = ("gpus", "micro_batch_size", "max_seq_len", "gradient_accumulation_steps")
-        wrong = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}; expected at least 1")
         if self.picture and not self.fit:
             raise InputError("--picture shows the ladder; add --fit")
         if self.fit and (self.program == "generate" or self.gpus > 1):

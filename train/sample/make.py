@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, command_line
 from jllama.config import PRESETS, tensor_shapes
-from jllama.errors import InputError
+from jllama.errors import AtLeast1, Positive, Seed, checked
 from jllama.folders.files import whole_folder
 from jllama.folders.json_files import read_json, write_json
 from jllama.folders.model import ModelWriter
@@ -45,28 +44,22 @@ COMMAND = command_line("sample")
 TOKENIZER_DOCUMENTS = 20_000
 
 
-@dataclass(frozen=True)
+@checked
 class SampleConfig:
     """Make the bundled sample: a tokenizer, a small pre-trained LLaMA, instructions."""
 
     output_dir: Path = Path("jllama/sample")
     """Folder to make."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the text, the split into taught and held-out facts, and the weights."""
-    steps: int = 2600
+    steps: AtLeast1 = 2600
     """Optimizer steps of the pre-training."""
-    batch_size: int = 16
+    batch_size: AtLeast1 = 16
     """Windows of text in a step."""
-    window: int = 128
+    window: AtLeast1 = 128
     """Tokens in a window."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW, over all parameters."""
-
-    def __post_init__(self):
-        numbers = ("steps", "batch_size", "window", "learning_rate")
-        wrong = [f"{name} {getattr(self, name)}" for name in numbers if getattr(self, name) <= 0]
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}; expected above 0")
 
 
 MODEL = PRESETS["sample"]
