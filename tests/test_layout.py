@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,30 +16,81 @@ MAY_IMPORT = {
     "train": {"train", "jllama"},
     "eval": {"eval", "jllama"},
 }
-FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).glob("*.py"))]
+FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imported(path: Path) -> set[str]:
+def name_of(path: Path) -> str:
+    """jllama/text/rows.py -> jllama.text.rows"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imported(path: Path, *, nested: bool = True) -> set[str]:
+    """The modules that a file imports; without `nested` only those it needs to be imported."""
+    tree = ast.parse(path.read_text())
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inner & MODULES.keys()) or {node.module}
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def package(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_packages_meet_on_disk_not_by_import(path):
-    own = set(MAY_IMPORT) & imported(path)
-    assert own <= MAY_IMPORT[path.parent.name]
+    assert set(MAY_IMPORT) & tops(path) <= MAY_IMPORT[package(path)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_torch_stays_in_convert_and_optax_in_train(path):
-    names, package = imported(path), path.parent.name
-    assert "torch" not in names or package == "convert"
-    assert "optax" not in names or package == "train"
+    assert "torch" not in tops(path) or package(path) == "convert"
+    assert "optax" not in tops(path) or package(path) == "train"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {name: imported(path, nested=False) & MODULES.keys() for name, path in MODULES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # CycleError names one
+
+
+def test_no_folder_is_flat():
+    counts = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in FILES}}
+    assert not {folder.name: n for folder, n in counts.items() if n > 13}
+
+
+def test_a_wing_that_is_a_command_has_a_door():
+    for wing in ("train/data", "train/plan", "train/sample", "eval/ablate", "eval/report",
+                 "eval/speed"):  # fmt: skip
+        door = (ROOT / wing / "__main__.py").read_text().splitlines()
+        assert len([line for line in door if line]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("home", "words"),
+    [
+        ("jllama.folders.run", ("run.json", "config.yaml", "metrics.jsonl", "generations.jsonl",
+                                "score.json", "state", "best")),
+        ("jllama.names", ("q_proj", "down_proj", "self_attn", "lm_head.weight", "lora_A.weight")),
+    ],
+)  # fmt: skip
+def test_a_name_is_written_in_one_file(home, words):
+    def strings(path):
+        return {x.value for x in ast.walk(ast.parse(path.read_text()))
+                if isinstance(x, ast.Constant) and isinstance(x.value, str)}  # fmt: skip
+
+    for word in words:
+        assert [name for name, path in MODULES.items() if word in strings(path)] == [home], word
 
 
 def test_no_file_outgrows_a_reading():
@@ -48,7 +100,10 @@ def test_no_file_outgrows_a_reading():
 
 def test_commands_start_quietly_where_the_plan_extra_is_but_no_driver():
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    script = "from jllama.machine import pass_over_absent_gpu; pass_over_absent_gpu(); import jax; print(jax.devices())"
+    script = (
+        "from jllama.machine import pass_over_absent_gpu; pass_over_absent_gpu()\n"
+        "import jax; print(jax.devices())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
