@@ -80,7 +80,7 @@ def test_a_wing_that_is_a_command_has_a_door():
     ("home", "words"),
     [
         ("jllama.folders.run", ("run.json", "config.yaml", "metrics.jsonl", "generations.jsonl",
-                                "score.json", "state", "best")),
+                                "score.json")),
         ("jllama.names", ("q_proj", "down_proj", "self_attn", "lm_head.weight", "lora_A.weight")),
     ],
 )  # fmt: skip

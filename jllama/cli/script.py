@@ -68,7 +68,7 @@ def overview() -> str:
         [
             "usage: jllama COMMAND [--help] ...",
             "",
-            "LoRA fine-tuning of LLaMA in JAX. jllama COMMAND --help explains a command's flags.",
+            "LoRA fine-tuning of LLaMA in JAX. Each command explains its flags with --help.",
             "",
             *lines,
             "",

@@ -1,0 +1,122 @@
+"""The `jllama` script, and the child processes of commands."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jllama import bundled
+from jllama.cli import children, script
+from jllama.cli.terminal import command_line, visible
+
+TRAPS = ("train.py", "convert.py", "eval.py", "jllama.py", "json.py")
+
+
+def run(*words, **how):
+    command = [sys.executable, "-m", "jllama", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
+
+
+def test_every_command_is_named_with_what_it_does(capsys):
+    script.main([])
+    said = capsys.readouterr().out
+    for name, command in script.COMMANDS.items():
+        assert f"  {name} " in said
+        assert command.does in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout.startswith("jllama 0.")
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [("trian", "did you mean train?"), ("from-met", "did you mean from-meta?"),
+     ("xyz", "choose from from-meta, ")],
+)  # fmt: skip
+def test_a_mistyped_command_is_answered_with_the_nearest(word, answer, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main([word])
+    assert ended.value.code == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_help_needs_neither_jax_nor_torch():
+    code = (
+        "import sys\nfrom jllama.cli.script import main\nmain(['--help'])\n"
+        "assert not {'jax', 'torch', 'flax', 'tyro'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_reader_that_goes_ends_a_command_silently():
+    with subprocess.Popen(
+        [sys.executable, "-m", "jllama", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout
+        assert child.stderr
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
+def test_hints_are_quoted_for_the_shell():
+    assert command_line("train", "--model", Path("my models/a")) == (
+        "jllama train --model 'my models/a'"
+    )
+
+
+def test_control_characters_are_made_visible():
+    assert visible("a\x1b[31m\tb\n\x07\x9b") == "a␛[31m\tb\n␇\ufffd"
+
+
+def test_children_run_our_modules_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    for name in TRAPS:
+        (tmp_path / name).write_text("open('executed', 'w').close()\nraise SystemExit(9)\n")
+    monkeypatch.chdir(tmp_path)
+    bundled.convert_sample(Path("models/sample"))
+    assert (tmp_path / "models" / "sample" / "manifest.json").is_file()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_ends_with_its_parent(number):
+    parent = (
+        "from jllama.cli import children\n"
+        "words = ['-n', '1', '-r', '1', '-s', "
+        "'import os, time; print(os.getpid(), flush=True)', 'time.sleep(60)']\n"
+        "import subprocess\n"
+        "subprocess.run(children.command('timeit', words))"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        process.send_signal(number)
+        process.wait(10)
+    for _ in range(100):
+        if not alive(child):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} lives on")
+
+
+def alive(number: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_what_a_child_says_is_heard():
+    assert children.run("jllama", ["--version"]).startswith("jllama ")
+    with pytest.raises(children.InputError, match="no command 'trian'"):
+        children.run("jllama", ["trian"])
+    done = children.Children().run("jllama", ["trian"])
+    assert (done.code, done.reason[:7]) == (2, "jllama:")
