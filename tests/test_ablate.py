@@ -32,7 +32,8 @@ real_device = functools.cache(ablate.device)
 
 @pytest.fixture(autouse=True)
 def device_asked_once(monkeypatch):
-    monkeypatch.setattr(ablate, "device", real_device)
+    found = real_device()  # before a test changes how children run
+    monkeypatch.setattr(ablate, "device", lambda: found)
 
 
 def measured(change=None, axes=AXES):
