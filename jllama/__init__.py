@@ -73,6 +73,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jllama' has no attribute {name!r}")
+    from jllama.machine import pass_over_absent_gpu  # here: `jllama --help` asks for nothing
+
+    pass_over_absent_gpu()
     return getattr(importlib.import_module(f"jllama.{_HOMES[name]}"), name)
 
 

@@ -118,9 +118,11 @@ def use_cpu() -> None:
 def pass_over_absent_gpu() -> None:
     """Keeps JAX's CUDA plugin, which the `plan` extra brings, quiet where there is no driver."""
     drivers = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Windows' subsystem for it
-    plugin = importlib.util.find_spec("jax_cuda13_plugin") is not None
-    if plugin and "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, drivers)):
-        use_cpu()
+    if importlib.util.find_spec("jax_cuda13_plugin") and not any(map(os.path.exists, drivers)):
+        import jax
+
+        if jax.config.jax_platforms is None:  # nobody chose, by JAX_PLATFORMS or in Python
+            use_cpu()
 
 
 def use_private_compilation_cache() -> None:

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from jllama.cli.terminal import console
 from jllama.errors import InputError
 from jllama.folders.json_files import as_line, write_json_lines
 from jllama.folders.run import EpochLine, EvaluationLine, RunFolder, StepLine
 from jllama.machine import peak_memory_mib
+from train.run.events import Events
 from train.step import StepMetrics
 
 
@@ -30,7 +29,7 @@ class Metrics:
         kept = [line for line in old if line["step"] <= resumed_step]
         write_json_lines(run.metrics, kept)
         self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=resumed_step + 1)
+        self._events = Events(run.tensorboard, resumed_step + 1 if resumed_step else 0)
         self._wandb = _wandb_run(wandb_project, run.path)
         self.epoch_losses = [line["epoch_loss"] for line in kept if "epoch_loss" in line]
         self.eval_losses = [line["eval_loss"] for line in kept if "eval_loss" in line]
@@ -124,14 +123,13 @@ class Metrics:
             for name, value in line.items()
             if name != "step" and isinstance(value, int | float)
         }
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, line["step"])
+        self._events.scalars(figures, line["step"])
         if self._wandb is not None:
             self._wandb.log(figures, step=line["step"])
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
