@@ -121,7 +121,7 @@ def pass_over_absent_gpu() -> None:
     if importlib.util.find_spec("jax_cuda13_plugin") and not any(map(os.path.exists, drivers)):
         import jax
 
-        if jax.config.jax_platforms is None:  # nobody chose, by JAX_PLATFORMS or in Python
+        if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
             use_cpu()
 
 
