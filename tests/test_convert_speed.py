@@ -27,4 +27,4 @@ def test_numbers_that_measure_nothing_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
         speed.main(["--repeats", "0"])
     assert ended.value.code == 2
-    assert "above" in capsys.readouterr().err
+    assert "--repeats 0, expected a whole number, at least 1" in capsys.readouterr().err

@@ -341,7 +341,8 @@ def test_a_folder_that_is_none_is_one_line_and_exit_code_2(command, tmp_path, ca
         command.main(folders[: 1 if command is verify else 2])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"{command.PROG}: {tmp_path / 'none'}")
+    name = command.__name__.rpartition(".")[2].replace("_", "-")
+    assert said.startswith(f"jllama {name}: {tmp_path / 'none'}")
     assert os.listdir(tmp_path) == []
 
 
