@@ -15,6 +15,7 @@ from meta_files import BASE, model_folder
 
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
+from jllama.folders.run import RunFolder
 from train.lora import main as train
 from train.plan import arithmetic, auto, ladder, planner
 from train.plan.arithmetic import Step
@@ -22,7 +23,6 @@ from train.plan.cards import GPUS, find_gpu, target_config
 from train.plan.command import PlanConfig, main
 from train.plan.compiled import Request, answer
 from train.plan.planner import can_compile, make_plans
-from train.run.metrics import Metrics
 
 MIB = 2**20
 SEVEN = PRESETS["llama-2-7b"]
@@ -231,7 +231,7 @@ def test_the_reports_situation_fits_40_gigabytes(estimated, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "llama-9"], "presets: llama-7b, llama-13b"),
+        (["--model", "llama-9"], "presets: sample, llama-7b, llama-13b"),
         (["--gpu", "rtx-9090"], "--gpu rtx-9090, expected rtx-3060, rtx-3090"),
         (["--gpu", "t4"], "t4 (compute capability 7.5) has no bf16 arithmetic"),
         (
@@ -297,7 +297,9 @@ def test_auto_takes_the_least_remat_and_keeps_the_effective_batch(place, tmp_pat
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert "remat: none\n" in text
     assert "micro_batch_size: 8\n" in text
-    (line, *_) = [line for line in Metrics.read(tmp_path / "run") if "rows" in line]
+    (line, *_) = [
+        line for line in RunFolder(tmp_path / "run").read_metrics().values if "rows" in line
+    ]
     assert line["planned_memory_mib"] > 0
 
 
@@ -358,8 +360,8 @@ def test_auto_in_a_recipe_is_read(tmp_path):
 def test_a_plan_starts_without_allocating_anything():
     """The command's own process never starts JAX's backend."""
     script = (
-        "import sys; from train import planner, plan; planner.can_compile = lambda: False;"
-        "plan.main(['--json']);"
+        "import sys; from train.plan import command, planner; planner.can_compile = lambda: False;"
+        "command.main(['--json']);"
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )
     done = subprocess.run(
@@ -385,7 +387,7 @@ def test_planned_and_measured_peaks_agree_within_5_percent(tmp_path):
                  "--gradient-accumulation-steps", "1", "--max-steps", "2",
                  "--output-dir", str(run)]  # fmt: skip
         subprocess.run([sys.executable, "-m", "train.lora", *words], check=True)
-        line = next(x for x in Metrics.read(run) if "planned_memory_mib" in x)
+        line = next(x for x in RunFolder(run).read_metrics().values if "planned_memory_mib" in x)
         assert line["peak_memory_mib"] == pytest.approx(line["planned_memory_mib"], rel=0.05), run
 
 

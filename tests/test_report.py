@@ -196,7 +196,7 @@ def test_a_missing_file_is_named_or_refused_never_made_up(name, made, tmp_path, 
         with pytest.raises(SystemExit) as ended:
             report(flags(place, "--only-read"))
         assert ended.value.code == 2
-        assert "expected a run of train.lora" in capsys.readouterr().err
+        assert "expected a run folder" in capsys.readouterr().err
         return
     report(flags(place, "--only-read"))
     html = (place / "run" / "report.html").read_text()
@@ -255,7 +255,7 @@ def test_wrong_arguments_are_refused(made, tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     for arguments, message in (
         (["--run", str(tmp_path / "none")], "no run folder"),
-        (["--run", str(tmp_path)], "expected a run of train.lora"),
+        (["--run", str(tmp_path)], "expected a run folder"),
         (["--run", str(made / "run"), "--only-read", "--reference", str(tmp_path / "x.json")],
          "neither a list of recorded answers"),
         (["--run", str(made / "run"), "--only-read", "--reference", "none.json"], "none.json"),

@@ -332,9 +332,9 @@ def test_bf16_is_near_fp32(pair, sequences, result):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "nowhere"], "nowhere: no run folder"),
+        (["--run", "nowhere"], "nowhere: no config.yaml; expected a run folder"),
         (["--model", "{place}/model"], "--model without --data; give the rows"),
-        (["--model", "{place}/model", "--data", "no.json"], "no.json: no such data file"),
+        (["--model", "{place}/model", "--data", "no.json"], "no.json: no such file"),
         (["--model", "{place}/model", "--data", "{place}/text"], "text: line 2: invalid JSON"),
         (["--model", "{place}/model", "--data", "{place}/list"], "expected a list of objects"),
         (["--model", "{place}/model", "--data", "{place}/bad"], "--skip-bad-rows 1\n  row 1: no"),
