@@ -92,8 +92,12 @@ def adapter(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def lines(run):
+    return RunFolder(run).read_metrics().values
+
+
 def steps(run):
-    return [line for line in RunFolder(run).read_metrics().values if "rows" in line]
+    return [line for line in lines(run) if "rows" in line]
 
 
 def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
@@ -104,13 +108,13 @@ def test_a_run_leaves_what_it_says(place, tmp_path, capsys):
         ".lock", "adapter", "best", "config.yaml", "metrics.jsonl", "run.json", "state",
         "tensorboard",
     }  # fmt: skip
-    lines = RunFolder(run).read_metrics().values
-    losses = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
+    found = lines(run)
+    losses = [line["epoch_loss"] for line in found if "epoch_loss" in line]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     for epoch, loss in enumerate(losses, start=1):
         assert f"epoch {epoch}: average loss {loss:.4f}" in said
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 7, 14]
+    assert [line["step"] for line in found if "eval_loss" in line] == [0, 7, 14]
     first = [line for line in steps(run) if line["step"] <= 7]
     average = sum(x["loss_sum"] for x in first) / sum(x["tokens"] for x in first)
     assert average == pytest.approx(losses[0])
@@ -186,9 +190,7 @@ def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch(place, tmp_path)
     for batch in (1, 6):
         run = tmp_path / str(batch)
         main(flags(place, run, micro_batch_size=batch, max_steps=1, val_size=6))
-        found += [line for line in RunFolder(run).read_metrics().values if line.get("eval_tokens")][
-            :1
-        ]
+        found += [line for line in lines(run) if line.get("eval_tokens")][:1]
     assert [line["step"] for line in found] == [0, 0]
     assert found[0]["eval_tokens"] == found[1]["eval_tokens"]
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-6)
@@ -197,11 +199,7 @@ def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch(place, tmp_path)
 def test_patience_ends_a_run_and_the_best_adapter_is_kept(place, tmp_path, capsys):  # lesson 17
     more = {"learning_rate": 0.3, "epochs": 20, "eval_steps": 2, "patience": 3, "val_size": 6}
     main(flags(place, tmp_path / "run", **more))
-    losses = [
-        line["eval_loss"]
-        for line in RunFolder(tmp_path / "run").read_metrics().values
-        if "eval_loss" in line
-    ]
+    losses = [line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line]
     assert len(losses) - 1 - losses.index(min(losses)) == 3
     said = capsys.readouterr().out
     assert "no better for 3 evaluations" in said
@@ -242,9 +240,9 @@ def die_after(monkeypatch, step):
 
 def record(run):
     """All that two equal runs have in common, to the bit."""
-    lines = RunFolder(run).read_metrics().values
+    found = lines(run)
     names = ("step", "rows", "loss_sum", "tokens", "grad_norm", "eval_loss", "epoch_loss")
-    figures = [{name: line[name] for name in names if name in line} for line in lines]
+    figures = [{name: line[name] for name in names if name in line} for line in found]
     return {"adapter": adapter(run), "figures": figures} | state_bytes(run)
 
 
@@ -271,11 +269,7 @@ def test_100_steps_are_50_and_50_are_10_times_10_bit_by_bit(place, tmp_path, mon
     main(flags(place, tmp_path / "whole", **more))
     whole = record(tmp_path / "whole")
     assert [line["step"] for line in steps(tmp_path / "whole")] == list(range(1, 101))
-    ends = {
-        line["step"]
-        for line in RunFolder(tmp_path / "whole").read_metrics().values
-        if "epoch_loss" in line
-    }
+    ends = {line["step"] for line in lines(tmp_path / "whole") if "epoch_loss" in line}
     assert len(ends - {*range(0, 101, 10)}) > 5  # most epochs end inside a part
     for part in (50, 10):
         run = tmp_path / str(part)
@@ -664,11 +658,7 @@ def test_stories_learns_from_alpaca_and_keeps_its_base(assets, tmp_path):
         remat="none",
     )
     train(config)
-    losses = [
-        line["epoch_loss"]
-        for line in RunFolder(tmp_path / "run").read_metrics().values
-        if "epoch_loss" in line
-    ]
+    losses = [line["epoch_loss"] for line in lines(tmp_path / "run") if "epoch_loss" in line]
     assert len(losses) == 5
     assert losses == sorted(losses, reverse=True)
     tensors = safetensors.numpy.load_file(
