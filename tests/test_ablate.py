@@ -13,11 +13,12 @@ from meta_files import BASE, model_folder
 
 from eval.ablate import cells
 from eval.ablate import command as ablate
-from eval.ablate.analysis import analyse, memory_disorder, memory_order_holds
+from eval.ablate.analysis import analyse, memory_disorder
 from eval.ablate.cells import Children, Done, grid, out_of_memory
 from eval.ablate.command import AblateConfig, main
-from eval.ablate.store import opened, read_ablation
+from eval.ablate.store import CELLS, DESCRIPTION, opened
 from jllama.errors import InputError
+from jllama.folders.json_files import read_json, read_json_lines
 from train.plan import planner
 from train.plan.cards import find_gpu
 from train.plan.command import PlanConfig, as_json
@@ -34,6 +35,11 @@ real_device = functools.cache(ablate.device)
 def device_asked_once(monkeypatch):
     found = real_device()  # before a test changes how children run
     monkeypatch.setattr(ablate, "device", lambda: found)
+
+
+def read_ablation(folder):
+    """(ablation.json, cells)"""
+    return read_json(folder / DESCRIPTION), read_json_lines(folder / CELLS).values
 
 
 def measured(change=None, axes=AXES):
@@ -161,16 +167,15 @@ def test_one_run_of_each_cell_has_no_spread():
 def test_every_number_of_a_sentence_stands_in_its_finding():
     for one in analyse(measured()):
         if one.direction in ("fell", "rose") and one.figure == "planned_memory_mib":
-            assert f"{one.before:,.1f} -> {one.after:,.1f} MiB" in one.sentence
+            assert f"{one.before:,.1f} -> {one.after:,.1f} MiB" in one.text
 
 
 def test_the_order_of_memory_is_checked_pair_by_pair():
-    assert memory_order_holds(measured())
+    assert memory_disorder(measured()) == []
     bad = measured(
         lambda c: {"planned_memory_mib": 9999.0} if (c.remat, c.tune) == ("ffn", "lora") else {}
     )
     (first, *_) = memory_disorder(bad)
-    assert not memory_order_holds(bad)
     assert "takes 9,999.0 MiB, not less than" in first
     for tune, holds in (("full", True), ("lora", False)):  # ties count for adapters only
         tied = measured(lambda c, t=tune: {"planned_memory_mib": 50.0} if c.tune == t else {})
@@ -383,7 +388,7 @@ def test_a_card_is_planned_for_in_all_24_cells(estimated, tmp_path, capsys):
     assert "not compiled, but estimated" in said
     assert "of it optimizer state fell" in said
     assert "cells that fit the card: 0 of 12" in said
-    assert memory_order_holds(found)
+    assert memory_disorder(found) == []
     full = {cell["free_mib"] for cell in found if cell["tune"] == "full"}
     assert max(full) < 0  # negative, and a result
 

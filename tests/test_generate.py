@@ -14,7 +14,7 @@ import jllama
 from convert.from_meta import FromMeta, convert
 from jllama.attention import cached_attention, causal_attention, make_cache
 from jllama.config import LoraConfig
-from jllama.decode.generate import chunk_for, decode, meta_budgets, prefill
+from jllama.decode.generate import chunk_for, decode, prefill
 from jllama.decode.sampling import Sampling, make_choice, pick
 from jllama.errors import InputError
 from jllama.lora import attach
@@ -291,12 +291,6 @@ def test_streamed_text_is_the_generated_one(folder, model):
     kept = [token for token in ids if token not in tokenizer.stop_ids]
     assert "".join(jllama.stream(model, tokenizer, [1, 5], 50, GREEDY)) == tokenizer.decode(kept)
     assert list(jllama.stream(model, tokenizer, [1, 5], 0, GREEDY)) == []
-
-
-def test_metas_total_length_is_that_of_the_longest_prompt():
-    assert meta_budgets([3, 10], 20, 512) == [27, 20]
-    assert meta_budgets([3, 10], None, 64) == [61, 54]
-    assert meta_budgets([3, 10], 20, 24) == [21, 14]
 
 
 def test_base_and_tuned_share_one_compilation_and_scale_zero_is_the_base(folder):

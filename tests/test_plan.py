@@ -16,13 +16,15 @@ from meta_files import BASE, model_folder
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.run import RunFolder
+from jllama.sharding import make_mesh
 from train.lora import main as train
 from train.plan import arithmetic, auto, ladder, planner
 from train.plan.arithmetic import Step
 from train.plan.cards import GPUS, find_gpu, target_config
 from train.plan.command import PlanConfig, main
-from train.plan.compiled import Request, answer
+from train.plan.compiled import Request, answer, lower_training
 from train.plan.planner import can_compile, make_plans
+from train.step import planned_bytes
 
 MIB = 2**20
 SEVEN = PRESETS["llama-2-7b"]
@@ -53,7 +55,6 @@ def test_7b_plans_what_the_weights_take_and_little_more(tmp_path):
     (plan,) = make_plans([Request(seven(), H200, text=str(text))], H200)
     assert plan.compiled
     assert plan.peak <= 13_300 * MIB
-    assert plan.peak == pytest.approx(plan.stated_peak, rel=0.01)  # the split against XLA's word
     adapters = 8_388_608 * 4
     assert plan.classes["base_weights"] == 6_738_415_616 * 2
     assert plan.classes["adapters"] == adapters
@@ -150,7 +151,9 @@ def test_the_split_adds_up_to_what_xla_says():
     model = LlamaConfig(64, 5, 4, 2, 160, 128)
     step = replace(seven(precision="fp32", max_seq_len=32), model=model)
     found = answer(Request(step, None))
-    assert sum(found["classes"].values()) == pytest.approx(found["peak"], rel=0.01)
+    compiled = lower_training(step, make_mesh(jax.devices()[:1])).compile()
+    stated = planned_bytes(compiled.memory_analysis())
+    assert sum(found["classes"].values()) == pytest.approx(stated, rel=0.01)
     for name, size in arithmetic.memory_classes(step).items():
         assert found["classes"][name] == pytest.approx(size, abs=64), name  # counters
 
@@ -200,11 +203,9 @@ def estimated(monkeypatch):
         monkeypatch.setattr(module, "can_compile", lambda: False)
 
 
-def test_fit_names_a_bf16_setting_of_7b_for_24_gigabytes(estimated, capsys, tmp_path):
-    picture = tmp_path / "fit.svg"
-    said = asked(capsys, "--fit", "--gpu", "rtx-4090", "--picture", picture)
+def test_fit_names_a_bf16_setting_of_7b_for_24_gigabytes(estimated, capsys):
+    said = asked(capsys, "--fit", "--gpu", "rtx-4090")
     assert "next: jllama train --model DIR --data FILE --precision bf16" in said
-    assert picture.read_text().count("<path") > 10
     found = json.loads(asked(capsys, "--fit", "--gpu", "rtx-4090", "--json"))
     best = found["best"]
     assert best["free_mib"] >= 0

@@ -46,11 +46,6 @@ class Finding:
     spread: float | None = None
     cells: tuple[str, ...] = ()
 
-    @property
-    def sentence(self) -> str:
-        """To stand alone."""
-        return f"{self.technique}: {self.text}"
-
 
 PEAKS = ("peak_mib", "planned_memory_mib")  # of planned cells, of measured ones
 ORDERS = {
@@ -284,13 +279,8 @@ def _accumulated(technique: str, figure: str, pair: Pair) -> Finding:
     )
 
 
-def memory_order_holds(cells: Sequence[Figures]) -> bool:
-    """Whether fp32 full > fp32 LoRA > bf16 LoRA and no remat > ffn > block, all else equal."""
-    return not memory_disorder(cells)
-
-
 def memory_disorder(cells: Sequence[Figures]) -> list[str]:
-    """Where that order of the step's planned memory does not hold."""
+    """Where planned memory is not fp32 full > fp32 LoRA > bf16 LoRA, or none > ffn > block."""
     steps = [
         ({"tune": "full", "precision": "fp32"}, {"tune": "lora", "precision": "fp32"}),
         ({"tune": "lora", "precision": "fp32"}, {"tune": "lora", "precision": "bf16"}),

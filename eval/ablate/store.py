@@ -24,17 +24,6 @@ DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
 OF_A_CALL = ("date", "command")
 
 
-def read_ablation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(ablation.json, cells) of a folder.
-
-    Raises:
-        InputError: if it is none.
-    """
-    if not (folder / DESCRIPTION).is_file():
-        raise InputError(f"{folder}: no {DESCRIPTION}; expected a folder of eval.ablate")
-    return read_json(folder / DESCRIPTION), read_json_lines(folder / CELLS).values
-
-
 @contextlib.contextmanager
 def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """Holds a new or begun folder for this process, and yields the cells that it has.

@@ -214,17 +214,6 @@ def decode(
     return state, tokens.T, logprobs.T
 
 
-def meta_budgets(lengths: Sequence[int], max_gen_len: int | None, max_seq_len: int) -> list[int]:
-    """New tokens for prompts of these lengths as Meta's code counts them.
-
-    All rows end at one total, min(max_seq_len, max_gen_len + the longest prompt), so shorter
-    prompts get longer answers; no `max_gen_len` is max_seq_len - 1.
-    """
-    asked = max_seq_len - 1 if max_gen_len is None else max_gen_len
-    total = min(max_seq_len, asked + max(lengths))
-    return [total - length for length in lengths]
-
-
 def check_prompts(model: Llama, prompts: Sequence[Sequence[int]], budgets: np.ndarray) -> None:
     """Raises InputError with everything that is wrong with the prompts."""
     context, vocabulary = model.config.max_seq_len, model.config.vocab_size

@@ -76,16 +76,12 @@ class PlanConfig:
     """Its moments take memory."""
     fit: bool = False
     """Which remat, micro-batch and length fit the card, and which is fastest by the bound."""
-    picture: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """With --fit: SVG or PNG of memory by class against the card's line."""
     hlo: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Also write the compiled step's text, to be read."""
     json: bool = False
     """Print one JSON object."""
 
     def __post_init__(self):
-        if self.picture and not self.fit:
-            raise InputError("--picture shows the ladder; add --fit")
         if self.fit and (self.program == "generate" or self.gpus > 1):
             raise InputError("--fit plans training on one GPU; drop --for generate and --gpus")
         if self.tune == "full" and (self.dora or self.ffn_bias):
@@ -120,7 +116,7 @@ def plan(config: PlanConfig) -> None:
     gpu = present_gpu() if present else find_gpu(config.gpu, config.gpu_memory)
     if config.fit:
         ladder = fit_card(config.step, gpu, present=present)
-        ladder.show(config.model, config.json, Path(config.picture) if config.picture else None)
+        ladder.show(config.model, config.json)
         return
     programs: tuple[Any, ...] = ("train",) if config.program == "train" else ("prefill", "decode")
     requests = [

@@ -52,26 +52,22 @@ class Request:
 
 
 class Weight(NamedTuple):
-    """Bytes of a compiled program, by XLA's buffer assignment.
+    """Bytes of a compiled program beside its arguments, by XLA's buffer assignment."""
 
-    `own` is what it takes on the device beside its arguments, `peak` both together.
-    """
-
-    own: int
-    peak: int
+    own: int  # on the device
     host: int
 
 
 def answer(request: Request) -> dict[str, Any]:
-    """Bytes on one device by class; of a program compiled whole also the peak that XLA states."""
+    """Bytes on one device by class."""
     mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
     started = time.monotonic()
     step, saved = request.step, {}
-    whole: Weight | None = None
+    host = 0
     if request.program != "train":
         lowered, classes = lower_generation(step, mesh, request.program)
-        whole = compile_and_weigh(lowered, request.text)
-        own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
+        own, host = compile_and_weigh(lowered, request.text)
+        own -= classes["cache"] if request.program == "prefill" else 0  # it makes one
     else:
         arguments, static, classes = training_arguments(step, mesh)
         few, more = (
@@ -79,15 +75,13 @@ def answer(request: Request) -> dict[str, Any]:
         )
         layer = max(0, more - few) / (SMALL[1] - SMALL[0])
         if request.whole:
-            whole = compile_and_weigh(train_step.lower(*arguments, **static), request.text)
-            own = whole.own
+            own, host = compile_and_weigh(train_step.lower(*arguments, **static), request.text)
         else:
             own = round(few + layer * (step.model.n_layers - SMALL[0]))
         saved = {"saved_activations": min(own, round(layer * step.model.n_layers))}
     return {
         "classes": classes | saved | {"temporaries": own - sum(saved.values())},
-        "peak": whole and whole.peak,
-        "host": whole.host if whole else 0,
+        "host": host,
         "compile_seconds": time.monotonic() - started,
     }
 
@@ -98,8 +92,8 @@ def compile_and_weigh(lowered: Any, text: str = "") -> Weight:
     if text:
         Path(text).write_text(compiled.as_text(), encoding="utf-8")
     memory = compiled.memory_analysis()
-    peak = planned_bytes(memory)
-    return Weight(peak - memory.argument_size_in_bytes, peak, memory.host_temp_size_in_bytes)
+    own = planned_bytes(memory) - memory.argument_size_in_bytes
+    return Weight(own, memory.host_temp_size_in_bytes)
 
 
 def with_layers(step: Step, layers: int) -> Step:

@@ -7,7 +7,6 @@ micro-batch. The recommended step is compiled whole before it is named.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rich.table import Table
 
@@ -60,10 +59,8 @@ class Ladder:
         step = self.best.step
         return train_command(replace(step, accumulation=max(1, sequences // step.micro_batch_size)))
 
-    def show(self, model: str, as_json: bool, picture: Path | None) -> None:
-        """The table, or JSON; and the picture, if one is asked for."""
-        if picture:
-            draw(self, model, picture)
+    def show(self, model: str, as_json: bool) -> None:
+        """The table, or JSON."""
         if as_json:
             print(json.dumps(self.as_json(), indent=2))
             return
@@ -90,8 +87,6 @@ class Ladder:
         console.print(table)
         if not self.plans[0].compiled:
             console.print(NO_EXTRA)
-        if picture:
-            console.print(f"wrote {picture}")
         if self.best is None:
             least = min(self.plans, key=lambda plan: plan.peak)
             console.print(
@@ -197,31 +192,3 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
             for name, size in known[few].items()
         }
         yield Plan(cell, gpu, classes, compiled=True)
-
-
-def draw(ladder: Ladder, model: str, file: Path) -> None:
-    """Memory by class, stacked, for each remat at the asked length, against the card's line."""
-    from matplotlib.figure import Figure
-
-    length = ladder.asked.max_seq_len
-    plans = [
-        plan
-        for plan in ladder.plans
-        if plan.step.max_seq_len == length and plan.step.micro_batch_size in (1, 4, 16)
-    ]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{plan.step.remat}\n{plan.step.micro_batch_size} x {length}" for plan in plans]
-    below = [0.0] * len(plans)
-    for kind in plans[0].classes:
-        sizes = [plan.classes[kind] / 2**30 for plan in plans]
-        if max(sizes) >= 0.01:
-            axes.bar(names, sizes, bottom=below, label=kind.replace("_", " "))
-        below = [low + size for low, size in zip(below, sizes, strict=True)]
-    usable = (ladder.gpu.memory_mib - plans[0].margin / MIB) / 1024
-    axes.axhline(usable, color="black", linestyle="--", label=f"{ladder.gpu.name} less the margin")
-    axes.set_ylabel("GiB")
-    axes.set_title(f"{model}, {ladder.asked.precision}: planned memory of one step")
-    axes.legend(fontsize="small")
-    axes.tick_params(axis="x", labelsize="small")
-    figure.savefig(file)

@@ -46,7 +46,6 @@ class Plan:
     program: Program = "train"
     compile_seconds: float = 0.0
     host: int = 0  # bytes in the host's memory
-    stated_peak: int | None = None  # XLA's own, of a program compiled whole
 
     @property
     def peak(self) -> int:
@@ -95,7 +94,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
     return [
         Plan(
             request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
-            found["host"], found["peak"],
+            found["host"],
         )
         for request, found in zip(requests, answers, strict=True)
         if found is not None
