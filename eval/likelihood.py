@@ -118,7 +118,8 @@ def score_sequences(
     for model, adapter_scale in voices.values():
         graphdef, adapters, base = split(model)
         parts.append((graphdef, (adapters, base, jnp.float32(adapter_scale))))
-    heads = [model.head_weight[...] for model, _ in voices.values()]
+    weights = [model.head_weight for model, _ in voices.values()]
+    heads = [weight.matrix(weight.dtype) for weight in weights]
     scores: dict[int, Score] = {}
     for width, chosen in batches([len(ids) - 1 for ids, _ in sequences], batch_size):
         tokens, targets, mask = (np.zeros((batch_size, width), np.int32) for _ in range(3))

@@ -18,32 +18,59 @@ def matmul_precision(dtype: jnp.dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
-class Linear(nnx.Module):
-    """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached.
+class Weight(nnx.Param):
+    """A matrix `[out, in]`, and all that is known of how it is stored: here as it is.
 
-    A weight that learns is fp32 and is cast to x's dtype here; a frozen one has it already.
+    Whoever uses a weight asks it for products, rows and lengths, so that one stored in another way
+    (quantised) is another class with these methods.
+
+    A weight that learns is fp32 and is cast to the network's dtype here; a frozen one has it.
     """
+
+    def product(self, x: Float[Array, "... I"], **how: Any) -> Float[Array, "... O"]:
+        """x W^T, in x's dtype unless `how`, for `jnp.einsum`, says otherwise."""
+        return jnp.einsum("...i,oi->...o", x, self.matrix(x.dtype), **how)
+
+    def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
+        """Some rows, as stored."""
+        return self[...][ids]
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
+        """The whole matrix."""
+        return self[...].astype(dtype)
+
+    def squared_lengths(self, dtype: jnp.dtype) -> Float[Array, " O"]:
+        """|W|^2 of every row, fp32, as the network in `dtype` has W."""
+        matrix = self.matrix(dtype)
+        exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
+        return jnp.einsum("oi,oi->o", matrix, matrix, **exact)
+
+    def store(self, matrix: Float[Array, "O I"]) -> None:
+        """Replaces the matrix, rounded once."""
+        self[...] = matrix.astype(self.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached."""
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        shape: tuple[int, int],
         *,
         bias: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        initial = INITIAL_STD * jax.random.normal(rngs.params(), (out_features, in_features))
-        self.weight = nnx.Param(initial.astype(dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else nnx.data(None)
+        initial = INITIAL_STD * jax.random.normal(rngs.params(), shape)
+        self.weight = Weight(initial.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[:1], dtype)) if bias else nnx.data(None)
         self.lora: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None = None):
         """`[B, T, in]` -> `[B, T, out]`; with a key, the adapter's input is dropped out."""
-        weight = self.weight[...].astype(x.dtype)
-        y = jnp.einsum("BTi,oi->BTo", x, weight)
+        y = self.weight.product(x)
         if self.lora is not None:
-            y = self.lora(x, y, weight, key)
+            y = self.lora(x, y, self.weight, key)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None, :]
         return y
@@ -54,11 +81,11 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         initial = INITIAL_STD * jax.random.normal(rngs.params(), (vocab_size, dim))
-        self.weight = nnx.Param(initial.astype(dtype))
+        self.weight = Weight(initial.astype(dtype))
         self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens].astype(self.dtype)
+        return self.weight.rows(tokens).astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jllama.config import LoraConfig
-from jllama.layers import Linear
+from jllama.layers import Linear, Weight
 from jllama.model import Llama, map_named
 
 
@@ -48,7 +48,7 @@ class Lora(nnx.Module):
         self,
         x: Float[Array, "B T I"],
         y: Float[Array, "B T O"],
-        weight: Float[Array, "O I"],
+        weight: Weight,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "B T O"]:
         """`y = x W^T` with the adapter's part added, in the network's dtype; no key, no dropout."""
@@ -60,10 +60,10 @@ class Lora(nnx.Module):
         y = y + jnp.einsum("BTR,oR->BTo", low, self.b[...].astype(x.dtype)) * self.scale
         if self.magnitude is None:
             return y
-        gain = self.gain(weight)[None, None, :]
+        gain = self.gain(weight, x.dtype)[None, None, :]
         return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
 
-    def gain(self, weight: Float[Array, "O I"]) -> Float[Array, " O"]:
+    def gain(self, weight: Weight, dtype: jnp.dtype) -> Float[Array, " O"]:
         """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
 
         |W + s B A|^2 = |W|^2 + 2 s W A^T . B + s^2 B A A^T . B, row by row, so that no second
@@ -71,8 +71,8 @@ class Lora(nnx.Module):
         """
         a, b, s = self.a[...], self.b[...], self.scale
         exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
-        base = jnp.einsum("oi,oi->o", weight, weight, **exact)
-        weight_a = jnp.einsum("oi,Ri->oR", weight, a.astype(weight.dtype), **exact)
+        base = weight.squared_lengths(dtype)
+        weight_a = weight.product(a.astype(dtype), **exact).T
         b_a_a = jnp.einsum("oR,RQ->oQ", b, jnp.einsum("Ri,Qi->RQ", a, a, **exact), **exact)
         added = 2 * s * jnp.sum(weight_a * b, axis=1) + s * s * jnp.sum(b_a_a * b, axis=1)
         length = jax.lax.stop_gradient(jnp.sqrt(base + added))
@@ -114,8 +114,8 @@ def merge(model: Llama) -> None:
         lora = linear.lora
         with jax.default_matmul_precision("highest"):
             delta = lora.scale * (lora.b[...] @ lora.a[...])
-        merged = linear.weight[...].astype(jnp.float32) + delta
+        merged = linear.weight.matrix(jnp.float32) + delta
         if lora.magnitude is not None:
-            merged = merged * lora.gain(linear.weight[...])[:, None]
-        linear.weight[...] = merged.astype(linear.weight.dtype)
+            merged = merged * lora.gain(linear.weight, linear.weight.dtype)[:, None]
+        linear.weight.store(merged)
         linear.lora = None

@@ -22,12 +22,13 @@ from jllama.attention import (
     causal_attention,
     make_cache,
 )
-from jllama.config import LlamaConfig, Remat
+from jllama.config import LlamaConfig, Remat, linear_shapes
 from jllama.layers import (
     Embedding,
     Linear,
     RMSNorm,
     Rotation,
+    Weight,
     matmul_precision,
     rotary_frequencies,
     rotate,
@@ -51,11 +52,11 @@ class Attention(nnx.Module):
     """Grouped-query attention: N query heads share K key and value heads."""
 
     def __init__(self, config: LlamaConfig, implementation: Implementation, **init):
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = Linear(config.dim, config.dim, **init)
-        self.wk = Linear(config.dim, kv_dim, **init)
-        self.wv = Linear(config.dim, kv_dim, **init)
-        self.wo = Linear(config.dim, config.dim, **init)
+        shapes = linear_shapes(config)
+        self.wq = Linear(shapes["wq"], **init)
+        self.wk = Linear(shapes["wk"], **init)
+        self.wv = Linear(shapes["wv"], **init)
+        self.wo = Linear(shapes["wo"], **init)
         self.head_dim = config.head_dim
         self.implementation = implementation
 
@@ -91,9 +92,10 @@ class FeedForward(nnx.Module):
     """w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, config: LlamaConfig, **init):
-        self.w1 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias, **init)
-        self.w2 = Linear(config.hidden_dim, config.dim, bias=config.ffn_bias, **init)
-        self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias, **init)
+        shapes = linear_shapes(config)
+        self.w1 = Linear(shapes["w1"], bias=config.ffn_bias, **init)
+        self.w2 = Linear(shapes["w2"], bias=config.ffn_bias, **init)
+        self.w3 = Linear(shapes["w3"], bias=config.ffn_bias, **init)
 
     def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None):
         gate = jax.nn.silu(self.w1(x, _at(key, 2)))
@@ -149,7 +151,7 @@ class Llama(nnx.Module):
         self.layers = nnx.List([Block(config, attention, **init) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
         self.output = (
-            nnx.data(None) if config.tied else Linear(config.dim, config.vocab_size, **init)
+            nnx.data(None) if config.tied else Linear((config.vocab_size, config.dim), **init)
         )
 
     def __call__(
@@ -214,11 +216,10 @@ class Llama(nnx.Module):
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, accumulated and kept in fp32."""
         with jax.default_matmul_precision(matmul_precision(x.dtype)):
-            weight = self.head_weight[...].astype(x.dtype)
-            return jnp.einsum("BTD,VD->BTV", x, weight, preferred_element_type=jnp.float32)
+            return self.head_weight.product(x, preferred_element_type=jnp.float32)
 
     @property
-    def head_weight(self) -> nnx.Param:
+    def head_weight(self) -> Weight:
         """`[V, D]`; the embedding itself where the two are tied."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 

@@ -57,7 +57,8 @@ def summed_loss(
     model = nnx.merge(graphdef, learned, frozen, copy=True)
     x = model.hidden(rows.tokens, rows.positions, rows.segments, key)
     head_learns = not jax.tree.leaves(frozen)
-    return cross_entropy(x, model.head_weight[...], rows.targets, rows.mask, head_learns)
+    head = model.head_weight.matrix(model.head_weight.dtype)  # as stored: its gradient is, too
+    return cross_entropy(x, head, rows.targets, rows.mask, head_learns)
 
 
 def start_state(

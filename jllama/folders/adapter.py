@@ -45,7 +45,7 @@ WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.js
 
 def row_lengths(linear: Linear) -> np.ndarray:
     """|W| of every output `[O]`, fp32."""
-    return np.linalg.norm(np.asarray(linear.weight[...], np.float32), axis=1)
+    return np.sqrt(np.asarray(linear.weight.squared_lengths(jnp.float32)))
 
 
 def save_adapter(
