@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jllama
 from jllama.text.prompt import PromptStyle, prompt_ids, row_messages
-from jllama.text.rows import Example
+from jllama.text.rows import Examples
 from jllama.text.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ class Asked(NamedTuple):
 
 def short_answers(
     rows: Sequence[Mapping],
-    examples: Sequence[Example],
+    examples: Examples,
     tokenizer: Tokenizer,
     style: PromptStyle,
     *,

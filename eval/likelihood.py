@@ -24,7 +24,8 @@ from jllama.loss import chunk_logits, supervised_chunks
 
 SHORTEST = 32  # positions to which a row is padded; then 64, 128, ...
 
-Learned = tuple[Sequence[int], Sequence[bool]]  # ids, and for each whether it is learned
+# Ids, and for each whether it is learned.
+Learned = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
 
 
 class Score(NamedTuple):

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import jllama
 from eval.exact import exact_answers, short_answers
-from eval.likelihood import Score, count_batches, score_sequences
+from eval.likelihood import Learned, Score, count_batches, score_sequences
 from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console
@@ -124,15 +124,14 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
     assert config.prompt_style
     tokenizer = jllama.load_tokenizer(config.model)
     rows = read_rows(config.data)[: config.limit or None]
-    data = make_examples(
+    examples, skipped = make_examples(
         rows, tokenizer, config.prompt_style, max_seq_len=config.max_seq_len,
         train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
     )  # fmt: skip
-    examples = data.rows
     paragraphs = [
         [tokenizer.bos_id, *tokenizer.encode(text)] for text in read_json(NEUTRAL)["paragraphs"]
     ]
-    sequences = [(example.ids, example.learned) for example in examples]
+    sequences: list[Learned] = [(example.ids, example.learned) for example in examples]
     sequences += [(ids, [True] * len(ids)) for ids in paragraphs]
     voices = load_voices(config)
     context = voices["base"][0].config.max_seq_len
@@ -164,8 +163,8 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
         "tokens": found[last]["answers"]["tokens"],
         "rows": len(examples),
         "scored": last,
-        "cut": data.truncated,
-        "skipped": data.skipped,
+        "cut": int(examples.cut.sum()),
+        "skipped": skipped,
         **found,
         "settings": dataclasses.asdict(config),
         "per_row": [

@@ -60,8 +60,8 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sequences(pair):
-    examples = trained_on(ROWS, load_tokenizer(pair[0] / "model")).rows
-    return [(example.ids, example.learned) for example in examples]
+    examples, _ = trained_on(ROWS, load_tokenizer(pair[0] / "model"))
+    return [(example.ids.tolist(), example.learned.tolist()) for example in examples]
 
 
 @pytest.fixture(scope="module")
@@ -239,19 +239,19 @@ def test_only_whole_short_rows_are_asked_for_their_last_answer(tmp_path, style):
     tokenizer = load_tokenizer(tmp_path)
     long = {"prompt": "Count.", "completion": "1, 2, " * 300}
     rows = [{"question": 1}, *ROWS, TALK, long]
-    examples = make_examples(
+    examples, _ = make_examples(
         rows, tokenizer, style, max_seq_len=1024, train_on_prompt=False, skip_bad_rows=1, source="-"
     )
-    assert examples.truncated == 1
-    asked = short_answers(rows, examples.rows, tokenizer, style, most=40, context=1024)
+    assert examples.cut.sum() == 1
+    asked = short_answers(rows, examples, tokenizer, style, most=40, context=1024)
     assert [x.row for x in asked] == [1, 3, 5, 6, 7]  # by the bytes of their answers
     assert (asked[-1].answer, asked[0].answer) == ("Me.", "one" * 10)
     for question in asked:
-        (whole,) = [x.ids for x in examples.rows if x.row == question.row]
+        (whole,) = [x.ids.tolist() for x in examples if x.row == question.row]
         assert whole[: len(question.prompt)] == question.prompt
         said = whole[len(question.prompt) :]
         assert said == [*tokenizer.encode(question.answer), said[-1]]
-    assert not short_answers(rows, examples.rows, tokenizer, style, most=40, context=20)
+    assert not short_answers(rows, examples, tokenizer, style, most=40, context=20)
 
 
 def test_a_run_is_scored_whole_and_its_rows_are_known_by_heart(place, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jllama import bundled
 from jllama.cli.terminal import console
@@ -23,7 +24,7 @@ from jllama.folders.load import load_model, save_model
 from jllama.folders.model import model_sizes, read_config
 from jllama.lora import attach
 from jllama.machine import peak_memory_mib
-from jllama.text.rows import Example, make_examples, read_rows
+from jllama.text.rows import Examples, make_examples, read_rows
 from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.config import TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
@@ -52,7 +53,7 @@ def fine_tune(config: TrainConfig) -> None:
     if reason:
         console.print(reason)
     batches, evaluation = plan_batches(config, training, held_out)
-    steps = min(config.max_steps or len(batches.windows), len(batches.windows))
+    steps = min(config.max_steps or len(batches), len(batches))
     show_plan(config, batches, training, held_out, steps)
     show_row(training[0], tokenizer)
 
@@ -106,9 +107,9 @@ def run_steps(
         )
 
 
-def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
+def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
     """(training, held-out) examples of the data file."""
-    examples = make_examples(
+    examples, skipped = make_examples(
         read_rows(config.data),
         tokenizer,
         config.prompt_style,
@@ -117,18 +118,18 @@ def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Examp
         skip_bad_rows=config.skip_bad_rows,
         source=config.data,
     )
-    if examples.truncated:
+    if cut := np.count_nonzero(examples.cut):
         console.print(
-            f"{examples.truncated} rows are longer than {config.max_seq_len} tokens and lose "
+            f"{cut} rows are longer than {config.max_seq_len} tokens and lose "
             "their end; --max-seq-len keeps more"
         )
-    for problem in examples.skipped:
+    for problem in skipped:
         console.print(f"left out: {problem}")
-    return hold_out(examples.rows, config.val_size, config.seed)
+    return hold_out(examples, config.val_size, config.seed)
 
 
 def plan_batches(
-    config: TrainConfig, training: list[Example], held_out: list[Example]
+    config: TrainConfig, training: Examples, held_out: Examples
 ) -> tuple[Batches, Batches | None]:
     """The windows of the whole run, and those of one evaluation."""
     shape: dict[str, Any] = {
@@ -145,7 +146,7 @@ def plan_batches(
         epochs=config.epochs,
         **shape,
     )
-    if not held_out:
+    if not len(held_out):
         return batches, None
     shape["length_buckets"] = 1
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)

@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "speed": Command("eval.speed.command", "measure the speed of training and of generation"),
     "speed-convert": Command("convert.speed", "measure the speed and memory of conversions"),
+    "speed-rows": Command("train.data.speed", "measure reading, tokenising and ordering of rows"),
     "sample": Command("train.sample.make", "make the bundled sample model anew"),
 }
 

@@ -23,23 +23,34 @@ def listed(problems: Sequence[str]) -> str:
     return "\n  ".join([*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
-def read_text(path: str | Path, wanted: str) -> str:
-    """A UTF-8 text, with or without a byte order mark.
+def read_bytes(path: str | Path, wanted: str) -> bytes:
+    """A file's content.
 
     Args:
         wanted: what the file should be, for messages.
 
     Raises:
-        InputError: if it is missing, no file, or not UTF-8.
+        InputError: if it is missing or no file.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {wanted}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected {wanted}") from error
+
+
+def read_text(path: str | Path, wanted: str) -> str:
+    """A UTF-8 text, with or without a byte order mark; errors as for `read_bytes` and `decoded`."""
+    return decoded(read_bytes(path, wanted), path)
+
+
+def decoded(content: bytes, path: str | Path) -> str:
+    """The text in a file's content; InputError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
 
 
 def parse(text: str, source: str) -> Any:
@@ -71,7 +82,12 @@ def read_values(path: str | Path, wanted: str) -> Any:
     Raises:
         InputError: if it is missing or empty, or with the numbers of all lines that are wrong.
     """
-    text = read_text(path, wanted)
+    return values_in(read_bytes(path, wanted), path, wanted)
+
+
+def values_in(content: bytes, path: str | Path, wanted: str) -> Any:
+    """What `read_values` gives of a file with this content, and its errors."""
+    text = decoded(content, path)
     if not text.strip():
         raise InputError(f"{path}: empty; expected {wanted}")
     if text.lstrip().startswith("["):

@@ -8,25 +8,37 @@ An example of 5 ids, the last 2 learned, gives 4 positions:
     ids [1 7 8 4 2]  ->  tokens [1 7 8 4], targets [7 8 4 2], mask [0 0 1 1]
 """
 
+import functools
+import itertools
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
+from jaxtyping import Int, Int32
 
 from jllama.errors import InputError
-from jllama.text.rows import Example
+from jllama.text.rows import Examples
 from train.step import Window
 
 OPEN_SEQUENCES = 32  # that packing tries to fill at a time
+# A window's sequences, each a few positions among the examples; without packing it is one.
+Sequences = list[list[int]] | Int[np.ndarray, "sequences 1"]
 
 
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
-    """0 .. n-1 in the order of one epoch: a function of (seed, epoch) alone."""
+def shuffled(n: int, seed: int, epoch: int, first: int | None = None) -> Int32[np.ndarray, " rows"]:
+    """0 .. n-1, or the first of them, in the order of one epoch: a function of (seed, epoch) alone.
+
+    The order is that of `grain.MapDataset.range(n).shuffle`.
+    """
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return [int(i) for i in grain.MapDataset.range(n).shuffle(seed=mixed)]
+    count = n if first is None else first
+    order = (index_shuffle(i, max_index=n - 1, seed=mixed, rounds=4) for i in range(count))
+    return np.fromiter(order, np.int32, count)
 
 
-def hold_out(examples: list[Example], size: float, seed: int) -> tuple[list, list]:
+def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
     """(training, held-out) examples; `size` is a share below 1 or a number of rows.
 
     Raises:
@@ -35,12 +47,9 @@ def hold_out(examples: list[Example], size: float, seed: int) -> tuple[list, lis
     n = round(size * len(examples)) if size < 1 else int(size)
     if n >= len(examples):
         raise InputError(f"--val-size {size} holds out all {len(examples)} rows")
-    order = shuffled(len(examples), seed, epoch=2**31)  # an epoch that no run reaches
-    held = set(order[:n])
-    return (
-        [example for i, example in enumerate(examples) if i not in held],
-        [example for i, example in enumerate(examples) if i in held],
-    )
+    held = np.zeros(len(examples), bool)
+    held[shuffled(len(examples), seed, epoch=2**31, first=n)] = True  # an epoch that no run reaches
+    return examples.take(~held), examples.take(held)
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -49,49 +58,53 @@ def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[li
     lengths 3 5 2 4, capacity 8  ->  [[0, 1], [2, 3]]
     """
     done: list[list[int]] = []
-    bins: list[tuple[int, list[int]]] = []  # (room, rows), at most OPEN_SEQUENCES of them
-    for row in order:
-        fitting = [(room, i) for i, (room, _) in enumerate(bins) if room >= lengths[row]]
-        if fitting:
-            room, i = min(fitting)
-            bins[i] = (room - lengths[row], [*bins[i][1], row])
-            continue
-        if len(bins) == OPEN_SEQUENCES:
-            done.append(bins.pop(min(range(len(bins)), key=lambda i: bins[i][0]))[1])
-        bins.append((capacity - lengths[row], [row]))
-    return done + [rows for _, rows in bins]
+    # (room, number, rows), the fullest first and of equals the oldest; at most OPEN_SEQUENCES.
+    unfilled: list[tuple[int, int, list[int]]] = []
+    for number, row in enumerate(order):
+        fitting = bisect_left(unfilled, (lengths[row],))
+        if fitting < len(unfilled):
+            room, first, rows = unfilled.pop(fitting)
+        else:
+            if len(unfilled) == OPEN_SEQUENCES:
+                done.append(unfilled.pop(0)[2])
+            room, first, rows = capacity, number, []
+        rows.append(row)
+        insort(unfilled, (room - lengths[row], first, rows))
+    return done + [rows for _, _, rows in sorted(unfilled, key=lambda sequence: sequence[1])]
 
 
-def bucket_lengths(lengths: Sequence[int], buckets: int, max_seq_len: int) -> list[int]:
+def bucket_lengths(
+    lengths: Int32[np.ndarray, " rows"], buckets: int, max_seq_len: int
+) -> list[int]:
     """At most `buckets` lengths, multiples of 32 or `max_seq_len`, that hold equal shares of rows.
 
     lengths 5 9 20 40 90 100, 2 buckets, 512 at most  ->  [32, 128]
     """
-    ordered = sorted(lengths)
-    longest = (ordered[len(ordered) * (i + 1) // buckets - 1] for i in range(buckets))
+    ordered = np.sort(lengths)
+    longest = (int(ordered[len(ordered) * (i + 1) // buckets - 1]) for i in range(buckets))
     return sorted({min(max_seq_len, -(-length // 32) * 32) for length in longest})
 
 
 def sequence_lengths(
-    examples: Sequence[Example], max_seq_len: int, packing: bool, length_buckets: int = 1
+    examples: Examples, max_seq_len: int, packing: bool, length_buckets: int = 1
 ) -> list[int]:
     """What a run's sequences are padded to, ascending."""
     if packing:
         return [max_seq_len]
-    used = [len(example.ids) - 1 for example in examples]
-    return bucket_lengths(used, length_buckets, max_seq_len)
+    return bucket_lengths(examples.lengths - 1, length_buckets, max_seq_len)
 
 
 class Batches:
-    """The windows of a run, addressed by optimizer step.
+    """The windows of a run, addressed by optimizer step; there are `len(batches)` of them.
 
-    A window lists its sequences, each a list of positions in `examples`; nothing is read ahead
-    of what is asked for, so a resume needs the step's number and nothing else.
+    A window lists its sequences, each a list of positions in `examples`. An epoch's rows are put
+    in order when a step of it is asked for, so a resume needs the step's number and nothing else.
+    Only packing looks ahead, for the number of an epoch's sequences depends on its order.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Examples,
         *,
         accumulation: int,
         batch: int,
@@ -103,54 +116,78 @@ class Batches:
         epochs: int,
     ):
         self._examples = examples
-        self._shape = (accumulation, batch)
+        self._shape, self._size = (accumulation, batch), accumulation * batch
         self._packing = packing
-        used = [len(example.ids) - 1 for example in examples]
+        self._seed = seed if shuffle else None  # or rows come in the file's order
+        self._used = examples.lengths - 1
         # The lengths that sequences are padded to, ascending; each is compiled once.
         self.lengths = sequence_lengths(examples, max_seq_len, packing, length_buckets)
-        self.windows: list[list[list[int]]] = []
-        self.epoch_ends: list[int] = []  # step after which each epoch is over
-        for epoch in range(epochs):
-            order = shuffled(len(examples), seed, epoch) if shuffle else range(len(examples))
-            sequences = pack(order, used, max_seq_len) if packing else [[i] for i in order]
-            filling: dict[int, list[list[int]]] = {length: [] for length in self.lengths}
-            for sequence in sequences:
-                window = filling[self._length([sequence])]
-                window.append(sequence)
-                if len(window) == accumulation * batch:
-                    self.windows.append(window.copy())
-                    window.clear()
-            self.windows += [window for window in filling.values() if window]
-            self.epoch_ends.append(len(self.windows))
+        self._bucket = np.searchsorted(self.lengths, self._used)  # of each row
+        # Two, for reading ahead enters an epoch before the reports have left the one before it.
+        self._epoch = functools.lru_cache(maxsize=2)(self._windows)
+        # Windows of each length in each epoch. Packing's first epoch comes last, to be kept.
+        if packing and shuffle:
+            counts = [[len(self._epoch(epoch))] for epoch in reversed(range(epochs))][::-1]
+        elif packing:
+            counts = [[len(self._epoch(0))]] * epochs
+        else:
+            rows = np.bincount(self._bucket, minlength=len(self.lengths))
+            counts = [(-(-rows // self._size)).tolist()] * epochs
+        # The step after which each epoch is over.
+        self.epoch_ends = list(itertools.accumulate(sum(count) for count in counts))
+        self._positions = self._size * int(np.sum(np.array(counts) @ self.lengths))
 
-    def _length(self, window: list[list[int]]) -> int:
-        """The shortest length that holds every sequence of a window."""
-        longest = max(self._used(sequence) for sequence in window)
-        return next(length for length in self.lengths if length >= longest)
+    def __len__(self) -> int:
+        return self.epoch_ends[-1]
 
-    def _used(self, sequence: list[int]) -> int:
-        return sum(len(self._examples[i].ids) - 1 for i in sequence)
+    def _windows(self, epoch: int) -> list[Sequences]:
+        """An epoch's windows in the order in which they are full; then those that stay partial."""
+        n, size = len(self._used), self._size
+        order = np.arange(n) if self._seed is None else shuffled(n, self._seed, epoch)
+        if self._packing:
+            sequences = pack(order.tolist(), self._used.tolist(), self.lengths[-1])
+            return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        windows: list[tuple[int, Sequences]] = []
+        for bucket in range(len(self.lengths)):
+            places = np.flatnonzero(self._bucket[order] == bucket)
+            for start in range(0, len(places), size):
+                chosen = places[start : start + size]
+                full_at = int(chosen[-1]) if len(chosen) == size else n + bucket
+                windows.append((full_at, order[chosen, None]))
+        return [window for _, window in sorted(windows, key=lambda window: window[0])]
+
+    def _sequences(self, step: int) -> Sequences:
+        """The sequences of a step's window."""
+        epoch = bisect_right(self.epoch_ends, step)
+        first = self.epoch_ends[epoch - 1] if epoch else 0
+        return self._epoch(0 if self._seed is None else epoch)[step - first]
+
+    def _rows(self, step: int) -> list[int]:
+        return [int(i) for sequence in self._sequences(step) for i in sequence]
+
+    def _length(self, step: int) -> int:
+        """What a step's sequences are padded to; they are all of one bucket."""
+        return self.lengths[self._bucket[self._sequences(step)[0][0]]]
 
     def rows(self, step: int) -> list[int]:
         """Row numbers (in the file) that a step trains on."""
-        return [self._examples[i].row for sequence in self.windows[step] for i in sequence]
+        return self._examples.rows[self._rows(step)].tolist()
 
     def padding_share(self, step: int | None = None) -> float:
         """Share of the positions of a step, or of the whole run, that hold no token."""
-        windows = self.windows if step is None else [self.windows[step]]
-        used = sum(self._used(sequence) for window in windows for sequence in window)
-        size = self._shape[0] * self._shape[1]
-        return 1 - used / (size * sum(self._length(window) for window in windows))
+        if step is None:
+            return 1 - len(self.epoch_ends) * int(self._used.sum()) / self._positions
+        return 1 - int(self._used[self._rows(step)].sum()) / (self._size * self._length(step))
 
     def window(self, step: int) -> Window:
         """The arrays of one step, `[k, B, T]`; segment 0 is padding."""
-        shape = (*self._shape, self._length(self.windows[step]))
-        flat = [np.zeros((shape[0] * shape[1], shape[2]), np.int32) for _ in range(5)]
+        shape = (*self._shape, self._length(step))
+        flat = [np.zeros((self._size, shape[2]), np.int32) for _ in range(5)]
         tokens, targets, mask, segments, positions = flat
-        for line, sequence in enumerate(self.windows[step]):
+        for line, sequence in enumerate(self._sequences(step)):
             start = 0
             for number, i in enumerate(sequence, start=1):
-                example = self._examples[i]
+                example = self._examples[int(i)]
                 here = (line, slice(start, start + len(example.ids) - 1))
                 tokens[here] = example.ids[:-1]
                 targets[here] = example.ids[1:]
@@ -164,6 +201,6 @@ class Batches:
 
     def from_step(self, step: int, end: int | None = None) -> Iterator[Window]:
         """Windows from `step` on, up to `end`, prepared ahead by Grain's threads."""
-        last = len(self.windows) if end is None else end
+        last = len(self) if end is None else end
         steps = grain.MapDataset.range(step, last).map(self.window)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

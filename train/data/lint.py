@@ -4,12 +4,13 @@ Shows rows with their learned tokens, counts what a run would trip over, and exi
 something would be learned wrongly or not at all.
 """
 
-import statistics
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.errors import AtLeast0, AtLeast1, NotNegative, Seed, checked
 from jllama.text.prompt import PromptStyle
-from jllama.text.rows import Example, make_examples, read_rows
+from jllama.text.rows import Examples, make_examples, read_rows
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from train.data.batches import Batches, hold_out
 from train.data.view import show_row
@@ -54,7 +55,7 @@ def lint(config: LintConfig) -> None:
     """
     tokenizer = load_tokenizer(config.model)
     rows = read_rows(config.file)
-    examples = make_examples(
+    examples, skipped = make_examples(
         rows,
         tokenizer,
         config.prompt_style,
@@ -63,23 +64,24 @@ def lint(config: LintConfig) -> None:
         skip_bad_rows=len(rows),
         source=config.file,
     )
-    for example in examples.rows[: config.show]:
+    for example in itertools.islice(examples, config.show):
         show_row(example, tokenizer)
-    training, held_out = hold_out(examples.rows, config.val_size, config.seed)
-    show_lengths(examples.rows)
+    training, held_out = hold_out(examples, config.val_size, config.seed)
+    show_lengths(examples)
     show_plans(training, config.max_seq_len, config.seed)
 
-    errors = [f"{len(examples.skipped)} rows with nothing to learn"] if examples.skipped else []
-    for problem in examples.skipped:
+    errors = [f"{len(skipped)} rows with nothing to learn"] if skipped else []
+    for problem in skipped:
         console.print(f"  {problem}")
-    errors += special_token_errors(examples.rows, tokenizer)
-    seen = {tuple(example.ids) for example in training}
-    leaking = [example.row for example in held_out if tuple(example.ids) in seen]
+    errors += special_token_errors(examples, tokenizer)
+    held = {example.ids.tobytes() for example in held_out}
+    seen = {ids for example in training if (ids := example.ids.tobytes()) in held}
+    leaking = [example.row for example in held_out if example.ids.tobytes() in seen]
     if leaking:
         errors.append(f"{len(leaking)} held-out rows are also trained on: {leaking[:10]}")
-    copies = [ids for ids, n in Counter(tuple(e.ids) for e in examples.rows).items() if n > 1]
+    copies = [n for n in Counter(example.ids.tobytes() for example in examples).values() if n > 1]
     console.print(f"duplicates: {len(copies)} rows occur more than once")
-    console.print(f"truncated: {examples.truncated} rows lose their end at {config.max_seq_len}")
+    console.print(f"truncated: {examples.cut.sum()} rows lose their end at {config.max_seq_len}")
     for error in errors:
         console.print(f"error: {error}")
     if errors:
@@ -88,19 +90,17 @@ def lint(config: LintConfig) -> None:
     console.print("next: " + command_line("train", "--model", "DIR", "--data", config.file))
 
 
-def show_lengths(examples: Sequence[Example]) -> None:
+def show_lengths(examples: Examples) -> None:
     """Tokens of prompts, answers and rows."""
     table = Table("tokens", "least", "median", "mean", "most", "in all")
-    answers = [sum(example.learned) for example in examples]
-    totals = [len(example.ids) for example in examples]
-    prompts = [total - answer for total, answer in zip(totals, answers, strict=True)]
-    for name, counts in (("not learned", prompts), ("learned", answers), ("row", totals)):
-        figures = (min(counts), statistics.median(counts), statistics.mean(counts), max(counts))
-        table.add_row(name, *(f"{figure:,.0f}" for figure in figures), f"{sum(counts):,}")
+    totals, answers = examples.lengths, examples.learned_counts
+    for name, counts in ("not learned", totals - answers), ("learned", answers), ("row", totals):
+        figures = (counts.min(), np.median(counts), counts.mean(), counts.max(), counts.sum())
+        table.add_row(name, *(f"{figure:,.0f}" for figure in figures))
     console.print(table)
 
 
-def show_plans(examples: Sequence[Example], max_seq_len: int, seed: int) -> None:
+def show_plans(examples: Examples, max_seq_len: int, seed: int) -> None:
     """How much of an epoch is padding, row by row, in three lengths, and packed."""
     plans: dict[str, dict[str, Any]] = {
         "padded": {"packing": False},
@@ -113,25 +113,24 @@ def show_plans(examples: Sequence[Example], max_seq_len: int, seed: int) -> None
             epochs=1, **plan,
         )  # fmt: skip
         console.print(
-            f"{name}: {len(batches.windows):,} sequences of "
+            f"{name}: {len(batches):,} sequences of "
             f"{' or '.join(map(str, batches.lengths))} tokens, "
             f"{100 * batches.padding_share():.0f} % padding"
         )
 
 
-def special_token_errors(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
+def special_token_errors(examples: Examples, tokenizer: Tokenizer) -> list[str]:
     """Rows with no or several BOS for a conversation's start, or learned rows without an end."""
-    begins = [e.row for e in examples if e.ids[0] != tokenizer.bos_id]
-    doubled = [
-        e.row
-        for e in examples
-        if any(a == b == tokenizer.bos_id for a, b in zip(e.ids, e.ids[1:], strict=False))
-    ]
-    ends = sum(e.ids[-1] in tokenizer.stop_ids for e in examples)
-    console.print(
-        f"BOS: {sum(e.ids.count(tokenizer.bos_id) for e in examples):,} in {len(examples):,} rows; "
-        f"{ends:,} rows end in a stop token"
-    )
+    begins, doubled, bos, ends = [], [], 0, 0
+    for example in examples:
+        is_bos = example.ids == tokenizer.bos_id
+        bos += int(np.count_nonzero(is_bos))
+        ends += int(example.ids[-1]) in tokenizer.stop_ids
+        if not is_bos[0]:
+            begins.append(example.row)
+        if np.any(is_bos[:-1] & is_bos[1:]):
+            doubled.append(example.row)
+    console.print(f"BOS: {bos:,} in {len(examples):,} rows; {ends:,} rows end in a stop token")
     errors = [f"{len(begins)} rows without BOS: {begins[:10]}"] if begins else []
     return errors + ([f"{len(doubled)} rows with BOS twice: {doubled[:10]}"] if doubled else [])
 

@@ -1,5 +1,6 @@
 """One row as training sees it."""
 
+import numpy as np
 from rich.text import Text
 
 from jllama.cli.terminal import console, visible
@@ -17,8 +18,6 @@ def show_row(example: Example, tokenizer: Tokenizer) -> None:
         text.append(visible(tokenizer.piece(token)), "green" if learned else "dim")
     if inside:
         text.append("⟧", "green")
-    learned_count = sum(example.learned)
-    console.print(
-        f"row {example.row}: {len(example.ids)} tokens, {learned_count} learned ⟦in brackets⟧"
-    )
+    tokens, learned_tokens = len(example.ids), np.count_nonzero(example.learned)
+    console.print(f"row {example.row}: {tokens} tokens, {learned_tokens} learned ⟦in brackets⟧")
     console.print(text)

@@ -11,7 +11,7 @@ from jllama.cli.terminal import command_line, console
 from jllama.config import LlamaConfig, LoraConfig, Precision
 from jllama.folders.load import abstract_model
 from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
-from jllama.text.rows import Example
+from jllama.text.rows import Examples
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.optimizer import count, split_learned
@@ -52,7 +52,7 @@ def parameter_counts(
 def run_facts(
     step: Step,
     batches: Batches,
-    examples: tuple[list[Example], list[Example]],
+    examples: tuple[Examples, Examples],
     steps: int,
 ) -> dict[str, Any]:
     """What is known of a run before its first step; a report takes it from run.json.
@@ -76,10 +76,10 @@ def run_facts(
         "data": {
             "rows": len(training),
             "held_out_rows": len(held_out),
-            "tokens": sum(len(example.ids) for example in training),
-            "learned_tokens": sum(sum(example.learned[1:]) for example in training),
-            "longest": max(len(example.ids) for example in training),
-            "cut_rows": sum(example.cut for example in training),
+            "tokens": int(training.lengths.sum()),
+            "learned_tokens": int(training.learned_counts.sum()),
+            "longest": int(training.lengths.max()),
+            "cut_rows": int(training.cut.sum()),
             "padding_share": batches.padding_share(),
         },
     }
@@ -88,12 +88,12 @@ def run_facts(
 def show_plan(
     config: TrainConfig,
     batches: Batches,
-    training: list[Example],
-    held_out: list[Example],
+    training: Examples,
+    held_out: Examples,
     steps: int,
 ) -> None:
     """The arithmetic of the run."""
-    part = f"{steps} of " if steps < len(batches.windows) else ""
+    part = f"{steps} of " if steps < len(batches) else ""
     effective = config.micro_batch_size * config.gradient_accumulation_steps
     lengths = " or ".join(map(str, batches.lengths))
     console.print(
@@ -101,7 +101,7 @@ def show_plan(
         f"{lengths} tokens, {100 * batches.padding_share():.0f} % padding\n"
         f"effective batch: {config.micro_batch_size} sequences x "
         f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
-        f"{part}{len(batches.windows)} optimizer steps in {config.epochs} epochs",
+        f"{part}{len(batches)} optimizer steps in {config.epochs} epochs",
     )
 
 
