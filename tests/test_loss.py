@@ -12,8 +12,8 @@ def case(seed=0):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
-    targets = rng.integers(0, V, (B, T)).astype(np.int32)
-    return x, head, targets, rng.random((B, T)) < 0.4
+    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    return x, head, targets, jnp.asarray(rng.random((B, T)) < 0.4)
 
 
 def plain(x, head, targets, mask):
@@ -45,7 +45,7 @@ def test_unsupervised_positions_get_no_gradient_and_cost_no_loss():
     x, head, targets, mask = case()
     slope = jax.grad(cross_entropy)(x, head, targets, mask, False, 4)
     assert np.all(np.asarray(slope)[~mask] == 0)
-    assert float(cross_entropy(x, head, targets, np.zeros_like(mask), False, 4)) == 0
+    assert float(cross_entropy(x, head, targets, jnp.zeros_like(mask), False, 4)) == 0
 
 
 def test_peak_memory_does_not_grow_with_positions_times_vocabulary():  # lesson 16
