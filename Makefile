@@ -1,21 +1,35 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
-# What compiling for a GPU needs of the plan extra: 1.3 GB, and nothing of their own dependencies.
-PLAN := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cudnn-cu13
+# The tested versions; jax 0.11 left Python 3.11 behind.
+PINS := pins/$(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")')
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup demo report test nightly check format clean
+.PHONY: setup demo report test test-3.12 nightly check format clean
 
-# Both set-ups keep torch to the tested CPU build: an unpinned torch brings gigabytes of CUDA.
-.venv/installed: pyproject.toml constraints.txt
+# torch alone comes from TORCH_INDEX: such an index has copies of other packages, too.
+.venv/made: pyproject.toml $(PINS).txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -q -c $(PINS).txt pip
+	$(if $(TORCH_INDEX),$(PIP) -c $(PINS).txt --no-deps --index-url $(TORCH_INDEX) torch)
 	touch $@
 
-.venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(PLAN)
+.venv/installed: .venv/made
+	$(PIP) -c $(PINS).txt -e .
+	touch $@
+
+.venv/installed-test: .venv/made $(PINS)-plan.txt
+	$(PIP) -c $(PINS).txt -e ".[test]"
+	$(PIP) --no-deps -r $(PINS)-plan.txt
+	touch .venv/installed $@
+
+# Without torch, whose build on PyPI brings gigabytes of CUDA, and so without what needs it.
+.venv-3.12/installed: pyproject.toml pins/3.12.txt
+	python=$$(.ci/python 3.12) && $$python -m venv .venv-3.12
+	grep -vE '^(torch|peft|accelerate)==' pins/3.12.txt | .venv-3.12/bin/python -m pip install -q --no-deps -r /dev/stdin
+	.venv-3.12/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 setup: .venv/installed
@@ -34,6 +48,9 @@ report: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
 
+test-3.12: .venv-3.12/installed
+	.venv-3.12/bin/python -m pytest -m "not integration and not slow and not gpu" $(PYTEST)
+
 nightly: .venv/installed-test
 	JLLAMA_FUZZ=1 $(BIN)/python -m pytest $(PYTEST)
 
@@ -47,4 +64,4 @@ format: .venv/installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv models runs build *.egg-info
+	rm -rf .venv .venv-3.12 models runs build *.egg-info

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the commands that tests sta
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from meta_files import GROUPED, random_tensors, write_meta  # noqa: E402
+from random_models import GROUPED  # noqa: E402
 
 from jllama.errors import InputError  # noqa: E402
 
@@ -21,6 +21,8 @@ ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "share
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """One good checkpoint of two shards; tests damage copies of it."""
+    from meta_files import random_tensors, write_meta
+
     return write_meta(
         tmp_path_factory.mktemp("meta") / "a", random_tensors(GROUPED), GROUPED, shards=2
     )

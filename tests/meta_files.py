@@ -1,23 +1,20 @@
-"""Tiny random models in Meta's own format, and the same model in `transformers`.
+"""The tiny random models in Meta's and Hugging Face's formats, and in `transformers`.
 
 Nothing here uses the converter's tables: what it knows of Meta's and Hugging Face's layouts is
-written a second time, so that a mistake in either shows.
+written a second time, so that a mistake in either shows. Without torch, what imports it is skipped.
 """
 
-import base64
 import json
 from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
 
 import safetensors.torch
 import torch
 import transformers
-
-from convert.from_meta import FromMeta, convert
-
-BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
-GROUPED = BASE | {"n_kv_heads": 2}
-VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
-TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+from random_models import TOKENIZER, VOCABULARY, random_arrays
 
 _CUT_BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
 _CUT_BY_COLUMNS = ("wo", "w2")
@@ -39,35 +36,9 @@ Tensors = dict[str, torch.Tensor]
 def random_tensors(
     params: dict, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
 ) -> Tensors:
-    """A whole model under Meta's names, scaled so that logits are of order one."""
-    draw = torch.Generator().manual_seed(seed)
-    dim, heads = params["dim"], params["n_heads"]
-    kv_dim = dim // heads * params.get("n_kv_heads", heads)
-    multiple = params["multiple_of"]
-    hidden = -(-int(8 * dim / 3) // multiple) * multiple
-
-    def matrix(rows, columns):
-        return (torch.randn(rows, columns, generator=draw) / columns**0.5).to(dtype)
-
-    def norm():
-        return (1 + 0.1 * torch.randn(dim, generator=draw)).to(dtype)
-
-    tensors = {"tok_embeddings.weight": matrix(VOCABULARY, dim), "norm.weight": norm()}
-    if not tied:
-        tensors["output.weight"] = matrix(VOCABULARY, dim)
-    for layer in range(params["n_layers"]):
-        tensors |= {
-            f"layers.{layer}.attention.wq.weight": matrix(dim, dim),
-            f"layers.{layer}.attention.wk.weight": matrix(kv_dim, dim),
-            f"layers.{layer}.attention.wv.weight": matrix(kv_dim, dim),
-            f"layers.{layer}.attention.wo.weight": matrix(dim, dim),
-            f"layers.{layer}.feed_forward.w1.weight": matrix(hidden, dim),
-            f"layers.{layer}.feed_forward.w2.weight": matrix(dim, hidden),
-            f"layers.{layer}.feed_forward.w3.weight": matrix(hidden, dim),
-            f"layers.{layer}.attention_norm.weight": norm(),
-            f"layers.{layer}.ffn_norm.weight": norm(),
-        }
-    return tensors
+    """`random_arrays` in any dtype."""
+    arrays = random_arrays(params, seed=seed, tied=tied)
+    return {name: torch.from_numpy(array).to(dtype) for name, array in arrays.items()}
 
 
 def write_meta(
@@ -89,13 +60,6 @@ def write_meta(
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model").write_bytes(TOKENIZER)
     return folder
-
-
-def model_folder(root: Path, params: dict, *, name: str = "model", seed: int = 0) -> Path:
-    """A random model in Meta's files, through the real converter, as `root / name`."""
-    meta = write_meta(root / f"{name}-meta", random_tensors(params, seed=seed), params)
-    convert(FromMeta(meta, root / name))
-    return root / name
 
 
 def reference(params: dict, tensors: Tensors, rope_factor: float = 8.0):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 from eval.ablate import cells
 from eval.ablate import command as ablate
@@ -211,6 +211,7 @@ def trained(place):
     return output
 
 
+@pytest.mark.integration
 def test_cells_are_trained_and_their_figures_read_back(trained):
     description, found = read_ablation(trained)
     assert description["kind"] == "measured"
@@ -230,6 +231,7 @@ def test_cells_are_trained_and_their_figures_read_back(trained):
     assert block["eval_loss"] == pytest.approx(none["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.integration
 def test_only_missing_cells_run_again(place, trained, monkeypatch, capsys):
     file = trained / "cells.jsonl"
     first, second = file.read_text().splitlines(keepends=True)
@@ -259,6 +261,7 @@ def refused(capsys, words):
     return capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_other_settings_and_other_rows_need_another_folder(place, trained, capsys, tmp_path):
     before = (trained / "cells.jsonl").read_text()
     said = refused(capsys, flags(place, trained, steps=3, seed=1))
@@ -272,6 +275,7 @@ def test_other_settings_and_other_rows_need_another_folder(place, trained, capsy
     assert "holds something else" in refused(capsys, flags(place, tmp_path / "mine"))
 
 
+@pytest.mark.integration
 def test_one_process_fills_a_folder(place, trained, capsys):
     description = read_ablation(trained)[0]
     with opened(trained, description):
@@ -282,6 +286,7 @@ KILLED = Done(-signal.SIGKILL, "", "")
 FULL = Done(2, "", "jllama train: out of memory: RESOURCE_EXHAUSTED: 9 bytes\nless: ...")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("done", [KILLED, FULL], ids=["killed", "said"])
 def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys, done):
     monkeypatch.setattr(Children, "run", lambda self, module, flags: done)
@@ -294,6 +299,7 @@ def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys,
     assert len(read_ablation(tmp_path / "ablation")[1]) == 1
 
 
+@pytest.mark.integration
 def test_another_failure_ends_the_command_with_its_words(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Children, "run", lambda self, *_: Done(2, "", "no such file: rows.json"))
     said = refused(capsys, flags(place, tmp_path / "ablation", remat="none"))
@@ -308,6 +314,7 @@ def test_memory_is_told_from_other_failures():
     assert not out_of_memory(Done(-signal.SIGTERM, "", ""))
 
 
+@pytest.mark.integration
 def test_an_interruption_ends_the_children_and_says_how_to_go_on(
     place, tmp_path, monkeypatch, capsys
 ):
@@ -425,6 +432,7 @@ def test_the_compiled_7b_cells_keep_the_order_of_memory():
     assert description["settings"]["model"] == "llama-2-7b"
 
 
+@pytest.mark.integration
 def test_a_folder_without_cells_takes_other_settings(place, tmp_path, monkeypatch, capsys):
     """As after a first call that failed at once."""
     monkeypatch.setattr(Children, "run", lambda self, *_: Done(2, "", "no such card"))

@@ -5,15 +5,19 @@ import hashlib
 import json
 import shutil
 
+import pytest
+
+pytest.importorskip("torch")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
-import pytest
 import safetensors.torch
 import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+from meta_files import random_tensors, reference, write_meta
+from random_models import BASE, VOCABULARY
 
 from convert.from_meta import FromMeta, convert
 from jllama.config import PRESETS, LoraConfig

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 import jllama
 from eval.chat import main
 from jllama.text.prompt import Message, encode, prompt_ids, render
 from train.lora import main as train
+
+pytestmark = pytest.mark.integration
 
 CONTEXT = 256
 DEFAULTS = {

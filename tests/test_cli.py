@@ -29,6 +29,7 @@ def test_every_command_is_named_with_what_it_does(capsys):
     assert max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.integration
 def test_the_version_is_told():
     assert run("--version").stdout.startswith("jllama 0.")
 
@@ -45,6 +46,7 @@ def test_a_mistyped_command_is_answered_with_the_nearest(word, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_help_needs_neither_jax_nor_torch():
     code = (
         "import sys\nfrom jllama.cli.script import main\nmain(['--help'])\n"
@@ -53,6 +55,7 @@ def test_help_needs_neither_jax_nor_torch():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.integration
 def test_a_reader_that_goes_ends_a_command_silently():
     with subprocess.Popen(
         [sys.executable, "-m", "jllama", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -74,6 +77,7 @@ def test_control_characters_are_made_visible():
     assert visible("a\x1b[31m\tb\n\x07\x9b") == "a␛[31m\tb\n␇\ufffd"
 
 
+@pytest.mark.integration
 def test_children_run_our_modules_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
     for name in TRAPS:
         (tmp_path / name).write_text("open('executed', 'w').close()\nraise SystemExit(9)\n")
@@ -83,6 +87,7 @@ def test_children_run_our_modules_whatever_lies_in_the_working_directory(tmp_pat
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_ends_with_its_parent(number):
@@ -114,6 +119,7 @@ def alive(number: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.integration
 def test_what_a_child_says_is_heard():
     assert children.run("jllama", ["--version"]).startswith("jllama ")
     with pytest.raises(children.InputError, match="no command 'trian'"):

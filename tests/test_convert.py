@@ -9,13 +9,17 @@ import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("torch")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, write_meta
+from meta_files import random_tensors, write_meta
+from random_models import BASE, GROUPED, TOKENIZER, VOCABULARY
 
 from convert import from_meta, to_meta
 from convert.from_meta import FromMeta, convert

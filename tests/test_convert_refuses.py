@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch")
+
 import safetensors.torch
 import torch
-from meta_files import GROUPED, TOKENIZER, random_tensors, write_meta
+from meta_files import random_tensors, write_meta
+from random_models import GROUPED, TOKENIZER
 
 from convert.from_meta import FromMeta, convert
 from convert.to_meta import ToMeta, export
@@ -257,6 +261,7 @@ def test_rope_scaling_factor_needs_a_scaled_rope(original, tmp_path):
         convert(FromMeta(original, tmp_path / "model", rope_scaling_factor=8.0))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("what", ["program", "gap"])
 def test_the_command_exits_with_2_and_one_message(what, meta, tmp_path):
     DAMAGE[what][0](meta)

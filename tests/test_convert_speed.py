@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+pytest.importorskip("torch")
+
 from convert import speed
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.slow  # four processes that import torch and JAX

@@ -3,7 +3,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from meta_files import TOKENIZER
+from random_models import TOKENIZER
 
 from jllama.errors import InputError
 from jllama.text.prompt import Message, prompt_ids, render

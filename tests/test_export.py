@@ -9,13 +9,17 @@ import signal
 import zipfile
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("torch")
+
 import jax
 import numpy as np
-import pytest
 import safetensors.torch
 import torch
 import transformers
-from meta_files import BASE, GROUPED, TOKENIZER, VOCABULARY, random_tensors, write_hf, write_meta
+from meta_files import random_tensors, write_hf, write_meta
+from random_models import BASE, GROUPED, TOKENIZER, VOCABULARY
 
 from convert import from_hf, from_meta, merge, to_hf, to_meta, verify
 from convert.from_hf import FromHf

@@ -9,7 +9,8 @@ from collections import namedtuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meta_files import BASE, random_tensors, write_meta
+from meta_files import random_tensors, write_meta
+from random_models import BASE
 
 from convert import from_meta
 from jllama.errors import InputError
@@ -25,6 +26,7 @@ MISSING = re.compile(r": [\d,]+ bytes are missing on this disk \([\d,]+ needed, 
 
 # Orbax's own threads complain once more, after the error that a test is about.
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]

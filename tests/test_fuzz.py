@@ -12,13 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("torch")
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import pytest
 import safetensors.torch
 import torch
-from meta_files import GROUPED, random_tensors, write_hf, write_meta
+from meta_files import random_tensors, write_hf, write_meta
+from random_models import GROUPED
 
 from convert import from_hf, from_meta
 from convert.from_hf import FromHf

@@ -1,24 +1,20 @@
-import json
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference, write_meta
+from random_models import BASE, VOCABULARY, model_folder
 from scipy import stats
 
 import jllama
-from convert.from_meta import FromMeta, convert
 from jllama.attention import cached_attention, causal_attention, make_cache
 from jllama.config import LoraConfig
 from jllama.decode.generate import chunk_for, decode, prefill
 from jllama.decode.sampling import Sampling, make_choice, pick
 from jllama.errors import InputError
 from jllama.lora import attach
-from jllama.model import Llama
 
 PARAMS = BASE | {"n_kv_heads": 2}
 GREEDY = Sampling(temperature=0)
@@ -33,52 +29,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return jllama.load_model(folder, "fp32")
-
-
-FAMILIES = {
-    "multi-head": (BASE, False),
-    "grouped": (PARAMS, False),
-    "tied": (PARAMS, True),
-    "scaled": (PARAMS | {"rope_theta": 500000.0, "use_scaled_rope": True}, False),
-}
-EIGHT = [*PROMPTS, [8] * 33, [9, 1], [11] * 7, [12, 13]]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_ids_equal_transformers_for_256_tokens_in_a_batch_of_any_order(tmp_path, family):
-    params, tied = FAMILIES[family]
-    tensors = random_tensors(params, tied=tied)
-    convert(FromMeta(write_meta(tmp_path / "meta", tensors, params), tmp_path / "model"))
-    model = jllama.load_model(tmp_path / "model", "fp32")
-    peer = reference(params, tensors)
-    expected = []
-    for prompt in EIGHT:
-        ids = torch.tensor([prompt])
-        out = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=256,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        expected.append(out[0, len(prompt) :].tolist())
-    assert jllama.generate(model, EIGHT, 256, GREEDY) == expected
-    assert without_a_cache(model, EIGHT, expected) == expected
-    assert jllama.generate(model, EIGHT[::-1], 256, GREEDY) == expected[::-1]
-    assert jllama.generate(model, EIGHT[2:3], 256, GREEDY) == expected[2:3]
-
-
-def without_a_cache(model, prompts, answers):
-    """The likeliest token at every position of the answers, from one forward pass without a cache.
-
-    If they are the answers themselves, decoding without a cache would have given just these.
-    """
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    likeliest = np.asarray(jax.jit(Llama.__call__)(model, tokens).argmax(-1))
-    return [
-        likeliest[row, len(prompt) - 1 : len(ids) - 1].tolist()
-        for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
-    ]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["multi-head", "grouped"])
@@ -178,19 +128,6 @@ def test_logprobs_are_those_of_the_model(model):
         expected = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
         chosen = np.take_along_axis(np.asarray(expected), np.array(answer.ids)[:, None], 1)[:, 0]
         np.testing.assert_allclose(answer.logprobs, chosen, atol=1e-4)
-
-
-def test_repetition_penalty_is_that_of_transformers(model):
-    peer = reference(PARAMS, random_tensors(PARAMS))
-    ids = torch.tensor([PROMPTS[0]])
-    out = peer.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40,
-        eos_token_id=None, pad_token_id=0, repetition_penalty=1.3,
-    )  # fmt: skip
-    penalised = Sampling(temperature=0, repetition_penalty=1.3)
-    expected = out[0, 3:].tolist()
-    assert jllama.generate(model, [PROMPTS[0]], 40, penalised)[0] == expected
-    assert jllama.generate(model, PROMPTS, 40, penalised)[0] == expected  # padding is not seen
 
 
 def test_stop_tokens_and_budgets_end_each_row_on_its_own(model):
@@ -366,14 +303,3 @@ def test_a_model_answers_under_tree_mode_too(folder, model):
         assert jllama.generate(loaded, PROMPTS[:1], 5, GREEDY) == expected
     finally:
         nnx.set_graph_mode(True)
-
-
-@pytest.mark.real
-def test_stories_prompts_continue_as_the_c_program_says(assets, tmp_path):
-    convert(FromMeta(assets / "stories260K-meta", tmp_path / "model"))
-    model = jllama.load_model(tmp_path / "model", "fp32")
-    expected = json.loads((assets / "stories260K-expected.json").read_text())
-    prompts = [expected[f"p{i}_prompt"] for i in range(3)]
-    answers = jllama.generate(model, prompts, [201 - len(p) for p in prompts], GREEDY)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        assert prompt + answer == expected[f"p{i}_tokens"]

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch")
+
 import safetensors.torch
 import torch
-from meta_files import GROUPED, TOKENIZER, random_tensors, write_hf
+from meta_files import random_tensors, write_hf
+from random_models import GROUPED, TOKENIZER
 
 from convert import from_hf
 from convert.from_hf import FromHf, convert

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 
 def said(script: str) -> str:
     """What a fresh Python prints, on a machine whose devices nobody chose for it."""

@@ -2,13 +2,17 @@
 
 import functools
 
+import pytest
+
+pytest.importorskip("torch")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, random_tensors, reference, write_meta
+from meta_files import random_tensors, reference, write_meta
+from random_models import BASE, VOCABULARY
 
 from convert.from_meta import FromMeta, convert
 from jllama.config import PRESETS

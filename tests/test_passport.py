@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from meta_files import GROUPED, model_folder
+from random_models import GROUPED, model_folder
 
 from eval.prompts import main as answer
 from jllama.folders.adapter import read_passport
 from jllama.folders.json_files import read_json
 from jllama.folders.manifest import manifest_sha256
 from train.lora import main
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import jax
 import pytest
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
@@ -49,6 +49,7 @@ def asked(capsys, *words):
     return capsys.readouterr().out
 
 
+@pytest.mark.integration
 @needs_extra
 def test_7b_plans_what_the_weights_take_and_little_more(tmp_path):
     text = tmp_path / "step.txt"
@@ -87,6 +88,7 @@ def operations(text, shapes):
     return found
 
 
+@pytest.mark.integration
 @needs_extra
 def test_decoding_7b_copies_neither_weights_nor_cache(tmp_path):
     text = tmp_path / "decode.txt"
@@ -101,12 +103,14 @@ def test_decoding_7b_copies_neither_weights_nor_cache(tmp_path):
     assert all("dynamic_update_slice" in line for _, line in made)
 
 
+@pytest.mark.integration
 @needs_extra
 def test_7b_at_8_by_1024_needs_three_gigabytes_more():
     (plan,) = make_plans([Request(seven(micro_batch_size=8, max_seq_len=1024), H200)], H200)
     assert plan.peak <= 16_100 * MIB
 
 
+@pytest.mark.integration
 @needs_extra
 def test_the_reports_own_setting_plans_27_gigabytes():
     step = seven(precision="fp32", remat="ffn", max_seq_len=256)
@@ -115,6 +119,7 @@ def test_the_reports_own_setting_plans_27_gigabytes():
     assert plan.peak / MIB == pytest.approx(27_174, rel=0.03)
 
 
+@pytest.mark.integration
 @needs_extra
 def test_small_models_extended_are_the_whole():
     wide = LlamaConfig(1024, 9, 8, 8, 2816, 32000)
@@ -125,6 +130,7 @@ def test_small_models_extended_are_the_whole():
     assert whole.classes["temporaries"] > 0
 
 
+@pytest.mark.integration
 @needs_extra
 @pytest.mark.slow
 def test_every_known_card_compiles():
@@ -135,6 +141,7 @@ def test_every_known_card_compiles():
         assert plan.classes["temporaries"] > 0, gpu.name
 
 
+@pytest.mark.integration
 @needs_extra
 def test_weights_lie_cut_over_several_gpus():
     model = LlamaConfig(512, 5, 8, 8, 1536, 1024)
@@ -259,6 +266,7 @@ def test_a_card_of_other_memory_is_another_card():
     assert f"device_memory_size: {48 * 2**30}" in target_config(card)
 
 
+@pytest.mark.integration
 def test_asking_twice_compiles_once(monkeypatch):
     request = Request(replace(seven(max_seq_len=32), model=LlamaConfig(32, 2, 2, 2, 64, 64)), None)
     gpu = planner.replace(H200, memory_mib=1000)
@@ -290,6 +298,7 @@ def flags(place, output, *more):
 AUTO = ("--remat", "auto", "--micro-batch-size", "auto", "--gradient-accumulation-steps", "8")
 
 
+@pytest.mark.integration
 def test_auto_takes_the_least_remat_and_keeps_the_effective_batch(place, tmp_path, capsys):
     train(flags(place, tmp_path / "run", *AUTO))
     said = capsys.readouterr().out
@@ -304,6 +313,7 @@ def test_auto_takes_the_least_remat_and_keeps_the_effective_batch(place, tmp_pat
     assert line["planned_memory_mib"] > 0
 
 
+@pytest.mark.integration
 def test_auto_recomputes_where_memory_is_short(place, tmp_path, capsys, monkeypatch):
     """On a card where only whole blocks, and of them only two sequences, fit."""
     needs = {"none": 3, "dots": 3, "ffn": 3, "block": 1}
@@ -323,6 +333,7 @@ def test_auto_recomputes_where_memory_is_short(place, tmp_path, capsys, monkeypa
     assert "block remat at 4 sequences would miss 1" in said  # MiB, of 400
 
 
+@pytest.mark.integration
 def test_running_out_of_memory_is_answered_with_what_needs_less(
     place, tmp_path, capsys, monkeypatch
 ):  # reliability 11
@@ -358,6 +369,7 @@ def test_auto_in_a_recipe_is_read(tmp_path):
         read_defaults(["--config", str(tmp_path / "b.yaml")])
 
 
+@pytest.mark.integration
 def test_a_plan_starts_without_allocating_anything():
     """The command's own process never starts JAX's backend."""
     script = (
@@ -371,6 +383,7 @@ def test_a_plan_starts_without_allocating_anything():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.integration
 @pytest.mark.gpu
 def test_planned_and_measured_peaks_agree_within_5_percent(tmp_path):
     """Each setting trains two steps in a process of its own, so that peaks do not mix."""

@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 import jllama
 from eval.prompts import REPORT_PROMPTS, main
@@ -13,6 +13,8 @@ from jllama.decode.generate import decode, prefill
 from jllama.lora import adapted_linears
 from jllama.text.prompt import prompt_ids
 from train.lora import main as train
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 from eval.ablate.command import main as ablate
 from eval.report.command import main as report
 from eval.report.evidence import repetition
 from train.lora import main as train
+
+pytestmark = pytest.mark.integration
 
 PLANNED = Path(__file__).parents[1] / "docs" / "results" / "ablation-llama-2-7b-a100-40gb"
 SECTIONS = ["Settings", "Parameters", "Memory", "Gradient checkpointing", "Loss", "Techniques",

@@ -20,9 +20,8 @@ import pytest
 import safetensors.numpy
 import yaml
 from flax import nnx
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
-from convert.from_meta import FromMeta, convert
 from eval.prompts import main as answer
 from jllama.config import tensor_shapes
 from jllama.errors import InputError
@@ -39,6 +38,8 @@ from train.lora import main, train
 from train.run.folder import run_folder
 from train.run.metrics import Metrics
 from train.step import eval_step, train_step
+
+pytestmark = pytest.mark.integration
 
 PARAMS = BASE | {"n_kv_heads": 2, "n_layers": 1}
 WORDS = ("red", "green", "blue", "seven", "eight", "a much longer answer than the others")
@@ -644,6 +645,8 @@ def test_report_recipe_prints_the_reports_counts_from_shapes_alone(tmp_path):
 
 @pytest.mark.real
 def test_stories_learns_from_alpaca_and_keeps_its_base(assets, tmp_path):
+    from convert.from_meta import FromMeta, convert
+
     convert(FromMeta(assets / "stories260K-meta", tmp_path / "model"))
     config = TrainConfig(
         model=str(tmp_path / "model"),

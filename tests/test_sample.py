@@ -185,6 +185,7 @@ def test_windows_begin_with_a_document_and_count_in_each():
     assert batch.tokens[0, 1 + len(shown[0])] == tokenizer.eos_id
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 def test_the_command_gives_the_same_bytes_twice(tmp_path):
     for name in ("first", "second"):

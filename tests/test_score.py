@@ -3,13 +3,17 @@
 import json
 import math
 
+import pytest
+
+pytest.importorskip("torch")
+
 import jax
 import numpy as np
 import peft
-import pytest
 import torch
 from flax import nnx
-from meta_files import BASE, GROUPED, TOKENIZER, model_folder, random_tensors, reference, write_meta
+from meta_files import random_tensors, reference, write_meta
+from random_models import BASE, GROUPED, TOKENIZER, model_folder
 
 import jllama
 from convert.from_meta import FromMeta, convert
@@ -22,6 +26,8 @@ from jllama.lora import attach
 from jllama.text.rows import make_examples
 from jllama.text.tokenizer import load_tokenizer
 from train.lora import main as train
+
+pytestmark = pytest.mark.integration
 
 LORA = LoraConfig(rank=4, alpha=8, targets=("all",))
 LIMIT = 160  # --max-seq-len

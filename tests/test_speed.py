@@ -2,13 +2,15 @@ import json
 import statistics
 
 import pytest
-from meta_files import BASE, model_folder
+from random_models import BASE, model_folder
 
 from eval.speed.command import main
 from eval.speed.generate import RANDOM, compare_ids, write_random
 from jllama.config import LlamaConfig
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import read_config
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The training step against `peft`, against the big batch, and against its own compiled text."""
+"""The training step against the big batch, and against its own compiled text."""
 
 import re
 
@@ -6,26 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
-import safetensors.numpy
-import torch
 from flax import nnx
-from meta_files import BASE, VOCABULARY, model_folder, random_tensors, reference, write_meta
-from peft.optimizers import create_loraplus_optimizer
+from random_models import model_folder
+from step_runs import LENGTH, LORA, PARAMS, build, build_full, run, windows
 
-from convert.from_meta import FromMeta, convert
 from jllama.config import PRECISIONS, LoraConfig
-from jllama.folders.adapter import save_adapter
 from jllama.folders.load import abstract_model, load_model
 from jllama.lora import attach, split
 from train.config import TrainConfig
-from train.optimizer import count, learning_rate_schedule, make_optimizer, split_learned
+from train.optimizer import count, learning_rate_schedule, make_optimizer
 from train.step import Window, eval_step, initial_state, train_step
-
-PARAMS = BASE | {"n_kv_heads": 2}
-LORA = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=("wq", "wv"))
-LENGTH = 24
 
 
 @pytest.fixture(scope="module")
@@ -33,102 +24,8 @@ def folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("place"), PARAMS)
 
 
-def build(
-    folder, *, precision="fp32", lora=LORA, rate=1e-2, k=1, clip=0.0, remat="none", b_ratio=1.0
-):
-    model = load_model(folder, precision, remat=remat)
-    attach(model, lora, jax.random.key(3))
-    graphdef, adapters, base = split(model)
-    optimizer = make_optimizer(
-        {"learned": adapters, "frozen": base},
-        learning_rate_schedule("constant", rate, 0.0, 1000),
-        weight_decay=0.01,
-        max_grad_norm=clip,
-        accumulation=k,
-        b_rate_ratio=b_ratio,
-    )
-    return model, graphdef, base, optimizer, initial_state(adapters, base, optimizer)
-
-
-def windows(n, k, batch, seed=0, supervised=0.5):
-    """Random rows whose numbers of supervised tokens differ widely."""
-    rng = np.random.default_rng(seed)
-    for _ in range(n):
-        tokens = rng.integers(0, VOCABULARY, (k, batch, LENGTH + 1)).astype(np.int32)
-        share = rng.random((k, batch, 1)) ** 2 * 2 * supervised
-        mask = rng.random((k, batch, LENGTH)) < share
-        mask[0, 0, 0] = True
-        yield Window(tokens[..., :-1], tokens[..., 1:], mask)
-
-
-def run(graphdef, base, optimizer, state, rows, key=0):
-    losses = []
-    for window in rows:
-        state, metrics = train_step(
-            state, base, window, jax.random.key(key), graphdef=graphdef, optimizer=optimizer
-        )
-        losses.append(float(metrics.loss_sum / metrics.tokens))
-    return state, losses
-
-
 def named(state):
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
-
-
-def peft_model(model, folder):
-    """The same base and adapters in `transformers` and `peft`."""
-    save_adapter(folder, model, LORA, "base", {})
-    return peft.PeftModel.from_pretrained(
-        reference(PARAMS, random_tensors(PARAMS)), folder, is_trainable=True
-    )
-
-
-def peer_step(peer, rule, window):
-    """One step of torch on all rows of a window at once; the loss before it."""
-    tokens, targets, mask = (torch.from_numpy(x.reshape(-1, LENGTH)) for x in window[:3])
-    each = torch.nn.functional.cross_entropy(
-        peer(tokens.long()).logits.flatten(0, 1), targets.long().flatten(), reduction="none"
-    )
-    loss = each[mask.flatten()].sum() / mask.sum()
-    rule.zero_grad()
-    loss.backward()
-    rule.step()
-    return loss.item()
-
-
-def test_twenty_steps_equal_transformers_and_peft(folder, tmp_path):
-    model, graphdef, base, optimizer, state = build(folder)
-    peer = peft_model(model, tmp_path / "initial")
-    rows = list(windows(20, 1, 3))
-    _, losses = run(graphdef, base, optimizer, state, rows)
-
-    learned = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.01, eps=1e-8)
-    np.testing.assert_allclose(losses, [peer_step(peer, adamw, row) for row in rows], atol=1e-4)
-    assert abs(losses[-1] - losses[0]) > 1e-2  # something was learned, so something was compared
-
-
-def test_lora_plus_gives_the_adapters_of_pefts_own(folder, tmp_path):
-    model, graphdef, base, optimizer, state = build(folder, rate=1e-3, b_ratio=16.0)
-    peer = peft_model(model, tmp_path / "initial")
-    rows = list(windows(5, 1, 3))
-    state, losses = run(graphdef, base, optimizer, state, rows)
-    nnx.update(model, state.learned)
-    save_adapter(tmp_path / "tuned", model, LORA, "base", {})
-
-    rule = create_loraplus_optimizer(
-        peer, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.01,
-        eps=1e-8,
-    )  # fmt: skip
-    np.testing.assert_allclose(losses, [peer_step(peer, rule, row) for row in rows], atol=1e-5)
-    before = safetensors.numpy.load_file(tmp_path / "initial" / "adapter_model.safetensors")
-    tuned = safetensors.numpy.load_file(tmp_path / "tuned" / "adapter_model.safetensors")
-    theirs = peft.get_peft_model_state_dict(peer, save_embedding_layers=False)
-    assert tuned.keys() == theirs.keys()
-    for name, x in tuned.items():
-        moved = np.abs(x - before[name]).max()
-        assert moved > (2e-2 if "lora_B" in name else 1e-3), name
-        np.testing.assert_allclose(x, theirs[name].numpy(), atol=1e-5, err_msg=name)
 
 
 def test_accumulated_step_equals_the_big_batch(folder):  # lesson 1
@@ -385,28 +282,6 @@ def test_other_rules_learn_too(folder, name):
     state = initial_state(split(model)[1], base, optimizer)
     _, losses = run(graphdef, base, optimizer, state, [row] * 8)
     assert losses[-1] < losses[0] - 0.05
-
-
-def build_full(folder, *, precision="fp32", k=1):
-    graphdef, learned, frozen = split_learned(load_model(folder, precision), "full")
-    optimizer = make_optimizer(
-        {"learned": learned, "frozen": frozen}, optax.constant_schedule(1e-3), weight_decay=0.01,
-        max_grad_norm=0.0, accumulation=k,
-    )  # fmt: skip
-    return graphdef, frozen, optimizer, initial_state(learned, frozen, optimizer)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_full_tuning_equals_torch(tmp_path, tied):
-    tensors = random_tensors(PARAMS, tied=tied)
-    convert(FromMeta(write_meta(tmp_path / "meta", tensors, PARAMS), tmp_path / "model"))
-    rows = list(windows(10, 2, 3))
-    _, losses = run(*build_full(tmp_path / "model", k=2), rows)
-
-    peer = reference(PARAMS, tensors)
-    adamw = torch.optim.AdamW(peer.parameters(), lr=1e-3, weight_decay=0.01, eps=1e-8)
-    np.testing.assert_allclose(losses, [peer_step(peer, adamw, row) for row in rows], atol=1e-4)
-    assert abs(losses[-1] - losses[0]) > 1e-2
 
 
 def test_full_tuning_in_bf16_moves_fp32_masters_of_every_weight(folder):

@@ -113,7 +113,7 @@ def accumulate(
     """MultiSteps that adds gradients, and passes over a sum that is not finite."""
 
     def guarded(gradient, state, parameters=None):
-        finite = jnp.isfinite(optax.global_norm(gradient))
+        finite = jnp.isfinite(optax.tree.norm(gradient))
         updates, moved = rule.update(gradient, state, parameters)
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)

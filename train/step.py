@@ -83,7 +83,13 @@ def on_device(state: TrainState) -> TrainState:
     return jax.device_put(state, jax.local_devices()[0])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer"),
+    donate_argnames=("state",),
+    # It would keep the inputs of all adapters' gradients to the end: 3.1 GiB for 7B at 8 x 1024.
+    compiler_options={"xla_gpu_enable_latency_hiding_scheduler": False},
+)
 def train_step(
     state: TrainState,
     frozen: nnx.State,
@@ -113,17 +119,17 @@ def train_step(
         learned, moments, index = carry
         micro_key = jax.random.fold_in(step_key, index)
         grads, total = jax.grad(loss, has_aux=True)(learned, rows, micro_key)
-        norm = optax.global_norm(jax.tree.map(jnp.add, accumulated(moments), grads))
+        norm = optax.tree.norm(jax.tree.map(jnp.add, accumulated(moments), grads))
         # multi_transform takes a whole model; the frozen part is dead code in the compiled step.
         nothing = jax.tree.map(jnp.zeros_like, frozen)
         updates, moments = optimizer.update(
             {"learned": grads, "frozen": nothing}, moments, {"learned": learned, "frozen": frozen}
         )
-        moved = optax.global_norm(updates["learned"])
+        moved = optax.tree.norm(updates["learned"])
         learned = optax.apply_updates(learned, updates["learned"])
         return (learned, moments, index + 1), (total, norm, moved)
 
-    size = optax.global_norm(state.learned)
+    size = optax.tree.norm(state.learned)
     carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
     (learned, moments, _), (losses, norms, moves) = jax.lax.scan(micro_step, carry, window)
     # The last micro-step's norm is that of the whole window's gradient, and only it moves anything.

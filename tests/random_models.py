@@ -1,0 +1,63 @@
+"""Tiny random models, without torch: their tensors under Meta's names, and as model folders.
+
+`meta_files.py` has the same models in other programs' formats.
+"""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+
+from convert.meta.params import config_from_meta
+from jllama.config import tensor_shapes
+from jllama.folders.files import whole_folder
+from jllama.folders.model import ModelWriter
+
+BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
+GROUPED = BASE | {"n_kv_heads": 2}
+VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
+TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+
+
+def random_arrays(params: dict, *, seed: int = 0, tied: bool = False) -> dict[str, np.ndarray]:
+    """A whole model in fp32 under Meta's names, scaled so that logits are of order one."""
+    draw = np.random.default_rng(seed)
+    dim, heads = params["dim"], params["n_heads"]
+    kv_dim = dim // heads * params.get("n_kv_heads", heads)
+    multiple = params["multiple_of"]
+    hidden = -(-int(8 * dim / 3) // multiple) * multiple
+
+    def matrix(rows, columns):
+        return draw.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
+
+    def norm():
+        return 1 + np.float32(0.1) * draw.standard_normal(dim, np.float32)
+
+    arrays = {"tok_embeddings.weight": matrix(VOCABULARY, dim), "norm.weight": norm()}
+    if not tied:
+        arrays["output.weight"] = matrix(VOCABULARY, dim)
+    for layer in range(params["n_layers"]):
+        arrays |= {
+            f"layers.{layer}.attention.wq.weight": matrix(dim, dim),
+            f"layers.{layer}.attention.wk.weight": matrix(kv_dim, dim),
+            f"layers.{layer}.attention.wv.weight": matrix(kv_dim, dim),
+            f"layers.{layer}.attention.wo.weight": matrix(dim, dim),
+            f"layers.{layer}.feed_forward.w1.weight": matrix(hidden, dim),
+            f"layers.{layer}.feed_forward.w2.weight": matrix(dim, hidden),
+            f"layers.{layer}.feed_forward.w3.weight": matrix(hidden, dim),
+            f"layers.{layer}.attention_norm.weight": norm(),
+            f"layers.{layer}.ffn_norm.weight": norm(),
+        }
+    return arrays
+
+
+def model_folder(root: Path, params: dict, *, name: str = "model", seed: int = 0) -> Path:
+    """The model folder `root / name` of `random_arrays`; test_convert.py has the converter's."""
+    arrays = random_arrays(params, seed=seed)
+    config = config_from_meta(params, VOCABULARY, tied=False)
+    with whole_folder(root / name) as partial:
+        writer = ModelWriter(partial, config, f"random, seed {seed}")
+        for block, shapes in tensor_shapes(config).items():
+            writer.write_block(block, {tensor: arrays[tensor] for tensor in shapes})
+        writer.finish(TOKENIZER)
+    return root / name
