@@ -8,6 +8,7 @@ import jax
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the commands that tests start, too
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -16,6 +17,11 @@ from random_models import GROUPED  # noqa: E402
 from jllama.errors import InputError  # noqa: E402
 
 ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Commands share compiled programs in a cache of the tests' own, kept between runs."""
+    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("home"))
 
 
 @pytest.fixture(scope="session")

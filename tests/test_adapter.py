@@ -63,7 +63,7 @@ def adapted(base, config=LORA, seed=0):
     attach(model, config, jax.random.key(seed))
     for index, linear in enumerate(adapted_linears(model).values()):
         key = jax.random.key(1000 + index)
-        linear.lora.b[...] = 0.3 * jax.random.normal(key, linear.lora.b.shape)
+        linear.lora.b[...] = 0.1 * jax.random.normal(key, linear.lora.b.shape)
         if config.dora:
             linear.lora.magnitude[...] = 0.1 * jax.random.normal(key, linear.lora.magnitude.shape)
     return model

@@ -48,7 +48,7 @@ def write_adapter(model, folder, seed=0):
     """A fresh adapter with a random B, saved as PEFT has it."""
     attach(model, LORA, jax.random.key(seed))
     state = nnx.state(model, nnx.LoRAParam)
-    drawn = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), state)
+    drawn = jax.tree.map(lambda x: 0.15 * jax.random.normal(jax.random.key(x.size), x.shape), state)
     nnx.update(model, drawn)
     save_adapter(folder, model, LORA, "base", {"prompt_style": "alpaca"})
 
