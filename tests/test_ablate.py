@@ -319,14 +319,16 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
     place, tmp_path, monkeypatch, capsys
 ):
     """As Ctrl-C does: the main thread is interrupted while a child runs."""
-    started, seen = threading.Event(), []
+    started, seen, codes = threading.Event(), [], []
 
     run = Children.run
 
     def noted(self, module, flags):
         seen.append(self)
         started.set()
-        return run(self, "timeit", ["-s", "import time", "time.sleep(60)"])
+        done = run(self, "timeit", ["-s", "import time", "time.sleep(60)"])
+        codes.append(done.code)
+        return done
 
     def interrupted(futures):
         started.wait(20)
@@ -342,6 +344,8 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
     assert "0 of 2 cells are in" in capsys.readouterr().out
     assert seen[0].stopped
     assert not seen[0].running
+    assert codes
+    assert set(codes) == {-signal.SIGKILL}  # also one that was being started just then
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Children:
 
     running: set[subprocess.Popen] = field(default_factory=set)
     stopped: bool = False
+    starting: threading.Lock = field(default_factory=threading.Lock)
 
     def run(
         self,
@@ -59,13 +61,14 @@ class Children:
         Raises:
             InputError: if `stop` was called.
         """
-        if self.stopped:
-            raise InputError("stopped")
         pipe = subprocess.PIPE
-        child = subprocess.Popen(
-            command(module, arguments), stdin=pipe, stdout=pipe, stderr=pipe, env=environment
-        )
-        self.running.add(child)
+        with self.starting:
+            if self.stopped:
+                raise InputError("stopped")
+            child = subprocess.Popen(
+                command(module, arguments), stdin=pipe, stdout=pipe, stderr=pipe, env=environment
+            )
+            self.running.add(child)
         try:
             output, errors = child.communicate(given)
         except BaseException:
@@ -77,9 +80,10 @@ class Children:
 
     def stop(self) -> None:
         """Kills all of them; theirs end with them."""
-        self.stopped = True
-        for child in list(self.running):
-            child.kill()
+        with self.starting:  # no child is between being started and being known
+            self.stopped = True
+            for child in list(self.running):
+                child.kill()
 
 
 def run(module: str, arguments: Sequence[object]) -> str:
