@@ -269,13 +269,16 @@ def test_wrong_arguments_are_refused(made, tmp_path, capsys):
 
 
 @pytest.mark.real
-def test_the_original_rows_on_a_real_model(assets, tmp_path):
+@pytest.mark.parametrize("rows", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_original_rows_on_a_real_model(assets, tmp_path, rows):
     from convert.from_meta import main as convert
 
+    original = json.loads((assets / "alpaca" / "alpaca_data_200.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(original[:rows]))
     convert([str(assets / "stories260K-meta"), str(tmp_path / "model")])
     train([
         "--config", "train/recipes/report.yaml", "--model", str(tmp_path / "model"),
-        "--data", str(assets / "alpaca" / "alpaca_data_200.json"), "--val-size", "20",
+        "--data", str(tmp_path / "rows.json"), "--val-size", str(rows // 10),
         "--max-seq-len", "512", "--skip-bad-rows", "200", "--output-dir", str(tmp_path / "run"),
     ])  # fmt: skip
     given = assets.parent / "report"

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import jax
@@ -56,14 +55,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
+def forks():
     """Makes processes to kill, from one that has imported all: a second each instead of five."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.lora"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        forkserver.ensure_running()
     return context
 
 
@@ -82,7 +77,7 @@ def flags(place, output, **more):
 
 def start(arguments, cwd, **more):
     root = str(Path(__file__).parents[1])  # this copy of the code, not the installed one
-    environment = os.environ | {"XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": root}
     return subprocess.Popen(
         [sys.executable, "-m", "train.lora", *arguments], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,

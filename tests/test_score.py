@@ -121,15 +121,6 @@ def trained_on(rows, tokenizer, style="plain", skip=0, limit=LIMIT):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Models this small spend their time in waiting for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def torch_scores(peer, ids, learned):
     """NLL of base and tuned and KL(tuned || base), summed over what is learned."""
