@@ -46,12 +46,13 @@ report: .venv/installed
 	$(BIN)/python -m eval.report --run runs/report --ablation runs/report/ablation docs/results/ablation-llama-2-7b-a100-40gb
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(PYTEST)
 
 test-3.12: .venv-3.12/installed
-	.venv-3.12/bin/python -m pytest -m "not integration and not slow and not gpu" $(PYTEST)
+	.venv-3.12/bin/python -m pytest -n 2 --dist worksteal -m "not integration and not slow and not gpu" $(PYTEST)
 
 nightly: .venv/installed-test
+	.ci/resolve
 	JLLAMA_FUZZ=1 $(BIN)/python -m pytest $(PYTEST)
 
 check: .venv/installed-test

@@ -10,13 +10,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
 LayerCache = tuple[Float[Array, "B ... H"], Float[Array, "B ... H"]]
 
 
-def choose_implementation(platform: str, dtype: jnp.dtype, head_dim: int) -> Implementation:
+def choose_implementation(platform: str, dtype: DTypeLike, head_dim: int) -> Implementation:
     """cuDNN's flash attention where it exists, else XLA.
 
     cuDNN wants a GPU, 16-bit inputs and heads of a multiple of 8 up to 256; below 32 XLA's

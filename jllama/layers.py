@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jllama.config import LlamaConfig
@@ -13,7 +14,7 @@ from jllama.config import LlamaConfig
 INITIAL_STD = 0.02
 
 
-def matmul_precision(dtype: jnp.dtype) -> str:
+def matmul_precision(dtype: DTypeLike) -> str:
     """fp32 means fp32: no TF32 on a GPU."""
     return "highest" if dtype == jnp.float32 else "default"
 
@@ -35,11 +36,11 @@ class Weight(nnx.Param):
         """Some rows, as stored."""
         return self[...][ids]
 
-    def matrix(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
+    def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
         """The whole matrix."""
         return self[...].astype(dtype)
 
-    def squared_lengths(self, dtype: jnp.dtype) -> Float[Array, " O"]:
+    def squared_lengths(self, dtype: DTypeLike) -> Float[Array, " O"]:
         """|W|^2 of every row, fp32, as the network in `dtype` has W."""
         matrix = self.matrix(dtype)
         exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
@@ -58,7 +59,7 @@ class Linear(nnx.Module):
         shape: tuple[int, int],
         *,
         bias: bool = False,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         initial = INITIAL_STD * jax.random.normal(rngs.params(), shape)
@@ -79,7 +80,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table `[V, D]`; the dtype of the rows it gives is the dtype of the whole network."""
 
-    def __init__(self, vocab_size: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         initial = INITIAL_STD * jax.random.normal(rngs.params(), (vocab_size, dim))
         self.weight = Weight(initial.astype(dtype))
         self.dtype = dtype
@@ -91,7 +92,7 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x), in fp32 and cast back, then times the weight (Meta's order of rounding)."""
 
-    def __init__(self, dim: int, eps: float, *, dtype: jnp.dtype):
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((dim,), dtype))
         self.eps = eps
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jllama.config import LoraConfig
@@ -63,7 +64,7 @@ class Lora(nnx.Module):
         gain = self.gain(weight, x.dtype)[None, None, :]
         return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
 
-    def gain(self, weight: Weight, dtype: jnp.dtype) -> Float[Array, " O"]:
+    def gain(self, weight: Weight, dtype: DTypeLike) -> Float[Array, " O"]:
         """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
 
         |W + s B A|^2 = |W|^2 + 2 s W A^T . B + s^2 B A A^T . B, row by row, so that no second

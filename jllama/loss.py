@@ -99,7 +99,7 @@ def chunk_logits(x: Float[Array, "C D"], head: Float[Array, "V D"]) -> Float[Arr
 def _backward(head_learns, chunk, gradients, slope):
     gradient, head_gradient = gradients
     pulled = None if head_gradient is None else slope * head_gradient
-    return (slope * gradient).astype(gradient.dtype), pulled, None, None
+    return (slope * gradient.astype(slope.dtype)).astype(gradient.dtype), pulled, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

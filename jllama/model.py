@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jllama.attention import (
@@ -97,7 +98,7 @@ class FeedForward(nnx.Module):
         self.w2 = Linear(shapes["w2"], bias=config.ffn_bias, **init)
         self.w3 = Linear(shapes["w3"], bias=config.ffn_bias, **init)
 
-    def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None):
+    def __call__(self, x: Float[Array, "B T D"], key: Key[Array, "4"] | None = None):
         gate = jax.nn.silu(self.w1(x, _at(key, 2)))
         return self.w2(gate * self.w3(x, _at(key, 2)), _at(key, 3))
 
@@ -137,7 +138,7 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "xla",
         rngs: nnx.Rngs,

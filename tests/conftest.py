@@ -25,6 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("home"))
 
 
+@pytest.fixture(autouse=True)
+def dtype_promotion(request):
+    """Strict, but where others' code that promotes is in the program."""
+    allowed = any(map(request.node.get_closest_marker, ("integration", "promotes")))
+    with jax.numpy_dtype_promotion("standard" if allowed else "strict"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """One good checkpoint of two shards; tests damage copies of it."""

@@ -50,7 +50,7 @@ def run(graphdef, base, optimizer, state, rows, key=0):
         state, metrics = train_step(
             state, base, window, jax.random.key(key), graphdef=graphdef, optimizer=optimizer
         )
-        losses.append(float(metrics.loss_sum / metrics.tokens))
+        losses.append(float(metrics.loss_sum) / int(metrics.tokens))
     return state, losses
 
 

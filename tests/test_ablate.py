@@ -373,10 +373,12 @@ def test_what_cannot_be_compared_is_refused(capsys, tmp_path, words, message):
 @pytest.fixture
 def estimated(monkeypatch):
     """Plans in this process, by the closed formulas."""
+    one = threading.Lock()  # tyro's caches are not for two threads at a time
 
     def run(self, module, flags):
         assert module == "train.plan"
-        config = tyro.cli(PlanConfig, args=flags)
+        with one:
+            config = tyro.cli(PlanConfig, args=flags)
         gpu = find_gpu(config.gpu)
         return Done(0, json.dumps(as_json(planner.estimate(config.step, gpu), config)), "")
 

@@ -181,6 +181,7 @@ def test_an_adapter_scaled_by_zero_is_the_base_bit_for_bit(method, base):
     assert np.abs(logits(on) - expected).max() > 0.1
 
 
+@pytest.mark.promotes
 def test_a_fresh_adapter_changes_nothing_and_stays_fp32_on_a_bf16_base(base):
     model = load_model(base, "bf16")
     expected = logits(model)

@@ -1,5 +1,7 @@
 """The `jllama` script, and the child processes of commands."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from random_models import BASE, model_folder
 
 from jllama import bundled
 from jllama.cli import children, script
@@ -77,14 +80,47 @@ def test_control_characters_are_made_visible():
     assert visible("a\x1b[31m\tb\n\x07\x9b") == "a␛[31m\tb\n␇\ufffd"
 
 
-@pytest.mark.integration
-def test_children_run_our_modules_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+@pytest.fixture
+def traps(tmp_path, monkeypatch):
+    """A working directory of files that must not be taken for modules; says whether one was."""
     for name in TRAPS:
         (tmp_path / name).write_text("open('executed', 'w').close()\nraise SystemExit(9)\n")
     monkeypatch.chdir(tmp_path)
+    return (tmp_path / "executed").exists
+
+
+@pytest.mark.integration
+def test_the_sample_is_converted_whatever_lies_in_the_working_directory(traps):
     bundled.convert_sample(Path("models/sample"))
-    assert (tmp_path / "models" / "sample" / "manifest.json").is_file()
-    assert not (tmp_path / "executed").exists()
+    assert Path("models/sample/manifest.json").is_file()
+    assert not traps()
+
+
+@pytest.mark.integration
+def test_commands_run_whatever_lies_in_the_working_directory(traps, tmp_path):
+    """Those that start children, and those that only might be mistaken."""
+    model_folder(tmp_path, BASE | {"n_layers": 1})
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(8)]
+    Path("rows.json").write_text(json.dumps(rows))
+    data = ["--model", "model", "--data", "rows.json", "--max-seq-len", "32"]
+    once = ["--precision", "fp32", "--accumulation", "1", "--remat", "none", "--tune", "lora",
+            "--steps", "2", "--sequences", "2", "--repeats", "1", "--val-size", "2"]  # fmt: skip
+    speed = ["--model", "model", "--prompt-tokens", "5", "--new-tokens", "8", "--batch-size", "1",
+             "--threads", "1", "--repeats", "1"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    for words in (
+        ["train", *data, "--epochs", "1", "--output-dir", "run"],
+        ["plan", "--model", "model", "--max-seq-len", "32"],
+        ["ablate", *data, *once, "--output", "ablation"],
+        ["report", "--run", "run", "--ablation", "ablation"],
+        ["speed", "generate", *speed],
+    ):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("jllama"), *words], capture_output=True, text=True,
+            check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert not traps(), words
 
 
 @pytest.mark.integration

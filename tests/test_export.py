@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.torch
 import torch
@@ -236,7 +237,7 @@ def test_a_merged_export_to_meta_is_the_merged_model(tmp_path):
     model = adapted(tmp_path / "m", tmp_path / "ad")
     to_meta.export(ToMeta(tmp_path / "m", tmp_path / "out", adapter=tmp_path / "ad", shards=2))
     convert(FromMeta(tmp_path / "out", tmp_path / "merged"))
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16), dtype=np.int32)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (2, 16), dtype=np.int32))
     np.testing.assert_allclose(
         load_model(tmp_path / "merged", "fp32")(ids), model(ids), rtol=0, atol=2e-5
     )
@@ -263,7 +264,7 @@ def test_the_merge_report_says_when_rounding_ate_the_adapter(size, eaten, tmp_pa
     share = same / sum(before[name].numel() for name in linears)
     assert report["share_of_weights_unchanged"] == share
     assert (share > 0.99) == eaten
-    tokens = merge.Merge(tmp_path / "m", tmp_path / "ad", force=False)._tokens
+    tokens = jnp.asarray(merge.Merge(tmp_path / "m", tmp_path / "ad", force=False)._tokens)
     convert_back = tmp_path / "merged"
     from_hf.convert(FromHf(tmp_path / "hf", convert_back))
     lost = np.asarray(load_model(convert_back, "fp32")(tokens)) - np.asarray(model(tokens))

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from meta_files import random_tensors, reference, write_meta
@@ -58,7 +59,7 @@ def without_a_cache(model, prompts, answers):
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    likeliest = np.asarray(jax.jit(Llama.__call__)(model, tokens).argmax(-1))
+    likeliest = np.asarray(jax.jit(Llama.__call__)(model, jnp.asarray(tokens)).argmax(-1))
     return [
         likeliest[row, len(prompt) - 1 : len(ids) - 1].tolist()
         for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))

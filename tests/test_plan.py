@@ -162,6 +162,7 @@ def test_weights_lie_cut_over_several_gpus():
     assert plans[0].classes["adapters"] == plans[1].classes["adapters"]
 
 
+@pytest.mark.promotes
 def test_the_split_adds_up_to_what_xla_says():
     """On this machine's own processor, in this process."""
     model = LlamaConfig(64, 5, 4, 2, 160, 128)

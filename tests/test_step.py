@@ -18,6 +18,8 @@ from train.config import TrainConfig
 from train.optimizer import count, learning_rate_schedule, make_optimizer
 from train.step import Window, eval_step, initial_state, train_step
 
+pytestmark = pytest.mark.promotes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -134,7 +136,7 @@ def test_adapters_that_read_the_same_input_drop_the_same_of_it(folder, monkeypat
         return bernoulli(key, *args)
 
     monkeypatch.setattr(jax.random, "bernoulli", record)
-    model(next(windows(1, 1, 2)).tokens[0], key=jax.random.key(1))
+    model(jnp.asarray(next(windows(1, 1, 2)).tokens[0]), key=jax.random.key(1))
     inputs = [drawn[i : i + 7] for i in range(0, len(drawn), 7)]
     assert len(inputs) == PARAMS["n_layers"]
     for wq, wk, wv, wo, w1, w3, w2 in inputs:

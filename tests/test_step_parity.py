@@ -17,6 +17,8 @@ from step_runs import LENGTH, LORA, PARAMS, build, build_full, run, windows
 from convert.from_meta import FromMeta, convert
 from jllama.folders.adapter import save_adapter
 
+pytestmark = pytest.mark.promotes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

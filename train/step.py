@@ -113,7 +113,7 @@ def train_step(
 
     def loss(learned, rows, micro_key):
         total = summed_loss(learned, frozen, rows, micro_key, graphdef)
-        return total / jnp.maximum(supervised, 1), total
+        return total / jnp.maximum(supervised, 1).astype(total.dtype), total
 
     def micro_step(carry, rows):
         learned, moments, index = carry

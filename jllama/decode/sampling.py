@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from pydantic import Field
 
 from jllama.errors import AtLeast0, NotNegative, Positive, checked
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 
 @jax.jit
 @jax.vmap
-def _keys(seed: Int[Array, ""], sample: Int[Array, ""]) -> Key[Array, ""]:
+def _keys(seed: UInt[Array, ""], sample: UInt[Array, ""]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), sample)
 
 

@@ -4,7 +4,7 @@ import base64
 import binascii
 import functools
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jllama.errors import InputError
 from jllama.folders.manifest import check_file
@@ -32,6 +32,7 @@ LLAMA3_SPECIALS = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. `encode` adds no special token and reads none out of the text."""
 
