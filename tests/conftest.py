@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the commands that tests start, too
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Programs this small are sooner run as they are than optimized; what XLA itself does stays.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's: models this small only wait for a second one
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -112,7 +112,7 @@ def test_commands_run_whatever_lies_in_the_working_directory(traps, tmp_path):
         ["train", *data, "--epochs", "1", "--output-dir", "run"],
         ["plan", "--model", "model", "--max-seq-len", "32"],
         ["ablate", *data, *once, "--output", "ablation"],
-        ["report", "--run", "run", "--ablation", "ablation"],
+        ["report", "--run", "run", "--ablation", "ablation", "--only-read"],
         ["speed", "generate", *speed],
     ):
         done = subprocess.run(
