@@ -32,8 +32,8 @@ from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
-from jllama.folders.json_files import read_json, write_json
-from jllama.folders.manifest import read_manifest
+from jllama.folders.json_files import read_json
+from jllama.folders.manifest import read_manifest, write_sealed
 from jllama.folders.model import read_config
 from jllama.folders.run import SCORES
 from jllama.text.rows import make_examples, read_rows
@@ -224,7 +224,7 @@ def score_data(config: ScoreConfig) -> None:
             result = measure(config)
         print(json.dumps(result, ensure_ascii=False))
     if asked.output or not config.json:
-        write_json(output, result)
+        write_sealed(output, result)
     if not config.json:
         console.print(f"wrote {output}")
 

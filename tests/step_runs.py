@@ -24,7 +24,7 @@ def build(
     graphdef, adapters, base = split(model)
     optimizer = make_optimizer(
         {"learned": adapters, "frozen": base},
-        learning_rate_schedule("constant", rate, 0.0, 1000),
+        learning_rate_schedule("constant", rate, 0, 1000),
         weight_decay=0.01,
         max_grad_norm=clip,
         accumulation=k,

@@ -190,14 +190,14 @@ def test_clipping_acts_on_the_whole_window(folder):
 
 
 def test_schedules_count_optimizer_steps():  # lesson 2
-    rate = learning_rate_schedule("linear", 1.0, 0.1, 100)
+    rate = learning_rate_schedule("linear", 1.0, 10, 100)
     np.testing.assert_allclose(
         [rate(0), rate(4), rate(9), rate(10)], [0.1, 0.5, 1.0, 1.0], rtol=1e-6
     )
     assert float(rate(55)) == pytest.approx(0.5)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
-    assert float(learning_rate_schedule("cosine", 2.0, 0.0, 10)(5)) == pytest.approx(1.0)
-    assert float(learning_rate_schedule("constant", 2.0, 0.0, 10)(9)) == 2.0
+    assert float(learning_rate_schedule("cosine", 2.0, 0, 10)(5)) == pytest.approx(1.0)
+    assert float(learning_rate_schedule("constant", 2.0, 0, 10)(9)) == 2.0
 
 
 def test_the_step_is_compiled_once_in_a_run(folder):  # lesson 19

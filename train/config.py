@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
 from jllama import bundled
-from jllama.cli.settings import settings_from_yaml, take_flag
+from jllama.cli.settings import checked_settings, settings_from_yaml, take_flag
 from jllama.config import LoraConfig, Precision, Remat
 from jllama.errors import (
     AtLeast0,
@@ -22,11 +22,15 @@ from jllama.errors import (
     SomeOf,
     checked,
 )
+from jllama.folders.json_files import write_whole
 from jllama.folders.run import LATEST, RunFolder
 from jllama.names import LINEAR_CHOICES
 from jllama.text.prompt import PromptStyle
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# What a resume may give anew: files that were moved (their hashes tell), and more epochs.
+CHANGEABLE = ("model", "data", "init_adapter", "epochs")
 
 Scheduler = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "lion"]
@@ -38,7 +42,8 @@ class TrainConfig:
     """Fine-tune a LLaMA with LoRA; without --model, the bundled sample by recipes/sample.yaml.
 
     --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
-    override it. --resume RUN (or --resume latest) continues a run with its own settings.
+    override it. --resume RUN (or --resume latest) continues a run with its own settings; --model,
+    --data and --init-adapter beside it say where moved files are now, --epochs adds epochs.
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
@@ -167,7 +172,7 @@ class TrainConfig:
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """The resolved settings as YAML; `--config` reads them back."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
@@ -176,16 +181,12 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
     For the bundled sample the defaults are its own recipe.
 
     Raises:
-        InputError: if the file is missing or a field is wrong, or --resume is not alone.
+        InputError: if the file is missing or a field is wrong, or a flag beside --resume is none
+            of `CHANGEABLE`.
     """
     rest, resumed = take_flag("--resume", argv)
-    if resumed is not None:
-        if rest:
-            raise InputError(f"--resume takes its settings from the run; drop {' '.join(rest)}")
-        run = RunFolder(LATEST if resumed == "latest" else Path(resumed))
-        run.read_settings()  # names the folder where it is none of a run
-        config = settings_from_yaml(TrainConfig, run.config)
-        return dataclasses.replace(config, resume=str(run.path)), []
+    if resumed is not None and not {"-h", "--help"} & set(rest):
+        return _resumed(LATEST if resumed == "latest" else Path(resumed), rest), []
     rest, named = take_flag("--config", argv)
     file = Path(named) if named else None
     given = {word.partition("=")[0] for word in rest}
@@ -193,3 +194,21 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
     if file is None and model == bundled.MODEL and not {"--data", "-h", "--help"} & given:
         file = RECIPES / "sample.yaml"
     return (None if file is None else settings_from_yaml(TrainConfig, file)), rest
+
+
+def _resumed(path: Path, argv: Sequence[str]) -> TrainConfig:
+    """A run's own settings, but for those that the arguments may give anew."""
+    anew: dict[str, Any] = {"resume": str(path)}
+    for name in CHANGEABLE:
+        argv, value = take_flag(f"--{name.replace('_', '-')}", argv)
+        anew |= {} if value is None else {name: value}
+    if argv:
+        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
+        raise InputError(
+            f"--resume takes its settings from the run; drop {' '.join(argv)}. Beside it go only "
+            f"{allowed}"
+        )
+    run = RunFolder(path)
+    return dataclasses.replace(
+        checked_settings(TrainConfig, run.read_settings(), run.config), **anew
+    )

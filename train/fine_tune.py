@@ -31,19 +31,21 @@ from train.data.batches import Batches, hold_out, sequence_lengths
 from train.data.view import show_row
 from train.loop import fit
 from train.plan.auto import choose, out_of_memory_explained, step_of
-from train.run.folder import run_folder
+from train.run.folder import check_folder, run_folder
 from train.run.provenance import make_passport
-from train.run.show import run_facts, show_end, show_plan, show_settings
+from train.run.show import run_facts, show_end, show_plan, show_settings, without_effect
 
 
 def fine_tune(config: TrainConfig) -> None:
     """Loads, trains and writes; with --dry-run only counts."""
-    lora = lora_config(config) if config.tune == "lora" else None
+    config = with_adapters_settings(config)
+    lora = config.lora if config.tune == "lora" else None
     if config.dry_run:
         show_settings(config, model_sizes(config.model), lora)
         console.print("dry run: nothing was loaded, allocated or written")
         return
     config = with_sample(config)
+    check_folder(config)
     llama = read_config(config.model)
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
@@ -55,11 +57,14 @@ def fine_tune(config: TrainConfig) -> None:
     batches, evaluation = plan_batches(config, training, held_out)
     steps = min(config.max_steps or len(batches), len(batches))
     show_plan(config, batches, training, held_out, steps)
+    for note in without_effect(config, llama, len(held_out), len(batches)):
+        console.print(f"note: {note}")
     show_row(training[0], tokenizer)
 
     step = step_of(config, llama, lora, longest)
     with out_of_memory_explained(step):
-        facts = run_facts(step, batches, (training, held_out), steps)
+        warmup = round(config.warmup_ratio * steps)
+        facts = run_facts(step, batches, (training, held_out), steps, warmup)
         run_steps(config, lora, batches, evaluation, steps, facts)
 
 
@@ -80,7 +85,9 @@ def run_steps(
     elif lora:
         attach(model, lora, jax.random.key(config.seed))
     with run_folder(config, facts) as run:
-        passport = make_passport(config, run.read_record())
+        record = run.read_record()
+        passport = make_passport(config, record)
+        warmup = record["warmup_steps"]  # of a run that got more epochs, as it was
 
         def save(folder: Path) -> None:
             new = folder.with_name(f"{folder.name}.new")
@@ -95,7 +102,9 @@ def run_steps(
             shutil.rmtree(folder, ignore_errors=True)
             new.replace(folder)
 
-        metrics = fit(config, model, batches, evaluation, steps, run, lambda: save(run.best))
+        metrics = fit(
+            config, model, batches, evaluation, steps, warmup, run, lambda: save(run.best)
+        )
         save(run.result(config.tune))
         of = "the device" if jax.default_backend() == "gpu" else "the whole process"
         show_end(
@@ -152,11 +161,27 @@ def plan_batches(
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter's settings: the initial adapter's own, else the flags'."""
+def with_adapters_settings(config: TrainConfig) -> TrainConfig:
+    """Where there is an initial adapter: with its rank, alpha, targets and kind."""
     if not config.init_adapter:
-        return config.lora
-    return dataclasses.replace(read_lora_config(config.init_adapter), dropout=config.lora_dropout)
+        return config
+    lora = read_lora_config(config.init_adapter)
+    used: dict[str, Any] = {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_targets": ",".join(lora.targets),
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+    }
+    for field in dataclasses.fields(config):
+        asked = getattr(config, field.name)
+        if field.name in used and asked not in (field.default, used[field.name]):
+            flag = "--" + field.name.replace("_", "-")
+            console.print(
+                f"note: {flag} {asked} does nothing; {config.init_adapter} brings "
+                f"{used[field.name]}"
+            )
+    return dataclasses.replace(config, **used)
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:

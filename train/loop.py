@@ -1,12 +1,14 @@
 """The loop: feeds windows to the step, and decides when to evaluate, save and stop."""
 
 import contextlib
+import itertools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +24,7 @@ from train.run.metrics import Metrics
 from train.run.reports import Reports
 from train.run.signals import StopSignal
 from train.run.state import Checkpoints
-from train.step import Programs, evaluate, initial_state
+from train.step import Programs, TrainState, evaluate, initial_state
 
 
 class Due(NamedTuple):
@@ -47,6 +49,7 @@ def fit(
     batches: Batches,
     held_out: Batches | None,
     steps: int,
+    warmup: int,
     run: RunFolder,
     save_best: Callable[[], None],
 ) -> Metrics:
@@ -54,15 +57,15 @@ def fit(
 
     Args:
         steps: optimizer steps of the whole run.
+        warmup: of them, those in which the learning rate rises.
         save_best: called when `model` holds what gave the lowest held-out loss so far.
 
     Raises:
-        InputError: if steps in a row have no finite gradient, or training moved nothing.
+        InputError: if steps in a row have no finite gradient, no state has a finite loss, or
+            training moved nothing.
     """
     graphdef, learned, frozen = split_learned(model, config.tune)
-    schedule = learning_rate_schedule(
-        config.lr_scheduler, config.learning_rate, config.warmup_ratio, steps
-    )
+    schedule = learning_rate_schedule(config.lr_scheduler, config.learning_rate, warmup, steps)
     optimizer = make_optimizer(
         {"learned": learned, "frozen": frozen},
         schedule,
@@ -85,7 +88,9 @@ def fit(
             state = saved
             console.print(f"resumed after step {int(state.step)}")
         start = step = int(state.step)
-        metrics = Metrics(run, start, config.wandb_project)
+        evaluated = [s for s in range(1, start + 1) if due(config, s, batches, steps).evaluation]
+        evaluated = [0, *evaluated] if start and held_out is not None else []
+        metrics = Metrics(run, start, evaluated, config.wandb_project)
         stack.callback(metrics.close)
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(Progress("train", steps, "steps", start))
@@ -98,10 +103,14 @@ def fit(
                     nnx.update(model, state.learned)
                     save_best()
 
+        def is_over() -> bool:
+            return step == steps or 0 < config.patience <= metrics.evaluations_since_best
+
         if start == 0:
             evaluate_now()
         metrics.restart_clock()
-        for step, window in enumerate(batches.from_step(start, steps), start=start + 1):
+        windows = () if is_over() else batches.from_step(start, steps)
+        for step, window in enumerate(windows, start=start + 1):
             state, measured = programs(state, frozen, window, key)
             reports.add(step, measured)
             after = due(config, step, batches, steps)
@@ -112,12 +121,24 @@ def fit(
                 metrics.end_epoch(step)
             if after.evaluation:
                 evaluate_now()
-            if (after.save or stop.number) and metrics.skipped_in_a_row == 0:
+            ends = stop.number or is_over()
+            if (after.save or ends) and metrics.skipped_in_a_row == 0:
+                metrics.keep()
                 checkpoints.save(state)
-            if stop.number or 0 < config.patience <= metrics.evaluations_since_best:
+            if ends:
                 break
             metrics.restart_clock()
-    if stop.number and step < steps:
+        if is_over() and metrics.skipped_in_a_row:
+            # Its loss was finite. If it still is, the rows after it are to blame, not the weights.
+            window = batches.window(max(0, step - metrics.skipped_in_a_row - 1))
+            states = itertools.chain([state], checkpoints.newest_first(state))
+            state = first_finite(states, lambda s: programs(s, frozen, window, key)[1].loss_sum)
+            learned_until = min(int(state.step), step - metrics.skipped_in_a_row)
+            console.print(
+                f"the last {metrics.skipped_in_a_row} steps had no finite gradient and changed "
+                f"nothing; the result is what was learned up to step {learned_until}"
+            )
+    if stop.number and not is_over():
         name, more = signal.Signals(stop.number).name, command_line("train", "--resume", run.path)
         console.print(f"{name}: stopped after step {step}; continue with: {more}")
         sys.exit(128 + stop.number)
@@ -126,6 +147,26 @@ def fit(
     nnx.update(model, state.learned)
     check_moved(model)
     return metrics
+
+
+def first_finite(
+    states: Iterable[TrainState], loss: Callable[[TrainState], jax.Array]
+) -> TrainState:
+    """The first state with a finite loss.
+
+    Args:
+        loss: takes, and may donate, a copy of a state.
+
+    Raises:
+        InputError: if there is none.
+    """
+    for state in states:
+        if np.isfinite(loss(jax.tree.map(jnp.copy, state))):
+            return state
+    raise InputError(
+        "training diverged: no saved state has a finite loss, and none is written as a result. "
+        "Lower --learning-rate, or train with --precision fp32"
+    )
 
 
 def check_moved(model: Llama) -> None:

@@ -42,13 +42,12 @@ def count(parameters: Parameters) -> dict[str, int]:
 
 
 def learning_rate_schedule(
-    scheduler: Scheduler, peak: float, warmup_ratio: float, steps: int
+    scheduler: Scheduler, peak: float, warmup: int, steps: int
 ) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up over `warmup_ratio` of all, then decay to 0.
+    """Learning rate by optimizer step: linear warm-up over the first `warmup`, then decay to 0.
 
     Steps are optimizer steps, never micro-steps.
     """
-    warmup = round(warmup_ratio * steps)
     after = max(1, steps - warmup)
     decay = {
         "constant": optax.constant_schedule(peak),
@@ -76,7 +75,8 @@ def make_optimizer(
 
     The accumulator is inside the `learned` label: around the whole tree it would be as large as
     the model. Gradients are added, not averaged, because each micro-batch's loss is already
-    divided by the tokens of the whole window. A sum that is not finite changes nothing.
+    divided by the tokens of the whole window. A sum, or an update of it, that is not finite
+    changes nothing.
 
     Args:
         max_grad_norm: clips the global norm of the window's gradient; 0 does not clip.
@@ -110,11 +110,11 @@ def make_optimizer(
 def accumulate(
     rule: optax.GradientTransformation, accumulation: int
 ) -> optax.GradientTransformation:
-    """MultiSteps that adds gradients, and passes over a sum that is not finite."""
+    """MultiSteps that adds gradients, and passes over a sum, or an update, that is not finite."""
 
     def guarded(gradient, state, parameters=None):
-        finite = jnp.isfinite(optax.tree.norm(gradient))
         updates, moved = rule.update(gradient, state, parameters)
+        finite = jnp.isfinite(optax.tree.norm(gradient)) & jnp.isfinite(optax.tree.norm(updates))
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
 

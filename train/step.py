@@ -36,7 +36,8 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """Of one window: summed cross-entropy (nats), supervised tokens, norm of the gradient.
 
-    `skipped` is True where the gradient was not finite and the step changed nothing.
+    `skipped` is True where the gradient, or the update that it would have made, was not finite and
+    the step changed nothing.
     """
 
     loss_sum: Float[Array, ""]
@@ -133,7 +134,8 @@ def train_step(
     carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
     (learned, moments, _), (losses, norms, moves) = jax.lax.scan(micro_step, carry, window)
     # The last micro-step's norm is that of the whole window's gradient, and only it moves anything.
-    skipped = ~jnp.isfinite(norms[-1])
+    # An update of nothing from a gradient of something is one that was refused.
+    skipped = ~jnp.isfinite(norms[-1]) | ((norms[-1] > 0) & (moves[-1] == 0))
     metrics = StepMetrics(jnp.sum(losses), supervised, norms[-1], moves[-1] / size, skipped)
     return TrainState(state.step + 1, learned, moments), metrics
 

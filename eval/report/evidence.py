@@ -17,8 +17,10 @@ from typing import Any
 from jllama.cli.settings import read_yaml
 from jllama.folders.json_files import read_json, read_json_lines
 from jllama.folders.manifest import read_sealed
-from jllama.folders.run import RECORD
+from jllama.folders.run import RECORD, SCORES
 
+# Files that carry their own hash, and what to do about a damaged one.
+SEALED = {RECORD: "its run cannot be vouched for", SCORES: "make it again with: jllama score"}
 EVERY = "*"  # in a path: all lines of a file that have the field
 
 
@@ -161,8 +163,8 @@ def _figure(value: Any, source: Mapping[str, Any], form: str) -> Figure:
 
 def _load(path: Path) -> tuple[Any, bool]:
     """A file's content, and whether its last line is cut."""
-    if path.name == RECORD:
-        return read_sealed(path, "its run cannot be vouched for"), False
+    if path.name in SEALED:
+        return read_sealed(path, SEALED[path.name]), False
     if path.suffix == ".json":
         return read_json(path), False
     if path.suffix == ".jsonl":

@@ -58,6 +58,7 @@ def run_command(
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with silent_if_nobody_reads():
+            _refuse_repeated(arguments)
             loaded, arguments = default(arguments) if default else (None, arguments)
             defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
             parsed = _parse(settings, prog=prog, args=arguments, registry=_AS_TYPED, **defaults)
@@ -73,6 +74,14 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """A flag that is given twice would lose its first value without a word."""
+    flags = [word.partition("=")[0].replace("_", "-") for word in arguments if word[:2] == "--"]
+    repeated = sorted({flag for flag in flags if flags.count(flag) > 1})
+    if repeated:
+        raise InputError(f"{', '.join(repeated)} given more than once; expected one value")
 
 
 def _parse(settings: type[Settings], **how: Any) -> Settings:

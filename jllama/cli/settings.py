@@ -1,6 +1,6 @@
 """Settings from a YAML file: the same declarations that check flags check its fields."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,13 @@ def settings_from_yaml(settings: type[Settings], path: str | Path) -> Settings:
     Raises:
         InputError: everything that is wrong with the file, together.
     """
-    content = read_yaml(path)
+    return checked_settings(settings, read_yaml(path), path)
+
+
+def checked_settings(
+    settings: type[Settings], content: Mapping[str, Any], path: str | Path
+) -> Settings:
+    """Settings of these fields, which came from a file; errors as for `settings_from_yaml`."""
     try:
         return settings(**{str(name): value for name, value in content.items()})
     except InputError as error:

@@ -1,12 +1,16 @@
 """JSON and JSON lines, read and written: the one place that turns their mistakes into messages."""
 
 import json
+import os
+import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jllama.errors import InputError
 
+NEW = ".new"  # ends the name of a file that is being written
 _SHOWN = 20  # problems of one file
 
 
@@ -110,37 +114,57 @@ def values_in(content: bytes, path: str | Path, wanted: str) -> Any:
 
 
 def read_json_lines(path: Path) -> JsonLines:
-    """The objects in a file that a command of ours writes line by line; none if it is missing.
+    """The objects in a file of `as_line`'s lines, without their check sums; none if it is missing.
 
     Raises:
-        InputError: naming a line that is damaged, but for a last one that a kill has cut.
+        InputError: naming a line that is not as it was written, but for a last one that a kill has
+            cut.
     """
     if not path.is_file():
         return JsonLines([], False)
-    *whole, last = read_text(path, "JSON lines").split("\n")  # each line ends in one
+    *lines, last = read_text(path, "JSON lines").split("\n")  # each line ends in one
+    if _SEAL.search(last):  # only its newline is missing, or something else stands there
+        lines, last = [*lines, last], ""
     values = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            values.append(parse(line, f"line {number}"))
-            if not isinstance(values[-1], dict):
-                raise InputError("not an object")
-        except InputError as error:
-            raise InputError(f"{path}: line {number} is damaged ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        content = line[:-_SEAL_LENGTH] + "}"
+        if line != _sealed(content):
+            raise InputError(f"{path}: line {number} is damaged or was edited")
+        values.append(parse(content, f"{path} line {number}"))
     return JsonLines(values, bool(last))
 
 
 def as_line(value: Mapping[str, Any]) -> str:
-    """One object as a line of a file of JSON lines."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    """One object as a line of a file of JSON lines, sealed by the check sum of its text.
+
+    {"step": 7, "loss": 2.1}  ->  {"step": 7, "loss": 2.1, "crc32": "b1efc2a0"}
+    """
+    return _sealed(json.dumps(value, ensure_ascii=False)) + "\n"
+
+
+def _sealed(line: str) -> str:
+    return f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+_SEAL = re.compile(r', "crc32": "[0-9a-f]{8}"}')
+_SEAL_LENGTH = len(_sealed("{}")) - 1
 
 
 def write_json(path: Path, content: object) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented JSON with a final newline; whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line; the file takes its name when it is whole."""
-    whole = path.with_name(path.name + ".new")
-    whole.write_text("".join(map(as_line, lines)), encoding="utf-8")
-    whole.replace(path)
+    """Lines of `as_line`; whole or not at all."""
+    write_whole(path, "".join(map(as_line, lines)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a UTF-8 text that takes its name when all of it is on the disk."""
+    new = path.with_name(path.name + NEW)
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

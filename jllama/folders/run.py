@@ -13,7 +13,7 @@ score.json         how likely they find a data file's answers (jllama score)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jllama.cli.settings import read_yaml
 from jllama.cli.terminal import command_line
@@ -51,7 +51,7 @@ class EpochLine(TypedDict):
 
     step: int
     epoch: int
-    epoch_loss: float
+    epoch_loss: float | None
     tokens: int
 
 
@@ -59,7 +59,7 @@ class EvaluationLine(TypedDict):
     """metrics.jsonl, after an evaluation."""
 
     step: int
-    eval_loss: float
+    eval_loss: float | None
     eval_tokens: int
 
 
@@ -86,11 +86,14 @@ class Record(TypedDict):
     tokenizer_sha256: str
     data_sha256: str
     config_sha256: str
+    init_adapter_sha256: NotRequired[str]  # of its weights
+    changed: NotRequired[dict[str, Any]]  # settings that a resume gave anew, over config.yaml's
     parameters: dict[str, int]  # {"trainable": 8388608, "total": 6746804224}
     model: dict[str, Any]  # LlamaConfig
     memory_bytes: dict[str, int]  # by class: {"base_weights": 13476831232, "adapters": ...}
     data: DataFacts
     steps: int
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,16 @@ class RunFolder:
         return self.path / {"lora": "adapter", "full": "model"}[tune]
 
     def read_settings(self) -> dict[str, Any]:
-        """config.yaml.
+        """config.yaml, with what a resume has changed.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there is none, or it is not what the run began with.
         """
         if not self.config.is_file():
             make = command_line("train")
             raise InputError(f"{self.path}: no {CONFIG}; expected a run folder, made by: {make}")
-        return read_yaml(self.config)
+        changed = self.read_record().get("changed", {})
+        return read_yaml(self.config) | changed
 
     def read_record(self) -> Record:
         """run.json, which vouches for config.yaml.
@@ -152,9 +156,17 @@ class RunFolder:
         Raises:
             InputError: if either is missing or was changed since the run began.
         """
+        if not self.record.is_file():
+            raise InputError(
+                f"{self.path}: no {RECORD}; the run ended before its first step, start it anew"
+            )
         record: Any = read_sealed(self.record, "restore it, or start a new run")
         if record.get("config_sha256") != file_sha256(self.config):
-            raise InputError(f"{self.config} was changed after the run began; restore it")
+            others = command_line("train", "--config", self.config)
+            raise InputError(
+                f"{self.config} was changed after the run began, which goes on with its own "
+                f"settings only; restore it, or train anew with these: {others}"
+            )
         return record
 
     def read_metrics(self) -> JsonLines:

@@ -11,6 +11,7 @@ written, and beyond the file's size.
 import contextlib
 import dataclasses
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
 from jllama.errors import AtLeast1, Seed, checked
-from jllama.folders.json_files import as_line, read_json, write_json
+from jllama.folders.json_files import read_json, write_json
 from jllama.machine import measured_here, process_memory_mib
 from jllama.text.rows import make_examples, read_rows
 from jllama.text.tokenizer import load_tokenizer
@@ -60,7 +61,8 @@ def write_rows(file: Path, rows: int, seed: int) -> None:
         for _ in range(rows):
             counts = 1 + random.gamma(2, np.array([PROMPT_WORDS, ANSWER_WORDS]) / 2).astype(int)
             prompt, answer = (" ".join(words[random.integers(len(words), size=n)]) for n in counts)
-            lines.write(as_line({"instruction": prompt, "input": "", "output": answer}))
+            row = {"instruction": prompt, "input": "", "output": answer}
+            lines.write(json.dumps(row) + "\n")
 
 
 def measure_rows(config: RowsSpeed, rows: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import time
@@ -9,13 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError
+from jllama.folders.adapter import read_passport
 from jllama.folders.files import held
-from jllama.folders.manifest import file_sha256, read_sealed, write_sealed
-from jllama.folders.run import LATEST, RunFolder
-from train.config import TrainConfig, write_config
+from jllama.folders.json_files import NEW
+from jllama.folders.manifest import file_sha256, write_sealed
+from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
+from train.config import CHANGEABLE, TrainConfig, write_config
 from train.run.provenance import IDENTITY, provenance
+
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -26,40 +31,70 @@ def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[RunFol
         facts: of `train.run.show.run_facts`, for the run.json of a new run.
 
     Raises:
-        InputError: if a new run would overwrite something, another process holds the folder, or
-            the base or the data of a resumed run has changed.
+        InputError: as for `check_folder`, or if another process holds the folder.
     """
-    run = RunFolder(Path(config.resume) if config.resume else _new_folder(config))
+    check_folder(config)
+    run = RunFolder(Path(config.resume or config.output_dir or _new_folder(config)))
+    run.path.mkdir(parents=True, exist_ok=True)
     with _locked(run.path):
-        found = provenance(config)
+        check_folder(config)  # another process may have had it since
         if config.resume:
-            _check_unchanged(run, found)
+            _write_changes(run, config)
         else:
             write_config(_from_anywhere(config), run.config)
             settings = {"config_sha256": file_sha256(run.config)}
-            write_sealed(run.record, found | settings | {**facts})
+            write_sealed(run.record, provenance(config) | settings | {**facts})
         if not config.output_dir and not config.resume:
             _link_latest(run.path)
         yield run
 
 
+def check_folder(config: TrainConfig) -> None:
+    """Refuses what a run cannot begin in, or go on with; cheap, so that it can be asked early.
+
+    Raises:
+        InputError: if a new run would overwrite something; or if a resumed one has finished, its
+            base, data or initial adapter is not the same, or its schedule forbids more epochs.
+    """
+    if config.resume:
+        _check_resumable(RunFolder(Path(config.resume)), config)
+    elif config.output_dir and not _is_free(RunFolder(Path(config.output_dir))):
+        raise InputError(
+            f"{config.output_dir} exists; choose another --output-dir, or continue it with: "
+            + command_line("train", "--resume", config.output_dir)
+        )
+
+
+def _is_free(run: RunFolder) -> bool:
+    """Whether nothing is there but what a run leaves that ended before its first step."""
+    if not run.path.exists():
+        return True
+    if not run.path.is_dir():
+        return False
+    names = {entry.name.removesuffix(NEW) for entry in run.path.iterdir()}
+    begun = {_LOCK, CONFIG, RECORD, METRICS, run.state.name, run.tensorboard.name}
+    if not names <= begun:
+        return False
+    saved = run.state.is_dir() and any(entry.name.isdigit() for entry in run.state.iterdir())
+    return not saved and not any(line["step"] for line in run.read_metrics().values)
+
+
 def _new_folder(config: TrainConfig) -> Path:
-    if config.output_dir:
-        run = Path(config.output_dir)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise InputError(
-                f"{run} exists; choose another --output-dir, or continue it with --resume {run}"
-            )
-        run.mkdir(parents=True, exist_ok=True)
-        return run
+    """runs/MODEL-TIME-PROCESS; containers that share a folder may agree in all three."""
     name = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run = LATEST.parent / name
-    run.mkdir(parents=True)
+    for number in itertools.count(1):
+        run = LATEST.parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            run.mkdir(parents=True)
+            break
     return run
 
 
 def _link_latest(run: Path) -> None:
-    link = LATEST.with_name(f".latest-{os.getpid()}")
+    if LATEST.is_dir() and not LATEST.is_symlink():
+        console.print(f"{LATEST} is a folder and no link; this run is {run}")
+        return
+    link = LATEST.with_name(f".latest-{run.name}")
     link.symlink_to(run.name)
     link.replace(LATEST)
 
@@ -77,8 +112,8 @@ def _from_anywhere(config: TrainConfig) -> TrainConfig:
 @contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """One process a folder, which names itself in the lock."""
-    lock = run / ".lock"
-    with lock.open("a+") as file:
+    lock = run / _LOCK
+    with lock.open("a+", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         holder = file.read().strip() or "(unknown)"
         busy = (
@@ -92,20 +127,41 @@ def _locked(run: Path) -> Iterator[None]:
             yield
 
 
-def _check_unchanged(run: RunFolder, found: Mapping[str, Any]) -> None:
-    for result in (run.result("lora"), run.result("full")):
-        if result.is_dir():
-            raise InputError(f"{run.path} is finished; its result is in {result}")
-    saved = read_sealed(run.record, "start a new run")
-    if saved.get("config_sha256") != file_sha256(run.config):
-        others = command_line("train", "--config", run.config)
+def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
+    before = run.read_settings()
+    onward = command_line(
+        "train", "--init-adapter", run.result("lora"), "--model", config.model, "--data",
+        config.data,
+    )  # fmt: skip
+    if config.tune == "full":
+        onward = command_line("train", "--model", run.result("full"), "--data", config.data)
+    if config.epochs < before["epochs"]:
+        raise InputError(f"--epochs {config.epochs}, but the run is of {before['epochs']}")
+    if config.epochs > before["epochs"] and config.lr_scheduler != "constant":
         raise InputError(
-            f"{run.config} was changed after the run began, which goes on with its own settings "
-            f"only; for others: {others}"
+            f"--epochs {config.epochs}: the {config.lr_scheduler} schedule of this run ends after "
+            f"{before['epochs']} epochs, and only a constant one goes on. To train on from its "
+            f"result: {onward}"
         )
-    changed = [name for name in IDENTITY if saved.get(name) != found[name]]
+    result = run.result(config.tune)
+    if result.is_dir() and read_passport(result).get("epochs", config.epochs) >= config.epochs:
+        raise InputError(
+            f"{run.path} is finished; its result is in {result}. To train on from it: {onward}"
+        )
+    saved, found = run.read_record(), provenance(config)
+    changed = [name for name in IDENTITY if saved.get(name) != found.get(name)]
     if changed:
         raise InputError(
             f"{run.path} was trained on other files: {', '.join(changed)} differ from "
             f"{run.record.name}; restore them or start a new run"
         )
+
+
+def _write_changes(run: RunFolder, config: TrainConfig) -> None:
+    """Records what this resume was given anew, for the next one and for what reads the run."""
+    before, now = run.read_settings(), dataclasses.asdict(_from_anywhere(config))
+    changed = {name: now[name] for name in CHANGEABLE if now[name] != before[name]}
+    if changed:
+        record: dict[str, Any] = {**run.read_record()}
+        record["changed"] = record.get("changed", {}) | changed
+        write_sealed(run.record, record)

@@ -7,25 +7,32 @@ from typing import Any
 
 import jax
 
-from jllama.folders.manifest import manifest_sha256, read_manifest
+from jllama.folders.adapter import WEIGHTS
+from jllama.folders.json_files import read_bytes
+from jllama.folders.manifest import file_sha256, manifest_sha256, read_manifest
 from jllama.folders.run import Record
 from jllama.machine import versions
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 from train.config import TrainConfig
 
-IDENTITY = ("base_manifest_sha256", "data_sha256")  # a resume must find these unchanged
+# What a resume must find unchanged.
+IDENTITY = ("base_manifest_sha256", "data_sha256", "init_adapter_sha256")
+OF_PASSPORT = ("base_manifest_sha256", "data_sha256", "tokenizer_sha256", "versions")
 
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """The part of run.json that says what the run is made of."""
-    return {
+    found = {
         "command": [sys.executable, *sys.argv],
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "base_manifest_sha256": manifest_sha256(config.model),
         "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],
-        "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+        "data_sha256": hashlib.sha256(read_bytes(config.data, "the rows of the run")).hexdigest(),
     }
+    if config.init_adapter:
+        found["init_adapter_sha256"] = file_sha256(Path(config.init_adapter) / WEIGHTS)
+    return found
 
 
 def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
@@ -33,5 +40,6 @@ def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
     return {
         "prompt_style": config.prompt_style,
         "seed": config.seed,
-        **{name: record[name] for name in (*IDENTITY, "tokenizer_sha256", "versions")},  # type: ignore[literal-required]
+        "epochs": config.epochs,
+        **{name: record[name] for name in OF_PASSPORT},  # type: ignore[literal-required]
     }

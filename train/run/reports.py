@@ -51,7 +51,7 @@ class Reports:
             step,
             jax.device_get(measured),
             planned_memory_mib=self._programs.planned_bytes / 2**20,
-            learning_rate=float(self._schedule(step - 1)),
+            learning_rate=float(self._schedule(step - 1 - self._metrics.skipped)),
             padding_share=self._batches.padding_share(step - 1),
             rows=self._batches.rows(step - 1),
             compilations=self._programs.compilations,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -54,6 +54,7 @@ def run_facts(
     batches: Batches,
     examples: tuple[Examples, Examples],
     steps: int,
+    warmup: int,
 ) -> dict[str, Any]:
     """What is known of a run before its first step; a report takes it from run.json.
 
@@ -61,7 +62,8 @@ def run_facts(
         examples: to train on, and held out.
 
         {"parameters": {"trainable": 8388608, "total": 6746804224},
-         "model": {"dim": 4096, ...}, "steps": 125, "device_memory_mib": 40960,
+         "model": {"dim": 4096, ...}, "steps": 125, "warmup_steps": 4,
+         "device_memory_mib": 40960,
          "memory_bytes": {"base_weights": 13476831232, "adapters": 33554432, ...},
          "data": {"rows": 200, "held_out_rows": 0, "tokens": 20000, "learned_tokens": 12000,
                   "longest": 251, "cut_rows": 3, "padding_share": 0.6}}
@@ -71,6 +73,7 @@ def run_facts(
         "parameters": parameter_counts(step.model, step.lora, step.precision),
         "model": dataclasses.asdict(step.model),
         "steps": steps,
+        "warmup_steps": warmup,
         "device_memory_mib": this_device().memory_mib,
         "memory_bytes": memory_classes(step),
         "data": {
@@ -103,6 +106,30 @@ def show_plan(
         f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
         f"{part}{len(batches)} optimizer steps in {config.epochs} epochs",
     )
+
+
+def without_effect(
+    config: TrainConfig, llama: LlamaConfig, held_out: int, steps: int
+) -> Iterator[str]:
+    """What was asked for and does nothing here.
+
+    Args:
+        held_out: rows.
+        steps: of all epochs.
+    """
+    if not held_out:
+        if config.val_size:
+            yield f"--val-size {config.val_size} holds out no row of so few"
+        for flag, value in (("eval-steps", config.eval_steps), ("patience", config.patience)):
+            if value:
+                yield f"--{flag} {value} does nothing without held-out rows; give --val-size"
+    if config.max_steps > steps:
+        yield f"--max-steps {config.max_steps} does nothing; {config.epochs} epochs end before it"
+    if config.max_seq_len > llama.max_seq_len:
+        yield (
+            f"--max-seq-len {config.max_seq_len} is beyond the {llama.max_seq_len} tokens that the "
+            "model was trained for; what it writes there is poor"
+        )
 
 
 def show_end(

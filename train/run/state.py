@@ -33,35 +33,59 @@ class Checkpoints:
         """Starts to write the state of its step; returns once the arrays are copied.
 
         Raises:
-            InputError: if there is no room, or the save before this one failed.
+            InputError: if there is no room, the save before this one failed, or a state of this
+                step or a later one is there.
         """
         # The next step donates these buffers, so Orbax gets copies of its own.
         arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
         hashes = {name: tensor_sha256(array) for name, array in arrays.items()}
         self._size = sum(x.nbytes for x in arrays.values())
         with self._explained(), room_for(self._size, self._folder):
-            self._manager.save(
+            started = self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
                     arrays=ocp.args.PyTreeSave(arrays), sha256=ocp.args.JsonSave(hashes)
                 ),
             )
+            if not started:
+                newest = self._manager.latest_step()
+                raise InputError(
+                    f"{self._folder}: no state of step {int(state.step)} could be saved beside "
+                    f"that of step {newest}; start a new run"
+                )
 
     def restore(self, template: TrainState) -> TrainState | None:
         """The newest state that is whole, in the structure of `template`; None if there is none.
 
+        Damaged ones that are newer are removed: else no state of their steps could be saved.
+
         Raises:
             InputError: if it is not of this run's shape, or every saved state is damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: list[int] = []
+        for step in self._steps():
             arrays = self._whole(step)
             if arrays is not None:
-                return self._fitted(arrays, template, step)
+                restored = self._fitted(arrays, template, step)
+                for newer in damaged:
+                    self._manager.delete(newer)
+                return restored
+            damaged.append(step)
             console.print(f"{self._folder / str(step)} is damaged; trying the state before it")
-        if steps:
+        if damaged:
             raise InputError(f"{self._folder}: every saved state is damaged; start a new run")
         return None
+
+    def newest_first(self, template: TrainState) -> Iterator[TrainState]:
+        """Every saved state that is whole; errors as for `restore`."""
+        self._wait()
+        for step in self._steps():
+            arrays = self._whole(step)
+            if arrays is not None:
+                yield self._fitted(arrays, template, step)
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def _whole(self, step: int) -> dict[str, np.ndarray] | None:
         _silence_reads_that_end_late()
@@ -101,9 +125,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
         with self._explained(), shortage_named(self._size, self._folder):
             self._manager.wait_until_finished()
-        self._manager.close()
 
 
 @functools.cache  # once in a process

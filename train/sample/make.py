@@ -179,7 +179,9 @@ def windows(
 def pretrain(config: SampleConfig, text: Iterator[Text]) -> tuple[Llama, float]:
     """Trains every parameter in fp32; returns the model and its loss over the last steps."""
     graphdef, weights = nnx.split(Llama(MODEL, rngs=nnx.Rngs(config.seed)))
-    schedule = learning_rate_schedule("cosine", config.learning_rate, 0.05, config.steps)
+    schedule = learning_rate_schedule(
+        "cosine", config.learning_rate, round(0.05 * config.steps), config.steps
+    )
     matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, weights)  # norms are not decayed
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
