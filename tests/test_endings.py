@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -183,6 +184,27 @@ def begun(config):
     with run_folder(config, FACTS) as run:
         Metrics(run).close()
         return run
+
+
+def test_a_disk_that_fills_during_a_save_ends_the_run_with_one_message(
+    place, tmp_path, monkeypatch, capsys
+):
+    make = os.mkdir
+
+    def full(path, *args, **more):
+        if "sha256.orbax" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        make(path, *args, **more)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    code, said = ended(flags(place, tmp_path / "run", max_steps=1), capsys)
+    assert code == 2
+    assert "a state could not be written ([Errno 28] No space left on device" in said
+    assert "ERROR" not in said
+    waiting = [
+        x for x in threading.enumerate() if not x.daemon and x is not threading.main_thread()
+    ]
+    assert not [thread for thread in waiting if "Signaling" in type(thread).__name__]
 
 
 @pytest.mark.parametrize("moment", ["write_config", "write_sealed", "_link_latest"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,34 +14,33 @@ import orbax.checkpoint as ocp
 
 from jllama.cli.terminal import console
 from jllama.errors import InputError
-from jllama.folders.files import room_for, shortage_named
+from jllama.folders.files import room_for
 from jllama.folders.manifest import tensor_sha256
 from train.step import TrainState, on_device
 
 
 class Checkpoints:
-    """Saves in the background; a step counts only when Orbax has committed it."""
+    """A step counts only when Orbax has committed it."""
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
-        self._size = 0  # bytes of what is being written
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises what it logs
+        # In the background a save that fails would keep the process from ending for ten minutes.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: TrainState) -> None:
-        """Starts to write the state of its step; returns once the arrays are copied.
+        """Writes the state of its step.
 
         Raises:
-            InputError: if there is no room, the save before this one failed, or a state of this
-                step or a later one is there.
+            InputError: if it cannot be written, or a state of this step or a later one is there.
         """
-        # The next step donates these buffers, so Orbax gets copies of its own.
-        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
+        arrays = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
         hashes = {name: tensor_sha256(array) for name, array in arrays.items()}
-        self._size = sum(x.nbytes for x in arrays.values())
-        with self._explained(), room_for(self._size, self._folder):
+        size = sum(array.nbytes for array in arrays.values())
+        with self._explained(), room_for(size, self._folder):
             started = self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
@@ -78,7 +78,6 @@ class Checkpoints:
 
     def newest_first(self, template: TrainState) -> Iterator[TrainState]:
         """Every saved state that is whole; errors as for `restore`."""
-        self._wait()
         for step in self._steps():
             arrays = self._whole(step)
             if arrays is not None:
@@ -124,13 +123,7 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._wait()
         self._manager.close()
-
-    def _wait(self) -> None:
-        with self._explained(), shortage_named(self._size, self._folder):
-            self._manager.wait_until_finished()
 
 
 @functools.cache  # once in a process
