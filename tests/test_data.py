@@ -7,7 +7,8 @@ from random_models import TOKENIZER
 
 from jllama.errors import InputError
 from jllama.text.prompt import Message, prompt_ids, render
-from jllama.text.rows import Rows, make_examples, read_rows
+from jllama.text.row_file import Rows, read_rows
+from jllama.text.rows import make_examples
 from jllama.text.tokenizer import load_tokenizer
 
 
