@@ -35,16 +35,16 @@ class Message:
     learn: bool | None = None
 
 
-# What a part of a row may be called; where a row has several of these columns the first counts.
+# Columns, and the part of a row that each is; of several for one part the first counts.
 _COLUMNS = {
-    "system": ("system", "system_prompt"),
-    "turns": ("messages", "conversations"),
-    "history": ("history",),
-    "question": ("instruction", "prompt", "question"),
-    "context": ("input", "context"),
-    "answer": ("output", "completion", "response", "answer"),
-    "text": ("text",),
-}
+    "system": "system", "system_prompt": "system",
+    "messages": "turns", "conversations": "turns",
+    "history": "history",
+    "instruction": "question", "prompt": "question", "question": "question",
+    "input": "context", "context": "context",
+    "output": "answer", "completion": "answer", "response": "answer", "answer": "answer",
+    "text": "text",
+}  # fmt: skip
 # The part that tells a kind of row, and the others that it may have.
 _KINDS = {
     "turns": ("system",),
@@ -116,12 +116,10 @@ def ignored(row: Mapping) -> set[str]:
 
 def _names(row: Mapping) -> dict[str, str]:
     """The parts of a row and its names for them: {"question": "prompt", "answer": "completion"}."""
-    names = {
-        part: name
-        for part, known in _COLUMNS.items()
-        for name in reversed(known)
-        if row.get(name) is not None
-    }
+    names: dict[str, str] = {}
+    for name, part in _COLUMNS.items():
+        if row.get(name) is not None:
+            names.setdefault(part, name)
     kind = next((part for part in _KINDS if part in names), None)
     if kind is None:
         columns = ", ".join(repr(name)[:40] for name in sorted(row)[:12])

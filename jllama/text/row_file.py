@@ -153,7 +153,8 @@ class _Scan:
                 return None
             mark, end = _COMMA.match(self._text, stop), _CLOSE.match(self._text, stop)
             if not mark and not end:
-                self._wrong(stop, "invalid JSON (expected a comma or ] before this row)")
+                next_row = _skip(self._text, stop)
+                self._wrong(next_row, "invalid JSON (expected a comma or ] before this row)")
         return end.end() if end else None
 
     def _wrapped(self, start: int) -> bool:

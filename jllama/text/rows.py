@@ -159,7 +159,8 @@ def _notes(style: PromptStyle, messages: Sequence[Message], dropped: bool) -> It
     questions = [message for message in messages if message.role == "user"]
     if dropped:
         yield "end with a turn that nothing answers, which is dropped"
-    if any(_SPECIAL.search(f"{message.content}\n{message.context}") for message in messages):
+    texts = [text for message in messages for text in (message.content, message.context)]
+    if any(("<" in text or "[" in text) and _SPECIAL.search(text) for text in texts):
         yield "spell out special tokens such as </s>, which are read as plain text"
     if any(not message.content.strip() and not message.context.strip() for message in questions):
         yield "have an empty question"
