@@ -36,7 +36,7 @@ def short_answers(
     asked = []
     for example in examples:
         *before, answer = answered(row_messages(rows[example.row]))
-        if not before:  # a row of text
+        if not before or answer.learn is False:  # before a text there is nothing
             continue
         prompt = encode(render(style, before), tokenizer)[0]
         fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most

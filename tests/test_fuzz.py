@@ -228,14 +228,15 @@ def test_rows_of_any_columns(rows, style):
 @hypothesis.given(
     content=st.lists(rows, min_size=1, max_size=3),
     shape=st.sampled_from(["[{}]", "{}", '{{"prompts": [{}], "seed": 1}}']),
+    indent=st.none() | st.just(1),
     changes=edits,
     cut=st.none() | st.floats(0, 1),
 )
-def test_a_file_of_rows(content, shape, changes, cut):
+def test_a_file_of_rows(content, shape, indent, changes, cut):
     between = "\n" if shape == "{}" else ","
     with tempfile.TemporaryDirectory() as root:
         file = Path(root) / "rows"
-        text = shape.format(between.join(json.dumps(row, indent=cut and 1) for row in content))
+        text = shape.format(between.join(json.dumps(row, indent=indent) for row in content))
         file.write_text(text)
         edit(file, changes, len(text))
         if cut is not None:

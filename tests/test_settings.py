@@ -242,6 +242,13 @@ def test_hostile_yaml_is_one_message_in_bounded_time(text, message, tmp_path):
     assert time.monotonic() - start < 10
 
 
+def test_a_value_without_end_is_shown_by_its_beginning():
+    value: list[Any] = ["x"]
+    for _ in range(60):
+        value = [value, value]
+    assert refusal(TrainConfig, seed=value).startswith("seed [[[")
+
+
 def test_an_empty_yaml_file_says_nothing_and_a_pipe_is_none(tmp_path):
     (tmp_path / "a.yaml").write_text("# nothing\n")
     assert settings_from_yaml(TrainConfig, tmp_path / "a.yaml") == TrainConfig()

@@ -10,6 +10,7 @@ A `null` is as if it were missing. What would change the meaning of a row is hon
 its name; `ignored` tells the other columns.
 """
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ def _names(row: Mapping) -> dict[str, str]:
             names.setdefault(part, name)
     kind = next((part for part in _KINDS if part in names), None)
     if kind is None:
-        columns = ", ".join(repr(name)[:40] for name in sorted(row)[:12])
+        columns = ", ".join(map(reprlib.repr, sorted(row)[:12]))
         raise InputError(f"columns {columns or 'none'}; expected {_EXPECTED}")
     for part in ("system", "history"):
         if part not in _KINDS[kind] and row.get(names.get(part, part)):
@@ -169,7 +170,7 @@ def _role(name: str) -> str:
     role = _ROLES.get(name.strip().lower())
     if role is None or role == "tool":
         known = ", ".join(name for name, role in _ROLES.items() if role != "tool")
-        raise InputError(f"role {name[:40]!r}, expected one of {known}")
+        raise InputError(f"role {reprlib.repr(name)}, expected one of {known}")
     return role
 
 
@@ -178,7 +179,7 @@ def _learn(turn: Mapping, role: str) -> bool | None:
     said = {name: turn[name] for name in _LEARNED if turn.get(name) is not None}
     for name, value in said.items():
         if value not in (0, 1):
-            raise InputError(f"'{name}' is {str(value)[:40]}, expected 0 or 1, false or true")
+            raise InputError(f"'{name}' is {reprlib.repr(value)}, expected 0 or 1, false or true")
     if not all(said.values()):
         return False
     return True if said and role != "assistant" else None
@@ -196,7 +197,7 @@ def _part(part: Any) -> str:
         return _unicode(part, "a part of the content")
     if part.get("type", "text") != "text":
         raise InputError(
-            f"a part of the content is of type {str(part['type'])[:40]!r}; only text is read"
+            f"a part of the content is of type {reprlib.repr(part['type'])}; only text is read"
         )
     return _text(part, "text")
 

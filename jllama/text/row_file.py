@@ -67,7 +67,10 @@ class Rows(Sequence[dict]):
         if isinstance(index, slice):
             return Rows(self._content, self._spans[index], self.beside)
         start, stop = self._spans[index]
-        return ROW_DECODER.decode(self._content[start:stop].decode())
+        try:
+            return ROW_DECODER.decode(self._content[start:stop].decode())
+        except RecursionError:  # it was read before from fewer calls
+            raise InputError(f"row {index}: nested too deeply") from None
 
 
 def read_rows(path: str | Path) -> Rows:
