@@ -22,10 +22,9 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import visible
 from jllama.decode.sampling import Likeliest, Likelihood
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Positive, checked
-from jllama.text.prompt import Message, PromptStyle, encode, render
+from jllama.text.prompt import WITH_TURNS, Message, PromptStyle, encode, render
 from jllama.text.tokenizer import Tokenizer
 
-WITH_TURNS = ("llama2-chat", "llama3-chat")  # the other styles know one question and its answer
 COMMANDS = {
     "/base": "the base model answers",
     "/tuned": "the tuned model answers",

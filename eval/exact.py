@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jllama
-from jllama.text.prompt import PromptStyle, prompt_ids, row_messages
-from jllama.text.rows import Examples
+from jllama.text.messages import row_messages
+from jllama.text.prompt import PromptStyle, encode, render
+from jllama.text.rows import Examples, answered
 from jllama.text.tokenizer import Tokenizer
 
 
@@ -34,11 +35,13 @@ def short_answers(
     """
     asked = []
     for example in examples:
-        prompt = prompt_ids(style, rows[example.row], tokenizer)
+        *before, answer = answered(row_messages(rows[example.row]))
+        if not before or answer.learn is False:  # before a text there is nothing
+            continue
+        prompt = encode(render(style, before), tokenizer)[0]
         fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most
         if fits and not example.cut:
-            answer = row_messages(rows[example.row])[-1].content.strip()
-            asked.append(Asked(example.row, prompt, answer))
+            asked.append(Asked(example.row, prompt, answer.content.strip()))
     return asked
 
 

@@ -9,12 +9,13 @@ which is loaded after the first has answered.) Writes `generations.jsonl`, one o
                     "kl_per_token": 0.8},
      "tuned": "...", ...}
 
-`stopped` tells an answer that ended itself from one that was cut; a score says how likely (NLL,
-nats) both models find that answer, and how far the tuned one is from the base along it.
+`stopped` tells an answer that ended itself from one that was cut, which never counts as exact; a
+score says how likely (NLL, nats) both models find that answer, and how far the tuned one is from
+the base along it. Answers are written before they are scored.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,16 +25,19 @@ from rich.table import Table
 
 import jllama
 from eval.likelihood import score_sequences
+from eval.prompt_file import read_prompts, read_references
 from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import Progress, console
+from jllama.cli.terminal import Progress, console, visible
 from jllama.decode.sampling import Likeliest
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
-from jllama.folders.json_files import read_values, write_json_lines
+from jllama.folders.json_files import write_json_lines
+from jllama.folders.model import read_config
 from jllama.folders.run import GENERATIONS
 from jllama.lora import merge
-from jllama.text.prompt import prompt_ids
+from jllama.text.messages import row_messages
+from jllama.text.tokenizer import Tokenizer
 
 REPORT_PROMPTS = Path(__file__).parent / "report_prompts.json"
 
@@ -60,8 +64,8 @@ class PromptsConfig(Subject):
     """Share of probability sampled from; by default what the prompts' file says, else 0.9."""
     max_new_tokens: AtLeast1 | None = None
     """Tokens of an answer; by default what the prompts' file says, else 128."""
-    seed: Seed = 1
-    """Of the samples."""
+    seed: Seed | None = None
+    """Of the samples; by default what the prompts' file says, else 1."""
     batch_size: AtLeast1 = 16
     """Prompts answered at a time."""
     limit: AtLeast0 = 0
@@ -82,14 +86,19 @@ def answer_prompts(config: PromptsConfig) -> None:
     output = Path(config.output) if config.output else Path(config.run) / GENERATIONS
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
-    rows, decoding = read_prompts(config)
     references = read_references(config.reference) if config.reference else {}
     tokenizer = jllama.load_tokenizer(config.model)
-    ids = [prompt_ids(config.prompt_style, row, tokenizer) for row in rows]
-    budgets = [budget(row, len(prompt), config) for row, prompt in zip(rows, ids, strict=True)]
+    prompts = read_prompts(
+        config.prompts or REPORT_PROMPTS,
+        tokenizer,
+        config.prompt_style,
+        context=min(read_config(x).max_seq_len for x in (config.model, config.tuned) if x),
+        flags=vars(config),
+        limit=config.limit,
+    )
     names = ["base", "tuned"] if config.adapter or config.tuned else ["base"]
     answers: dict[str, list[list[int]]] = {name: [] for name in names}
-    starts = range(0, len(ids), config.batch_size)
+    starts = range(0, len(prompts.ids), config.batch_size)
     voices: Voices = {}
     with Progress("answer", len(starts) * len(answers), "batches") as progress:
         for model, scales in models(config):
@@ -99,35 +108,47 @@ def answer_prompts(config: PromptsConfig) -> None:
                 chosen = slice(start, start + config.batch_size)
                 answers[name] += jllama.generate(
                     model,
-                    ids[chosen],
-                    budgets[chosen],
-                    jllama.Sampling(**decoding),
-                    seed=config.seed,
+                    prompts.ids[chosen],
+                    prompts.budgets[chosen],
+                    prompts.decoding,
+                    seed=prompts.decoding.seed,
                     stop_ids=tokenizer.stop_ids,
                     adapter_scale=scale,
                 )
                 progress.advance()
             del model  # before the next one is loaded
-    scores = score_answers(voices or load_voices(config), ids, answers, config.batch_size)
-
-    generations = []
-    for index, row in enumerate(rows):
-        generation: dict[str, Any] = {"prompt": shown_prompt(row)}
-        for name, new in answers.items():
-            kept = [token for token in new[index] if token not in tokenizer.stop_ids]
-            generation |= {
-                name: tokenizer.decode(kept).strip(),
-                f"{name}_ids": new[index],
-                f"{name}_stopped": len(kept) < len(new[index]),
-                f"{name}_score": scores[name][index],
-            }
-        expected = row.get("output", row.get("completion"))
-        if expected is not None:
-            generation["expected"] = expected
-        generations.append(generation | references.get(generation["prompt"].strip(), {}))
+    generations = [
+        shown | references.get(shown["prompt"].strip(), {})
+        for shown in described(prompts.rows, answers, tokenizer)
+    ]
+    write_json_lines(output, generations)  # now, for scoring may hold two models
+    console.print(f"wrote {output}; scoring the answers")
+    scores = score_answers(voices or load_voices(config), prompts.ids, answers, config.batch_size)
+    for index, generation in enumerate(generations):
+        generation |= {f"{name}_score": scores[name][index] for name in names}
     write_json_lines(output, generations)
     show(generations, names)
     console.print(f"wrote {output}")
+
+
+def described(
+    rows: Sequence[dict], answers: Mapping[str, Sequence[list[int]]], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """A line of the file for each prompt, without scores."""
+    for index, row in enumerate(rows):
+        messages = row_messages(row)
+        right = messages.pop().content if messages[-1].role == "assistant" else None
+        asked = (message for message in messages if message.role == "user")
+        parts = (part for message in asked for part in (message.content, message.context))
+        line: dict[str, Any] = {"prompt": "\n".join(filter(None, parts))}
+        for name, ids in answers.items():
+            kept = [token for token in ids[index] if token not in tokenizer.stop_ids]
+            line |= {
+                name: tokenizer.decode(kept).strip(),
+                f"{name}_ids": ids[index],
+                f"{name}_stopped": len(kept) < len(ids[index]),
+            }
+        yield line if right is None else line | {"expected": right}
 
 
 def score_answers(
@@ -186,65 +207,20 @@ def with_sample(config: PromptsConfig) -> PromptsConfig:
     )
 
 
-def read_prompts(config: PromptsConfig) -> tuple[list[dict], dict[str, Any]]:
-    """The prompts and how to decode them: flags first, then the file, then 0.6 and 0.9."""
-    path = Path(config.prompts) if config.prompts else REPORT_PROMPTS
-    content = read_values(path, "JSON or JSONL prompts")
-    rows: Any = content.get("prompts") if isinstance(content, dict) else content
-    usable = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-    if not usable:
-        raise InputError(f'{path}: expected a list of rows, or {{"prompts": [rows]}}')
-    settings = content if isinstance(content, dict) else {}
-    decoding: dict[str, Any] = {}
-    for name, fallback in (("temperature", 0.6), ("top_p", 0.9)):
-        asked = getattr(config, name)
-        decoding[name] = settings.get(name, fallback) if asked is None else asked
-    return rows[: config.limit or None], decoding
-
-
-def read_references(path: str) -> dict[str, dict[str, str]]:
-    """Recorded answers by prompt: every text field of a row whose name ends in `answer`."""
-    rows = read_values(path, "JSON or JSONL answers")
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and "prompt" in r for r in rows):
-        raise InputError(f"{path}: expected a list of objects with a 'prompt'")
-    return {
-        row["prompt"].strip(): {k: v for k, v in row.items() if k.endswith("answer")}
-        for row in rows
-    }
-
-
-def budget(row: dict, prompt_length: int, config: PromptsConfig) -> int:
-    """How many new tokens a prompt may have: the flag, else the row's own limit, else 128."""
-    if config.max_new_tokens is not None:
-        return config.max_new_tokens
-    if "max_total_tokens" in row:
-        return max(0, row["max_total_tokens"] - prompt_length)
-    return row.get("max_new_tokens", 128)
-
-
-def shown_prompt(row: dict) -> str:
-    """A row's prompt as one text."""
-    if "messages" in row:
-        return "\n".join(m["content"] for m in row["messages"] if m.get("role") == "user")
-    if "prompt" in row:
-        return row["prompt"]
-    return "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-
-
 def show(generations: Sequence[dict], models: Sequence[str]) -> None:
     """The first prompts side by side, and the share of exact answers where they are known."""
     shown = generations[:8]
     answers = [key for key in shown[0] if key.endswith("answer")]
     columns = ["prompt", *models, *(["expected"] if "expected" in shown[0] else []), *answers]
-    table = Table(*columns, show_lines=True)
+    table = Table(*map(visible, columns), show_lines=True)
     for generation in shown:
-        table.add_row(*(str(generation.get(column, "")) for column in columns))
+        table.add_row(*(visible(str(generation.get(column, ""))) for column in columns))
     console.print(table)
     if len(generations) > len(shown):
         console.print(f"... and {len(generations) - len(shown)} more in the file")
     known = [generation for generation in generations if "expected" in generation]
     for name in models if known else ():
-        exact = sum(g[name] == g["expected"].strip() for g in known)
+        exact = sum(g[f"{name}_stopped"] and g[name] == g["expected"].strip() for g in known)
         share = 100 * exact / len(known)
         console.print(f"exact answers, {name}: {exact} of {len(known)} ({share:.0f} %)")
 

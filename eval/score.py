@@ -36,7 +36,8 @@ from jllama.folders.json_files import read_json
 from jllama.folders.manifest import read_manifest, write_sealed
 from jllama.folders.model import read_config
 from jllama.folders.run import SCORES
-from jllama.text.rows import make_examples, read_rows
+from jllama.text.row_file import read_rows
+from jllama.text.rows import make_examples
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 
 NEUTRAL = Path(__file__).parent / "neutral.json"

@@ -10,6 +10,7 @@ A field of settings is declared once, with its type and its range:
 import dataclasses
 import difflib
 import functools
+import reprlib
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,9 +142,13 @@ def _problem(problem: ErrorDetails, declared: dict[str, Any]) -> tuple[str, str,
     return name, "is", f" no such field; {known}"
 
 
+_SHORT = reprlib.Repr()  # a few lists of each other, each twice in the next, have no end
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def _shown(value: Any) -> str:
     word = isinstance(value, str) and value.isprintable() and len(value.split()) == 1
-    return (value if word else repr(value))[:80]
+    return (value if word else _SHORT.repr(value))[:80]
 
 
 def in_words(declared: Any, largest: bool = False) -> str:

@@ -7,8 +7,9 @@ from random_models import TOKENIZER
 
 from jllama.errors import InputError
 from jllama.text.prompt import Message, prompt_ids, render
-from jllama.text.rows import Rows, make_examples, read_rows
-from jllama.text.tokenizer import load_tokenizer
+from jllama.text.row_file import read_rows
+from jllama.text.rows import make_examples
+from jllama.text.tokenizer import _parts, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -77,89 +78,18 @@ def test_llama2_chat_wraps_each_turn():
     ]  # fmt: skip
 
 
-def test_all_three_kinds_of_rows_give_the_same_example(tokenizer):
-    rows = [
-        {"instruction": "Hi", "input": "", "output": "Hello"},
-        {"prompt": "Hi", "completion": "Hello"},
-        {
-            "messages": [
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello"},
-            ]
-        },
-    ]
-    first, *others = examples_of(rows, tokenizer)[0]
-    for other in others:
-        assert first.ids.tolist() == other.ids.tolist()
-        assert first.learned.tolist() == other.learned.tolist()
-
-
-LINES = (json.dumps(ROW), '{"prompt": "[ü☕\\\\\\" ,{", "completion": "é]"}')
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[{}, {}]",
-        " [\n\t{}\r\n,\n{}] \n",
-        "\ufeff[{},{}]",
-        "{}\n{}",
-        "\n{}\r\n \n  {}\n\n",
-        "\ufeff{}\n{}\n",
-    ],
-)
-def test_json_and_jsonl_read_alike_and_hold_text_alone(text, tmp_path):
-    file = tmp_path / "rows"
-    first, last = LINES
-    file.write_bytes(text.replace("{}", first, 1).replace("{}", last).encode())
-    rows = read_rows(file)
-    assert isinstance(rows, Rows)
-    assert list(rows) == [json.loads(line) for line in LINES]
-    assert list(rows[1:]) == [rows[1]]
-
-
-def test_one_object_over_many_lines_is_a_row(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(ROW, indent=2))
-    assert read_rows(tmp_path / "a.json") == [ROW]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "empty"),
-        (b"[{]", "line 1: invalid JSON"),
-        (b'{"prompt": "a"}\n{"prompt"\n{bad\n', r"line 2: .*\n  line 3"),
-        (b"[1, 2]", "row 0: int"),
-        (b"[]", "no rows"),
-        (b'[{"prompt": "\xff"}]', "byte 13 is not UTF-8"),
-        (b'{"prompt": "a"}\n{"prompt": "\xff"}', "byte 28 is not UTF-8"),
-        (b'[{"prompt": "a"}\n {"prompt": "b"}]', "line 2: invalid JSON"),
-        (b'[{"prompt": "a"},\n]', "line 2: invalid JSON"),
-        (b'[{"prompt": "a"}\n] 1', "line 2: invalid JSON"),
-        (b'{"prompt": "a"}\n7\n"b"', r"row 1: int\n  row 2: str"),
-        (b'{"prompt": 1' + b"0" * 5000 + b"}", "not readable as JSON"),
-    ],
-)
-def test_a_broken_file_is_named_with_its_line(content, message, tmp_path):
-    file = tmp_path / "rows.json"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_rows(file)
-    assert str(file) in str(error.value)
-
-
 def test_all_bad_rows_are_listed_together_and_tolerated_by_number(tokenizer):  # lesson 10
     rows = [
         ROW,
         {"instruction": "a", "output": ""},
         {"prompt": "x" * 600, "completion": "y"},
-        {"text": "?"},
+        {"body": "?"},
         {"prompt": "no answer"},
     ]
     with pytest.raises(InputError) as error:
         examples_of(rows, tokenizer)
     for part in ("4 unusable of 5", "row 1: the answer is empty", "row 2: its prompt fills all",
-                 "row 3: keys ['text']", "row 4: no answer", "--skip-bad-rows 4"):  # fmt: skip
+                 "row 3: columns 'body'", "row 4: no answer", "--skip-bad-rows 4"):  # fmt: skip
         assert part in str(error.value)
     kept, skipped = examples_of(rows, tokenizer, skip_bad_rows=4)
     assert [example.row for example in kept] == [0]
@@ -197,3 +127,17 @@ def test_reading_and_tokenising_hold_under_8_bytes_a_token_beyond_the_text(
     finally:
         tracemalloc.stop()
     assert (peak - size) / len(examples.ids) < 8
+
+
+@pytest.mark.parametrize("text", [" " * 10**6 + "a", "b" * 30_000 + "\n" * 60_000, "☕ " * 30_000])
+def test_no_text_makes_tiktoken_panic(text, tokenizer):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    (example,), _ = examples_of([{"prompt": text, "completion": "x"}], tokenizer, max_seq_len=2**21)
+    assert example.learned.sum() == 2
+
+
+def test_long_texts_are_split_as_metas_code_does(monkeypatch):
+    monkeypatch.setattr("jllama.text.tokenizer.LONGEST_TEXT", 12)
+    monkeypatch.setattr("jllama.text.tokenizer.LONGEST_RUN", 3)
+    assert list(_parts("ab       cdefghi jk")) == ["ab   ", "   ", " cde", "fgh", "i jk"]

@@ -1,7 +1,7 @@
 """Reliability 10: whatever names, headers and indexes say, a file is converted whole or refused.
 
-Refused means one InputError, nothing left and nothing written outside. Deterministic here; the
-nightly run draws new cases.
+Refused means one InputError, nothing left and nothing written outside. Rows, prompts and settings
+are read or refused. Deterministic here; the nightly run draws new cases.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -27,12 +28,20 @@ from random_models import GROUPED
 from convert import from_hf, from_meta
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta
+from eval.prompt_file import read_prompts, read_references
+from jllama.cli.settings import settings_from_yaml
 from jllama.config import LoraConfig
 from jllama.errors import InputError
 from jllama.folders.adapter import load_adapter, save_adapter
 from jllama.folders.load import load_model
 from jllama.folders.manifest import read_manifest
 from jllama.lora import attach
+from jllama.text.messages import ignored
+from jllama.text.prompt import PromptStyle, prompt_ids
+from jllama.text.row_file import read_rows
+from jllama.text.rows import make_examples
+from jllama.text.tokenizer import TiktokenTokenizer
+from train.config import TrainConfig
 
 PARAMS = GROUPED | {"n_layers": 1}
 TENSORS = random_tensors(PARAMS)
@@ -184,3 +193,74 @@ def test_an_adapter(place, data):
             file.write_text(json.dumps(content))
         with contextlib.suppress(InputError):
             load_adapter(model, adapter)
+
+
+columns = st.sampled_from(
+    ["instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
+     "system", "history", "tools", "role", "content", "from", "value", "weight", "train", "type",
+     "temperature", "max_new_tokens", "seed", "user", "assistant", "gpt", "human"]
+)  # fmt: skip
+texts = columns | st.sampled_from(["</s>", " " * 99, "", "\ud800", "\0"]) | st.text(max_size=9)
+row_values = st.recursive(
+    texts | st.none() | st.booleans() | st.floats() | st.integers(-2, 2) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(columns, inner, max_size=4),
+    max_leaves=12,
+)
+rows = st.dictionaries(columns, row_values, min_size=1, max_size=4)
+tokenizer = TiktokenTokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(rows=st.lists(rows, max_size=4), style=st.sampled_from(get_args(PromptStyle)))
+def test_rows_of_any_columns(rows, style):
+    how = {"max_seq_len": 64, "train_on_prompt": False, "skip_bad_rows": 9, "source": "rows"}
+    with contextlib.suppress(InputError):
+        examples, _ = make_examples(rows, tokenizer, style, **how)
+        assert all(example.learned.any() and not example.learned[0] for example in examples)
+    for row in rows:
+        with contextlib.suppress(InputError):
+            assert {name.partition(".")[0] for name in ignored(row)} <= row.keys()
+        with contextlib.suppress(InputError):
+            assert prompt_ids(style, row, tokenizer)
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(
+    content=st.lists(rows, min_size=1, max_size=3),
+    shape=st.sampled_from(["[{}]", "{}", '{{"prompts": [{}], "seed": 1}}']),
+    indent=st.none() | st.just(1),
+    changes=edits,
+    cut=st.none() | st.floats(0, 1),
+)
+def test_a_file_of_rows(content, shape, indent, changes, cut):
+    between = "\n" if shape == "{}" else ","
+    with tempfile.TemporaryDirectory() as root:
+        file = Path(root) / "rows"
+        text = shape.format(between.join(json.dumps(row, indent=indent) for row in content))
+        file.write_text(text)
+        edit(file, changes, len(text))
+        if cut is not None:
+            file.write_bytes(file.read_bytes()[: int(cut * len(text))])
+        with contextlib.suppress(InputError):
+            assert all(isinstance(row, dict) for row in read_rows(file))
+        with contextlib.suppress(InputError):
+            read_prompts(file, tokenizer, "plain", context=64, flags={})
+        with contextlib.suppress(InputError):
+            read_references(file)
+
+
+yaml_words = st.sampled_from(
+    ["seed", "epochs", "1", "- ", "? ", ": ", "[", "]", "{", "}", ",", "\n", "  ", "&a ", "*a",
+     "<<", "!!int ", "!!binary ", "!", "'", '"', "|", "#", "---", "%YAML 9", "=",
+     "2001-99-99", "0x", "~", "\t", ".nan", "1:99", "\ufeff"]
+)  # fmt: skip
+
+
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(words=st.lists(yaml_words | st.text(max_size=4), max_size=12))
+def test_a_settings_file(words):
+    with tempfile.TemporaryDirectory() as root:
+        file = Path(root) / "settings.yaml"
+        file.write_text("".join(words), encoding="utf-8", errors="surrogatepass")
+        with contextlib.suppress(InputError):
+            settings_from_yaml(TrainConfig, file)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 import jllama
+from train.config import TrainConfig
 from train.data.lint import main
+from train.fine_tune import load_examples
 
 
 def rows_file(tmp_path, rows):
@@ -52,3 +54,47 @@ def test_a_second_bos_in_the_text_is_an_error(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([rows_file(tmp_path, [{"prompt": "a", "completion": "b"}])])
     assert "1 rows with BOS twice: [0]" in capsys.readouterr().out  # lesson 9
+
+
+def test_what_rows_do_not_say_or_show_is_told_and_no_control_character_is_raw(tmp_path, capsys):
+    rows = [
+        {"prompt": "a\x1b[31mRED", "completion": "\x1b[2Jb\x9b31m", "id\x1b": 1},
+        {"prompt": "c", "completion": "d</s>", "id\x1b": 2},
+        {"prompt": "e", "history": [["f", "g"]], "completion": "h", "input": None},
+        {"messages": [{"role": "user", "content": "i"}, {"role": "assistant", "content": "j"},
+                      {"role": "user", "content": "k"}]},
+    ]  # fmt: skip
+    main([rows_file(tmp_path, rows)])
+    said = capsys.readouterr().out
+    for line in (
+        "ignored: column 'id␛' of 2 rows",
+        "warning: 1 rows spell out special tokens such as </s>, which are read as plain text: [1]",
+        "warning: 1 rows have several questions, each of which chat sends alone in the style plain",
+        "warning: 1 rows end with a turn that nothing answers, which is dropped: [3]",
+        "4 rows, no errors",
+    ):
+        assert line in said
+    assert "\x1b" not in said
+    assert "\x9b" not in said
+
+
+def test_an_empty_answer_before_the_last_is_an_error_with_its_row(tmp_path, capsys):
+    turns = [{"role": r, "content": t} for r, t in (("user", "a"), ("assistant", ""))]
+    turns += [{"role": r, "content": t} for r, t in (("user", "b"), ("assistant", "c"))]
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": turns}]
+    with pytest.raises(SystemExit) as ended:
+        main([rows_file(tmp_path, rows)])
+    assert ended.value.code == 1
+    assert "row 1: message 1: the answer is empty" in capsys.readouterr().out
+
+
+def test_training_prints_one_line_of_what_the_lint_lists(tmp_path, capsys):
+    turns = [{"role": r, "content": t} for r, t in (("user", "a"), ("assistant", "b</s>"))]
+    rows = [{"messages": [*turns, {"role": "user", "content": "c"}]}] * 2
+    data = rows_file(tmp_path, rows)
+    config = TrainConfig(data=data, model=str(jllama.SAMPLE))
+    load_examples(config, jllama.load_tokenizer(jllama.SAMPLE))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 rows end with a turn that nothing answers, which is dropped; 2 rows ")
+    *_, words, _, _ = line.rpartition(f"jllama lint {data} --model {jllama.SAMPLE}")
+    assert words

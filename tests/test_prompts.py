@@ -147,3 +147,54 @@ def test_each_answer_says_how_it_ended_and_how_likely_both_models_find_it(place,
                 assert score["nll_per_token"][name] == pytest.approx(nll, abs=1e-4)
             kl = jnp.sum(jnp.exp(logs["tuned"]) * (logs["tuned"] - logs["base"]), axis=-1)
             assert score["kl_per_token"] == pytest.approx(float(jnp.mean(kl)), abs=1e-5)
+
+
+def test_answers_are_on_the_disk_before_two_models_are_loaded_to_score_them(
+    place, tmp_path, monkeypatch
+):
+    def too_little_memory(_):
+        raise MemoryError
+
+    monkeypatch.setattr("eval.prompts.load_voices", too_little_memory)
+    monkeypatch.setattr("eval.subject.read_passport", lambda _: {})
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(MemoryError):
+        main([
+            "--model", str(place / "model"), "--tuned", str(place / "other"), "--prompts",
+            str(place / "rows.json"), "--precision", "fp32", "--max-new-tokens", "4", "--output",
+            str(output),
+        ])  # fmt: skip
+    lines = answers(output)
+    assert [line["expected"] for line in lines] == [str(i) for i in range(8)]
+    assert all(line["base_ids"] and line["tuned_ids"] for line in lines)
+    assert not any("base_score" in line for line in lines)
+
+
+def test_an_answer_that_its_budget_cut_is_not_exact(place, tmp_path, capsys):
+    output, prompts = tmp_path / "a.jsonl", tmp_path / "rows.jsonl"
+    arguments = [
+        "--model", str(place / "model"), "--precision", "fp32", "--max-new-tokens", "4",
+        "--temperature", "0", "--output", str(output), "--prompts",
+    ]  # fmt: skip
+    main([*arguments, str(place / "rows.json")])
+    cut = [line for line in answers(output) if not line["base_stopped"]]
+    assert cut
+    rows = [{"prompt": line["prompt"], "completion": line["base"]} for line in cut]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    main([*arguments, str(prompts)])
+    assert [line["base"] for line in answers(output)] == [
+        line["expected"] for line in answers(output)
+    ]
+    assert f"exact answers, base: 0 of {len(cut)} (0 %)" in capsys.readouterr().out
+
+
+def test_prompts_that_are_too_long_are_named_before_a_model_is_loaded(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(jllama, "load_model", lambda *_: pytest.fail("loaded"))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"prompt": "a"}] * 16 + [{"prompt": "long " * 9999}]))
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(place / "model"), "--prompts", str(prompts)])
+    assert ended.value.code == 2
+    assert "row 16: its prompt has 49,997 tokens" in capsys.readouterr().err

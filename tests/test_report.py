@@ -127,7 +127,7 @@ def follow(run, source):
         case "length":
             return len(first)
         case "exact answers":
-            return sum(a == b.strip() for a, b in zip(*values, strict=True))
+            return sum(c and a == b.strip() for a, b, c in zip(*values, strict=True))
         case "repetition":
             runs = ["-".join(map(str, first[i : i + 4])) for i in range(len(first) - 3)]
             return 100 - 100 * len(set(runs)) / len(runs) if runs else 0

@@ -8,6 +8,8 @@ import importlib
 import itertools
 import math
 import os
+import re
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +202,58 @@ def test_choices_and_ranges_are_named():
         "micro_batch_size many, expected a whole number, at least 1 or auto",
         "seed -1, expected a whole number, at least 0 and at most 4294967295",
     ]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "not YAML .*an alias or anchor.*line 1"),
+        ("seed: &x 1\nepochs: *x", "not YAML .*an alias or anchor.*line 1"),
+        ("seed: " + "[" * 50_000, "nested too deeply"),
+        ("- " * 50_000, "nested too deeply"),
+        ("\n".join(" " * i + "a:" for i in range(400)), "nested too deeply"),
+        ("1: a\nnull: b\ntrue: c", "1 is no such field; .*None is no such field"),
+        ("? [a]\n: b", "not YAML .*unhashable"),
+        ("seed: 1\nepochs: 2\nseed: 3", "not YAML .*the field seed twice.*line 3"),
+        ("seed: !!int abc", "not YAML .*a tag .*int.*line 1"),
+        ("seed: !!python/object/apply:os.getcwd []", "not YAML .*a tag .*line 1"),
+        ("seed: 2001-99-99", "not YAML .*month"),
+        ("seed: " + "9" * 5000, "not YAML .*digits"),
+        ("seed: 2001-01-01", "seed .*, expected a whole number"),
+        ("a: 1\n---\nb: 2", "not YAML .*single document"),
+        ("a: \x1b[31m", "not YAML .*special characters"),
+        ("a: " + "x" * 100_000, "100,003 characters; expected lines"),
+        ("[1, 2]", "expected lines of `field: value`, found"),
+        ("0", "expected lines of `field: value`, found '0'"),
+    ],
+)
+def test_hostile_yaml_is_one_message_in_bounded_time(text, message, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(InputError) as refused:
+        settings_from_yaml(TrainConfig, file)
+    said = " ".join(str(refused.value).split())
+    assert said.startswith(f"{file}: ")
+    assert re.search(message, said)
+    assert time.monotonic() - start < 10
+
+
+def test_a_value_without_end_is_shown_by_its_beginning():
+    value: list[Any] = ["x"]
+    for _ in range(60):
+        value = [value, value]
+    assert refusal(TrainConfig, seed=value).startswith("seed [[[")
+
+
+def test_an_empty_yaml_file_says_nothing_and_a_pipe_is_none(tmp_path):
+    (tmp_path / "a.yaml").write_text("# nothing\n")
+    assert settings_from_yaml(TrainConfig, tmp_path / "a.yaml") == TrainConfig()
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe" in refusal(settings_from_yaml, TrainConfig, tmp_path / "pipe")
 
 
 @pytest.mark.real

@@ -49,7 +49,8 @@ class TrainConfig:
     model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
     """Model folder; with --dry-run also a preset such as llama-2-7b."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Rows: JSON or JSONL with instruction/input/output, prompt/completion or messages."""
+    """Rows: JSON or JSONL with instruction/input/output, prompt/completion, messages,
+    conversations or text."""
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"

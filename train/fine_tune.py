@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jllama import bundled
-from jllama.cli.terminal import console
+from jllama.cli.terminal import command_line, console
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.adapter import (
@@ -24,7 +24,8 @@ from jllama.folders.load import load_model, save_model
 from jllama.folders.model import model_sizes, read_config
 from jllama.lora import attach
 from jllama.machine import peak_memory_mib
-from jllama.text.rows import Examples, make_examples, read_rows
+from jllama.text.row_file import read_rows
+from jllama.text.rows import Examples, make_examples
 from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.config import TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
@@ -134,6 +135,10 @@ def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, 
         )
     for problem in skipped:
         console.print(f"left out: {problem}")
+    if examples.notes:
+        noted = [f"{len(rows):,} rows {note}" for note, rows in examples.notes.items()]
+        flags = ("--model", config.model, "--prompt-style", config.prompt_style)
+        console.print(f"{'; '.join(noted)}; {command_line('lint', config.data, *flags)} lists them")
     return hold_out(examples, config.val_size, config.seed)
 
 

@@ -67,7 +67,7 @@ from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.folders.model import read_config
 from jllama.folders.run import LATEST
 from jllama.machine import AnyCase, GpuName, measured_here
-from jllama.text.rows import read_rows
+from jllama.text.row_file import read_rows
 
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax")
 PLAN_PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")

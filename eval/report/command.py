@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from eval.prompts import read_references
+from eval.prompt_file import read_references
 from eval.report import sections
 from eval.report.document import Block, Section, write_report
 from eval.report.evidence import Evidence, Figure, Missing
@@ -23,9 +23,9 @@ from jllama.cli.children import Children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line
 from jllama.errors import InputError, checked
-from jllama.folders.json_files import read_values
 from jllama.folders.manifest import file_sha256
 from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
+from jllama.text.row_file import read_rows
 
 SERIES = "average_loss_per_epoch"
 
@@ -133,7 +133,7 @@ def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
     answers: dict[str, dict[str, str]] = {}
     for name in files:
         path = Path(name)
-        if isinstance(read_values(path, "JSON of an earlier report"), list):
+        if "prompt" in read_rows(path)[0]:
             answers |= read_references(name)
             continue
         evidence = Evidence(path.parent, shown_from)

@@ -44,8 +44,8 @@ OPERATIONS: Mapping[str, Callable[..., float]] = {
     "length": len,
     "repetition": repetition,
     "feed-forward biases": lambda layers, hidden, dim: layers * (2 * hidden + dim),
-    "exact answers": lambda given, expected: sum(
-        a == b.strip() for a, b in zip(given, expected, strict=True)
+    "exact answers": lambda given, expected, stopped: sum(
+        stop and a == b.strip() for a, b, stop in zip(given, expected, stopped, strict=True)
     ),
 }
 

@@ -222,7 +222,7 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         raise Missing(f"{GENERATIONS} has no prompt")
     models = [who for who in ("base", "tuned") if who in lines[0]]
     for who in models if all("expected" in line for line in lines) else ():
-        places = ((GENERATIONS, EVERY, who), (GENERATIONS, EVERY, "expected"))
+        places = ((GENERATIONS, EVERY, name) for name in (who, "expected", f"{who}_stopped"))
         right = run.compute("exact answers", *places, form=",")
         asked = run.compute("length", (GENERATIONS, EVERY, who), form=",")
         yield Paragraph([f"Exact answers, {who}: ", right, " of ", asked, "."])

@@ -4,9 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from jllama.errors import InputError
+from jllama.folders.json_files import read_text
 
 Settings = TypeVar("Settings")
+_LONGEST = 100_000  # characters of a settings file; PyYAML reads some 50,000 a second
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -15,17 +19,45 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if it is missing or holds anything else.
     """
-    import yaml
-
+    wanted = "lines of `field: value`"
+    text = read_text(path, wanted)
+    if len(text) > _LONGEST:
+        raise InputError(f"{path}: {len(text):,} characters; expected {wanted}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; expected {wanted}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: 2001-99-99, a number of 5,000 digits
         raise InputError(f"{path}: not YAML ({error})") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected lines of `field: value`, found {str(content)[:80]!r}")
-    return content
+        raise InputError(f"{path}: expected {wanted}, found {str(content)[:80]!r}")
+    return {str(name): value for name, value in content.items()}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without what settings never need: tags, and aliases, of which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.composer.ComposerError(None, None, "an alias or anchor", event.start_mark)
+        if getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, f"a tag {event.tag}", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for name, _ in node.value:
+            if str(name.value) in names:
+                twice = f"the field {str(name.value)[:40]} twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, name.start_mark)
+            names.add(str(name.value))
+        return super().construct_mapping(node, deep)
 
 
 def settings_from_yaml(settings: type[Settings], path: str | Path) -> Settings:
@@ -42,7 +74,7 @@ def checked_settings(
 ) -> Settings:
     """Settings of these fields, which came from a file; errors as for `settings_from_yaml`."""
     try:
-        return settings(**{str(name): value for name, value in content.items()})
+        return settings(**content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

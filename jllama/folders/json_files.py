@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from jllama.errors import InputError
 
 NEW = ".new"  # ends the name of a file that is being written
-_SHOWN = 20  # problems of one file
+SHOWN = 20  # problems of one file
 
 
 class JsonLines(NamedTuple):
@@ -23,8 +24,8 @@ class JsonLines(NamedTuple):
 
 def listed(problems: Sequence[str]) -> str:
     """Problems one a line, and how many more there are."""
-    more = len(problems) - _SHOWN
-    return "\n  ".join([*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+    more = len(problems) - SHOWN
+    return "\n  ".join([*problems[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def read_bytes(path: str | Path, wanted: str) -> bytes:
@@ -34,14 +35,18 @@ def read_bytes(path: str | Path, wanted: str) -> bytes:
         wanted: what the file should be, for messages.
 
     Raises:
-        InputError: if it is missing or no file.
+        InputError: if it is missing or no file; a pipe is none, for it can be read only once.
     """
     try:
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a directory says so itself
+            raise InputError(f"{path}: a pipe or a device; write it to a file, expected {wanted}")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {wanted}") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected {wanted}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {why}; expected {wanted}") from error
 
 
 def read_text(path: str | Path, wanted: str) -> str:
@@ -64,12 +69,37 @@ def parse(text: str, source: str) -> Any:
         InputError: naming the source, and the line in it.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = "" if source.startswith("line ") else f" line {error.lineno}:"
         raise InputError(f"{source}:{line} invalid JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:  # numbers of 5,000 digits; endless nesting
         raise InputError(f"{source}: not readable as JSON ({error})") from error
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
+             float: "a number", type(None): "null"}  # fmt: skip
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} twice in one object")
+    return found
+
+
+def _integer(digits: str) -> int | float:
+    """A whole number; one of more digits than Python reads is infinite."""
+    return int(digits) if len(digits) <= 4300 else float(digits)
+
+
+# Of one row among others: what is wrong with a number in it is the matter of who reads the row.
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,39 +108,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def read_values(path: str | Path, wanted: str) -> Any:
-    """What people's JSON files hold: a list, one object, or the values of several lines as a list.
-
-    Raises:
-        InputError: if it is missing or empty, or with the numbers of all lines that are wrong.
-    """
-    return values_in(read_bytes(path, wanted), path, wanted)
-
-
-def values_in(content: bytes, path: str | Path, wanted: str) -> Any:
-    """What `read_values` gives of a file with this content, and its errors."""
-    text = decoded(content, path)
-    if not text.strip():
-        raise InputError(f"{path}: empty; expected {wanted}")
-    if text.lstrip().startswith("["):
-        return parse(text, str(path))
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    values, problems = [], []
-    for number, line in lines:
-        try:
-            values.append(parse(line, f"line {number}"))
-        except InputError as error:
-            problems.append(str(error))
-            if number == lines[0][0]:
-                try:  # one value over many lines
-                    return parse(text, str(path))
-                except InputError:
-                    continue
-    if problems:
-        raise InputError(f"{path}: {listed(problems)}")
-    return values[0] if len(values) == 1 else values
 
 
 def read_json_lines(path: Path) -> JsonLines:

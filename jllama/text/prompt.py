@@ -7,7 +7,7 @@ answer is a border between ids:
     plain    [<s>] "Name a colour.\\n" | "red" [</s>]
     alpaca   [<s>] "Below is an instruction ...### Response:\\n" | "red" [</s>]
 
-What stands right of the bar is learned; the rest is context.
+What stands right of the bar is learned; the rest is context. A row of text is learned whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,26 +15,23 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jllama.errors import InputError
+from jllama.text.messages import Message, row_messages
 from jllama.text.tokenizer import Tokenizer
 
 PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: role `system`, `user` or `assistant`; `context` is an Alpaca row's input."""
-
-    role: str
-    content: str
-    context: str = ""
+WITH_TURNS = ("llama2-chat", "llama3-chat")  # the other styles know one question and its answer
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text, or the name of one special token, and whether the model learns to write it."""
+    """Text, or the name of one special token.
+
+    Args:
+        learn: whether the model learns to write it; None: only where prompts are learned, too.
+    """
 
     text: str
-    learn: bool = False
+    learn: bool | None = None
     special: bool = False
 
 
@@ -66,6 +63,8 @@ def render(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
     """
     if style not in get_args(PromptStyle):
         raise InputError(f"prompt style {style!r}; choose from {', '.join(get_args(PromptStyle))}")
+    if [message.role for message in messages] == ["text"]:
+        return [Piece("<s>", special=True), *_answer(messages[0].content, messages[0])]
     _check(messages)
     if style == "llama3-chat":
         return _llama3(messages)
@@ -83,8 +82,15 @@ def _check(messages: Sequence[Message]) -> None:
     if system not in ([], [0]) or turns != expected[: len(turns)] or not turns:
         raise InputError(
             "expected an optional system message, then user and assistant in turn; found "
-            + ", ".join(m.role for m in messages)
+            + ", ".join(m.role for m in messages[:12])
+            + (", ..." if len(messages) > 12 else "")
         )
+
+
+def _answer(text: str, message: Message) -> list[Piece]:
+    """What the model writes, and its end; learned unless the message says otherwise."""
+    learn = message.learn is not False
+    return [Piece(text, learn), Piece("</s>", learn, special=True)]
 
 
 def _completion(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
@@ -93,10 +99,10 @@ def _completion(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
         if message.role == "system":
             system = message.content + "\n"
         elif message.role == "assistant":
-            pieces += [Piece(message.content, learn=True), Piece("</s>", learn=True, special=True)]
+            pieces += _answer(message.content, message)
         else:
-            text = _user_text(style, message)
-            pieces += [Piece("<s>", special=True), Piece(system + text)]
+            text = system + _user_text(style, message)
+            pieces += [Piece("<s>", message.learn, special=True), Piece(text, message.learn)]
             system = ""
     return pieces
 
@@ -108,40 +114,42 @@ def _llama2(messages: Sequence[Message]) -> list[Piece]:
             system = f"<<SYS>>\n{message.content}\n<</SYS>>\n\n"
         elif message.role == "user":
             text = f"[INST] {system}{_user_text('llama2-chat', message)} [/INST]"
-            pieces += [Piece("<s>", special=True), Piece(text)]
+            pieces += [Piece("<s>", message.learn, special=True), Piece(text, message.learn)]
             system = ""
         else:
-            pieces += [
-                Piece(message.content.strip(), learn=True),
-                Piece("</s>", learn=True, special=True),
-            ]
+            pieces += _answer(message.content.strip(), message)
     return pieces
 
 
 def _llama3(messages: Sequence[Message]) -> list[Piece]:
     pieces = [Piece("<s>", special=True)]
 
-    def header(role):
+    def header(role: str, learn: bool | None) -> list[Piece]:
         return [
-            Piece("<|start_header_id|>", special=True),
-            Piece(role),
-            Piece("<|end_header_id|>", special=True),
-            Piece("\n\n"),
+            Piece("<|start_header_id|>", learn, special=True),
+            Piece(role, learn),
+            Piece("<|end_header_id|>", learn, special=True),
+            Piece("\n\n", learn),
         ]
 
     for message in messages:
-        learn = message.role == "assistant"
-        text = _user_text("llama3-chat", message)
-        pieces += [*header(message.role), Piece(text, learn=learn)]
-        pieces.append(Piece("<|eot_id|>", learn=learn, special=True))
+        learn = message.learn
+        pieces += header(message.role, False if learn is False else None)
+        if message.role == "assistant":
+            learn = learn is not False
+        pieces.append(Piece(_user_text("llama3-chat", message), learn))
+        pieces.append(Piece("<|eot_id|>", learn, special=True))
     if messages[-1].role != "assistant":
-        pieces += header("assistant")
+        pieces += header("assistant", None)
     return pieces
 
 
-def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids and, for each, whether it is learned."""
-    ids, learned = [], []
+def encode(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, train_on_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Ids and, for each, whether it is learned; the first never is, for nothing precedes it."""
+    ids: list[int] = []
+    learned: list[bool] = []
     for piece in pieces:
         if not piece.special:
             new = tokenizer.encode(piece.text)
@@ -150,53 +158,20 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], li
         else:
             new = [tokenizer.special(piece.text)]
         ids += new
-        learned += [piece.learn] * len(new)
+        learned += [train_on_prompt if piece.learn is None else piece.learn] * len(new)
+    learned[:1] = [False] * len(learned[:1])
     return ids, learned
 
 
-def row_messages(row: Mapping) -> list[Message]:
-    """A data row of any of the three kinds as messages.
-
-        {"instruction": "Add.", "input": "2 and 3", "output": "5"}
-        {"prompt": "2 + 3 = ", "completion": "5"}
-        {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", ...}]}
-
-    The answer may be missing: such a row is a prompt.
+def prompt_ids(style: PromptStyle, row: Mapping, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a row without its last answer: what generation starts from.
 
     Raises:
-        InputError: if the keys are none of these or a value is not text.
+        InputError: as `row_messages` and `render`, and for a row of text, which has no prompt.
     """
-    if "messages" in row:
-        turns = row["messages"]
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise InputError("'messages' is not a list of {role, content}")
-        return [Message(_text(turn, "role"), _text(turn, "content")) for turn in turns]
-    if "instruction" in row:
-        prompt = Message("user", _text(row, "instruction"), _text(row, "input", ""))
-        answer = "output"
-    elif "prompt" in row:
-        prompt, answer = Message("user", _text(row, "prompt")), "completion"
-    else:
-        raise InputError(
-            f"keys {sorted(row)}; expected instruction/input/output, prompt/completion or messages"
-        )
-    return [prompt, Message("assistant", _text(row, answer))] if answer in row else [prompt]
-
-
-def _text(row: Mapping, key: str, default: str | None = None) -> str:
-    value = row.get(key, default)
-    if not isinstance(value, str):
-        raise InputError(f"'{key}' is {type(value).__name__}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"'{key}' is not valid Unicode at character {error.start}") from None
-    return value
-
-
-def prompt_ids(style: PromptStyle, row: Mapping, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a row without its last answer: what generation starts from."""
     messages = row_messages(row)
+    if messages and messages[-1].role == "text":
+        raise InputError("a row of text has no prompt; expected one of the other kinds")
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     return encode(render(style, messages), tokenizer)[0]

@@ -1,79 +1,29 @@
-"""A data file's rows as ids, and what of them is learned: shared by training and evaluation.
+"""Rows as ids, and what of them is learned: shared by training and evaluation.
 
 {"prompt": "2 + 3 = ", "completion": "5"}  ->  ids [1 7 8 4 2], learned [0 0 0 1 1]
 """
 
-import codecs
 import dataclasses
-import io
-import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from jllama.errors import InputError
-from jllama.folders.json_files import listed, read_bytes, values_in
-from jllama.text.prompt import PromptStyle, encode, render, row_messages
+from jllama.folders.json_files import listed
+from jllama.text.messages import Message, row_messages
+from jllama.text.prompt import WITH_TURNS, PromptStyle, encode, render
 from jllama.text.tokenizer import Tokenizer
 
-_OPEN, _COMMA, _CLOSE = (re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*") for mark in (r"\[", ",", r"\]"))
-
-
-class Rows(Sequence[dict]):
-    """The rows of a file, each parsed when it is asked for: only the file's own text is held."""
-
-    def __init__(self, content: bytes, spans: Int64[np.ndarray, "rows 2"]):
-        self._content, self._spans = content, spans
-
-    @classmethod
-    def of(cls, content: bytes) -> "Rows":
-        """Parses every row once; ValueError if there is anything else, or nothing."""
-        spans = array("q")
-        is_list = re.match(rb"\s*\[", content)
-        for row, start, stop in (_listed_rows if is_list else _line_rows)(content):
-            if not isinstance(row, dict):
-                raise ValueError(f"{type(row).__name__} at byte {start}")
-            spans.extend((start, stop))
-        if not spans:
-            raise ValueError("no rows")
-        return cls(content, np.array(spans, np.int64).reshape(-1, 2))
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Rows(self._content, self._spans[index])
-        start, stop = self._spans[index]
-        return json.loads(self._content[start:stop].decode())
-
-
-def _line_rows(content: bytes) -> Iterator[tuple[Any, int, int]]:
-    """The values of a JSONL file, and where each begins and ends."""
-    stop = 0
-    for line in io.BytesIO(content):
-        start, stop = stop, stop + len(line)
-        if not line.isspace():
-            yield json.loads(line.decode()), start, stop
-
-
-def _listed_rows(content: bytes) -> Iterator[tuple[Any, int, int]]:
-    """The values in a JSON list, and where each begins and ends."""
-    text = content.decode("latin-1")  # a character a byte: places in it are places in the file
-    mark = _OPEN.match(text)
-    while mark:
-        row, stop = json.JSONDecoder().raw_decode(text, mark.end())
-        content[mark.end() : stop].decode()  # or UnicodeDecodeError, a ValueError
-        yield row, mark.end(), stop
-        mark = _COMMA.match(text, stop)
-    if not _CLOSE.fullmatch(text, stop):
-        raise ValueError("more than a list")
+# What a tokenizer or a template somewhere would read as one token, or as a border.
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|<(?:bos|eos|pad|unk)>"
+)
 
 
 class Example(NamedTuple):
@@ -100,6 +50,8 @@ class Examples:
     learned_counts: Int32[np.ndarray, " examples"]
     rows: Int32[np.ndarray, " examples"]  # their numbers in the file
     cut: Bool[np.ndarray, " examples"]
+    # What is noteworthy of rows of the whole file, and their numbers.
+    notes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
@@ -138,28 +90,6 @@ class Examples:
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in of_each})
 
 
-def read_rows(path: str | Path) -> Sequence[dict]:
-    """The rows of a JSON list or a JSONL file.
-
-    Raises:
-        InputError: naming the line or position of what is wrong.
-    """
-    wanted = "a JSON list or one JSON object a line; give one with --data"
-    content = read_bytes(path, wanted).removeprefix(codecs.BOM_UTF8)
-    try:
-        return Rows.of(content)
-    except (ValueError, RecursionError):  # something to complain of, or one object over many lines
-        values = values_in(content, path, wanted)
-    rows = [values] if isinstance(values, dict) else values
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of objects, found {type(rows).__name__}")
-    wrong = [f"row {i}: {type(row).__name__}" for i, row in enumerate(rows)
-             if not isinstance(row, dict)]  # fmt: skip
-    if not rows or wrong:
-        raise InputError(f"{path}: expected a list of objects; found {listed(wrong) or 'no rows'}")
-    return rows
-
-
 def make_examples(
     rows: Sequence[Mapping],
     tokenizer: Tokenizer,
@@ -176,23 +106,29 @@ def make_examples(
         InputError: if more than `skip_bad_rows` rows are unusable.
     """
     problems: list[str] = []
+    notes: dict[str, array[int]] = {}
 
     def usable() -> Iterator[Example]:
         for index, row in enumerate(rows):
             try:
-                whole, learns = _encode_row(row, tokenizer, style)
+                said = row_messages(row)
+                messages = answered(said)
+                whole, learns = encode(render(style, messages), tokenizer, train_on_prompt)
                 ids = np.array(whole[:max_seq_len], np.int32)
                 learned = np.array(learns[:max_seq_len])
-                if train_on_prompt:
-                    learned[1:] = True
                 if not learned.any():
-                    raise InputError(f"its prompt fills all {max_seq_len} tokens")
+                    raise InputError(
+                        f"its prompt fills all {max_seq_len} tokens" if any(learns)
+                        else "each answer is marked as not to be learned"
+                    )  # fmt: skip
             except InputError as error:
                 problems.append(f"row {index}: {error}")
                 continue
+            for note in _notes(style, messages, dropped=len(said) > len(messages)):
+                notes.setdefault(note, array("i")).append(index)
             yield Example(index, ids, learned, cut=len(whole) > max_seq_len)
 
-    examples = Examples.of(usable())
+    examples = dataclasses.replace(Examples.of(usable()), notes=notes)
     if len(problems) > skip_bad_rows or not len(examples):
         raise InputError(
             f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "
@@ -202,13 +138,33 @@ def make_examples(
     return examples, problems
 
 
-def _encode_row(
-    row: Mapping, tokenizer: Tokenizer, style: PromptStyle
-) -> tuple[list[int], list[bool]]:
-    """A row's ids and what is learned; InputError if it has no answer."""
-    messages = row_messages(row)
-    if messages and messages[-1].role != "assistant":
+def answered(messages: Sequence[Message]) -> Sequence[Message]:
+    """A row's messages without the turns after its last answer.
+
+    Raises:
+        InputError: if there is no answer, or an empty one that would be learned as an end at once.
+    """
+    answers = [i for i, message in enumerate(messages) if message.role in ("assistant", "text")]
+    if not answers:
         raise InputError("no answer; expected output, completion or an assistant message")
-    if messages and not messages[-1].content.strip():
-        raise InputError("the answer is empty")
-    return encode(render(style, messages), tokenizer)
+    for i in answers:
+        if messages[i].learn is not False and not messages[i].content.strip():
+            before = f"message {i}: " if i < answers[-1] else ""
+            raise InputError(f"{before}the answer is empty")
+    return messages[: answers[-1] + 1]
+
+
+def _notes(style: PromptStyle, messages: Sequence[Message], dropped: bool) -> Iterator[str]:
+    """What a person should know of rows that are learned all the same; reads after "3 rows"."""
+    questions = [message for message in messages if message.role == "user"]
+    if dropped:
+        yield "end with a turn that nothing answers, which is dropped"
+    texts = [text for message in messages for text in (message.content, message.context)]
+    if any(("<" in text or "[" in text) and _SPECIAL.search(text) for text in texts):
+        yield "spell out special tokens such as </s>, which are read as plain text"
+    if any(not message.content.strip() and not message.context.strip() for message in questions):
+        yield "have an empty question"
+    if len(questions) > 1 and style not in WITH_TURNS:
+        yield f"have several questions, each of which chat sends alone in the style {style}"
+    if any(message.learn is False for message in messages):
+        yield "have messages that are marked as not to be learned"

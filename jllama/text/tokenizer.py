@@ -3,6 +3,8 @@
 import base64
 import binascii
 import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +18,7 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LONGEST_TEXT, LONGEST_RUN = 400_000, 25_000  # characters, as in Meta's llama3/tokenizer.py
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -105,7 +108,9 @@ class TiktokenTokenizer:
         self.vocab_size = self._model.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode_ordinary(text)
+        if len(text) <= LONGEST_RUN:
+            return self._model.encode_ordinary(text)
+        return [token for part in _parts(text) for token in self._model.encode_ordinary(part)]
 
     def decode(self, ids: list[int]) -> str:
         # Special tokens mark structure and are no part of an answer.
@@ -121,6 +126,21 @@ class TiktokenTokenizer:
                 f"the Llama 3 tokenizer has no {name}; choose a prompt style without it"
             )
         return self._specials[name]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text as Meta's code gives it to tiktoken, which panics at a million spaces in a row.
+
+    At most LONGEST_TEXT characters at a time, with no more than LONGEST_RUN spaces, or characters
+    without a space, in a row.
+    """
+    for part in (text[at : at + LONGEST_TEXT] for at in range(0, len(text), LONGEST_TEXT)):
+        start = 0
+        for run in re.finditer(r"\s+|\S+", part):
+            for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield part[start:end]
+                start = end
+        yield part[start:]
 
 
 @functools.cache

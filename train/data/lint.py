@@ -4,10 +4,11 @@ Shows rows with their learned tokens, counts what a run would trip over, and exi
 something would be learned wrongly or not at all.
 """
 
+import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from rich.table import Table
 
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line, console
-from jllama.errors import AtLeast0, AtLeast1, NotNegative, Seed, checked
+from jllama.cli.terminal import command_line, console, visible
+from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
+from jllama.text.messages import ignored
 from jllama.text.prompt import PromptStyle
-from jllama.text.rows import Examples, make_examples, read_rows
+from jllama.text.row_file import read_rows
+from jllama.text.rows import Examples, make_examples
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from train.data.batches import Batches, hold_out
 from train.data.view import show_row
@@ -72,7 +75,7 @@ def lint(config: LintConfig) -> None:
 
     errors = [f"{len(skipped)} rows with nothing to learn"] if skipped else []
     for problem in skipped:
-        console.print(f"  {problem}")
+        console.print(f"  {visible(problem)}")
     errors += special_token_errors(examples, tokenizer)
     held = {example.ids.tobytes() for example in held_out}
     seen = {ids for example in training if (ids := example.ids.tobytes()) in held}
@@ -82,12 +85,25 @@ def lint(config: LintConfig) -> None:
     copies = [n for n in Counter(example.ids.tobytes() for example in examples).values() if n > 1]
     console.print(f"duplicates: {len(copies)} rows occur more than once")
     console.print(f"truncated: {examples.cut.sum()} rows lose their end at {config.max_seq_len}")
+    for name, count in ignored_columns(rows).items():
+        console.print(f"ignored: column {visible(name)!r} of {count:,} rows")
+    for note, noted in examples.notes.items():
+        console.print(f"warning: {len(noted):,} rows {note}: {list(noted[:10])}")
     for error in errors:
         console.print(f"error: {error}")
     if errors:
         sys.exit(1)
     console.print(f"{len(rows):,} rows, no errors")
     console.print("next: " + command_line("train", "--model", "DIR", "--data", config.file))
+
+
+def ignored_columns(rows: Sequence[Mapping]) -> Counter[str]:
+    """Columns that nothing is made of, and in how many of the rows that can be read."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        with contextlib.suppress(InputError):
+            found.update(ignored(row))
+    return found
 
 
 def show_lengths(examples: Examples) -> None:

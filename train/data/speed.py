@@ -29,7 +29,8 @@ from jllama.cli.terminal import console
 from jllama.errors import AtLeast1, Seed, checked
 from jllama.folders.json_files import read_json, write_json
 from jllama.machine import measured_here, process_memory_mib
-from jllama.text.rows import make_examples, read_rows
+from jllama.text.row_file import read_rows
+from jllama.text.rows import make_examples
 from jllama.text.tokenizer import load_tokenizer
 from train.data.batches import Batches, hold_out
 
