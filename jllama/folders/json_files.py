@@ -131,12 +131,18 @@ def read_json_lines(path: Path) -> JsonLines:
 
 def as_line(value: Mapping[str, Any]) -> str:
     """One object as a line of a file of JSON lines."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return _text(value) + "\n"
+
+
+def _text(value: object, indent: int | None = None) -> str:
+    """JSON as text that UTF-8 can hold; a byte of a file's name that is no UTF-8 is `\\udcff`."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_json(path: Path, content: object) -> None:
     """Indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line, console
+from jllama.cli.terminal import command_line, console, show_table
 from jllama.errors import AtLeast0, AtLeast1, NotNegative, Seed, checked
 from jllama.text.prompt import PromptStyle
 from jllama.text.rows import Examples, make_examples, read_rows
@@ -92,12 +91,12 @@ def lint(config: LintConfig) -> None:
 
 def show_lengths(examples: Examples) -> None:
     """Tokens of prompts, answers and rows."""
-    table = Table("tokens", "least", "median", "mean", "most", "in all")
+    rows = []
     totals, answers = examples.lengths, examples.learned_counts
     for name, counts in ("not learned", totals - answers), ("learned", answers), ("row", totals):
         figures = (counts.min(), np.median(counts), counts.mean(), counts.max(), counts.sum())
-        table.add_row(name, *(f"{figure:,.0f}" for figure in figures))
-    console.print(table)
+        rows.append([name, *(f"{figure:,.0f}" for figure in figures)])
+    show_table(["tokens", "least", "median", "mean", "most", "in all"], rows)
 
 
 def show_plans(examples: Examples, max_seq_len: int, seed: int) -> None:

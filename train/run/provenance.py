@@ -33,5 +33,6 @@ def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
     return {
         "prompt_style": config.prompt_style,
         "seed": config.seed,
+        "turns": record["data"]["turns"],
         **{name: record[name] for name in (*IDENTITY, "tokenizer_sha256", "versions")},  # type: ignore[literal-required]
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,6 +25,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         self._size = 0  # bytes of what is being written
+        _silence_what_is_told_once_more()
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -64,7 +66,6 @@ class Checkpoints:
         return None
 
     def _whole(self, step: int) -> dict[str, np.ndarray] | None:
-        _silence_reads_that_end_late()
         how = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(), sha256=ocp.args.JsonRestore())
         try:
             stored = self._manager.restore(step, args=how)
@@ -107,8 +108,9 @@ class Checkpoints:
 
 
 @functools.cache  # once in a process
-def _silence_reads_that_end_late() -> None:
-    """Where one of Orbax's reads fails, the others find its event loop closed: no news."""
+def _silence_what_is_told_once_more() -> None:
+    """Orbax logs what it raises, and where one read or write fails others find its loop closed."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
