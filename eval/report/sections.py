@@ -286,7 +286,9 @@ def data(run: Evidence) -> Iterator[Block]:
 def reproduce(run: Evidence) -> Iterator[Block]:
     """The commands, and what must be the same."""
     yield Code(
-        command_line("train", "--config", run.folder / CONFIG, "--output-dir", "NEW")
+        command_line(
+            "train", "--config", f"{short(str(run.folder))}/{CONFIG}", "--output-dir", "NEW"
+        )
         + "\n"
         + command_line("report", "--run", "NEW")
     )

@@ -163,11 +163,11 @@ def _width(cell: str) -> int:
 
 def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Names left, values right; lines of a value stay in their column."""
-    records = Table.grid(padding=(0, 2, 0, 0))
     names = header if any(header) else [row[0] for row in rows]
-    longest = max(map(_width, names), default=0)
-    records.add_column(min_width=min(longest, console.width // 2), overflow="fold")
-    records.add_column(overflow="fold")
+    left = min(max(map(_width, names), default=0), console.width - 12)
+    records = Table.grid(padding=(0, 2, 0, 0))
+    records.add_column(width=left, overflow="fold")
+    records.add_column(width=console.width - left - 2, overflow="fold")
     for row in rows:
         if not any(header):
             records.add_row(*row)
@@ -196,25 +196,27 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        shown = next((each for each in (console, _errors) if each.file.isatty()), None)
+        terminals = (x for x in (console, _errors) if x.is_interactive and x.file.isatty())
+        shown = next(terminals, None)
         if shown is not None:
             from rich import progress
 
+            roomy = shown.width >= 60
             text: dict[str, Any] = {"markup": False}  # a note may be a foreign message
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}", **text),
-                progress.BarColumn(bar_width=None),
+                *([progress.BarColumn(bar_width=None)] if roomy else []),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn(self._unit, **text),
-                progress.TimeElapsedColumn(),
+                *([progress.TimeElapsedColumn()] if roomy else []),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[note]}", **text),
                 console=shown,
             )
-            self._bar.start()
             self._task = self._bar.add_task(
                 self._title, total=self._total, completed=self._done, note=self._note
             )
+            self._bar.start()
         elif self._note:
             self._say(self._note)
         return self

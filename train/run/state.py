@@ -18,6 +18,8 @@ from jllama.folders.files import room_for, shortage_named
 from jllama.folders.manifest import tensor_sha256
 from train.step import TrainState, on_device
 
+_YEAR = 365 * 24 * 3600
+
 
 class Checkpoints:
     """Saves in the background; a step counts only when Orbax has committed it."""
@@ -28,7 +30,12 @@ class Checkpoints:
         _silence_what_is_told_once_more()
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=True,
+                # Orbax waits by the clock on the wall, which may jump; ten minutes are its default.
+                async_options=ocp.AsyncOptions(timeout_secs=_YEAR),
+            ),
         )
 
     def save(self, state: TrainState) -> None:
