@@ -204,7 +204,7 @@ def test_a_report_shows_control_characters_and_quotes_commands(tmp_path):
     for name in ("report.html", "report.md"):
         text = (tmp_path / name).read_text()
         assert not set(text) & {"\x1b", "\x9b", "\x07", "\u202e"}
-        assert r"my run\n\x1b; rm x" in html.unescape(text)
+        assert r"$'my run\x0a\x1b; rm x'" in html.unescape(text)
 
 
 def test_repetition_counts_runs_that_stood_before():
