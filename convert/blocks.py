@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllama.cli.terminal import Progress
+from jllama.cli.terminal import Progress, console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.files import bytes_begun, room_for, whole_folder
@@ -83,9 +83,9 @@ def to_model_folder(weights: Weights, tokenizer: bytes, tokenizer_from: Path, ds
         writer = ModelWriter(folder, config, weights.source)
         _copy_blocks(weights, writer)
         writer.finish(tokenizer)
-    print(f"{config.parameter_count:,} parameters, {weights.dtype.name}, {size:,} bytes")
-    print(f"certificate: sha256 {manifest_sha256(dst)}")
-    print(f"wrote {dst}")
+    console.print(f"{config.parameter_count:,} parameters, {weights.dtype.name}, {size:,} bytes")
+    console.print(f"certificate: sha256 {manifest_sha256(dst)}")
+    console.print(f"wrote {dst}")
 
 
 def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
@@ -128,5 +128,7 @@ def block_progress(title: str, blocks: int) -> Iterator[Any]:
         try:
             yield advance
         except KeyboardInterrupt:
-            print(f"{title} stopped after {done} of {blocks} blocks; the same command goes on")
+            console.print(
+                f"{title} stopped after {done} of {blocks} blocks; the same command goes on"
+            )
             raise

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from convert.blocks import block_progress, fingerprint
 from convert.dtypes import forget
 from convert.merge import Merge, show_report
+from jllama.cli.terminal import console
 from jllama.config import tensor_shapes
 from jllama.errors import checked
 from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS
@@ -81,8 +82,10 @@ def exporting(settings: Export) -> Iterator[tuple[Path, Model]]:
             report = model.merge.report()
             write_json(folder / "merge.json", report)
             show_report(report)
-    print(f"{model.config.parameter_count:,} parameters, {model.dtype.name}, {model.size:,} bytes")
-    print(f"wrote {dst}: {', '.join(_names(dst))}")
+    console.print(
+        f"{model.config.parameter_count:,} parameters, {model.dtype.name}, {model.size:,} bytes"
+    )
+    console.print(f"wrote {dst}: {', '.join(_names(dst))}")
 
 
 def _names(folder: Path) -> list[str]:

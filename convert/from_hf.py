@@ -17,7 +17,7 @@ from convert.hf.files import open_hf
 from convert.hf.tokenizer import read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError, checked
 from jllama.folders.model import CONFIG
 
@@ -47,7 +47,7 @@ def convert(settings: FromHf) -> None:
     place = settings.tokenizer or src
     tokenizer = place.read_bytes() if place.is_file() else read_hf_tokenizer(place)
     to_model_folder(weights, tokenizer, place, dst)
-    print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
+    console.print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

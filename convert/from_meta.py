@@ -17,7 +17,7 @@ from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import command_line, console
 from jllama.errors import AtLeast1, InputError, Positive, checked
 from jllama.folders.model import CONFIG
 from jllama.text.tokenizer import FILE_NAME
@@ -56,7 +56,7 @@ def convert(settings: FromMeta) -> None:
     to_model_folder(weights, tokenizer.read_bytes(), tokenizer, dst)
     sample = src == bundled.SAMPLE and dst == Path(bundled.MODEL)
     flags = [] if sample else ["--model", dst, "--data", "FILE"]
-    print("next: " + command_line("train", *flags))
+    console.print("next: " + command_line("train", *flags))
 
 
 def _params(settings: FromMeta) -> dict:

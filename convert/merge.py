@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jllama.cli.terminal import console
 from jllama.folders.adapter import check_base, put_adapter, read_adapter
 from jllama.folders.model import read_block, read_config
 from jllama.layers import RMSNorm, Rotation, rotary_frequencies, rotation
@@ -143,17 +144,17 @@ def _run(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, rotary: Rotatio
 def show_report(report: dict[str, Any]) -> None:
     """The report in words, with a warning where half of the adapter or more is gone."""
     lost, effect = report["mean_logit_difference"], report["mean_logit_effect_of_adapter"]
-    print(
+    console.print(
         f"merged {report['adapter']}: {100 * report['share_of_weights_unchanged']:.1f} % of the "
         "adapted weights keep their stored value"
     )
-    print(
+    console.print(
         f"merged against base + adapter on {report['probe_tokens']} probe tokens: logits differ by "
         f"{lost:.2g} on average, {report['max_logit_difference']:.2g} at most (the adapter itself "
         f"moves them by {effect:.2g}); top-1 agreement {100 * report['top1_agreement']:.1f} %"
     )
     if lost > effect / 2:
-        print(
+        console.print(
             "warning: rounding ate the adapter: merging loses more than half of what it does. "
             "Export the base in a wider dtype, or keep the adapter apart"
         )

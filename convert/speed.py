@@ -34,6 +34,7 @@ from convert.meta.params import PARAMS, meta_params
 from convert.to_meta import cut_axis, even_part
 from jllama.cli import children
 from jllama.cli.command import run_command
+from jllama.cli.terminal import console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import AtLeast1, Positive, checked
 from jllama.folders.files import room_for
@@ -80,7 +81,7 @@ def measure(settings: ConvertSpeed) -> None:
             figure["peak_beyond_imports_and_two_blocks_mib"] = (
                 figure["peak_mib"] - figure["imports_mib"] - 2 * largest / _MIB
             )
-            print(
+            console.print(
                 f"{title}, {way}: {figure['seconds']:.2f} s, {figure['ratio_to_cp']:.2f}x cp; peak "
                 f"{figure['peak_mib']:,.0f} MiB, of which imports {figure['imports_mib']:,.0f}; "
                 f"the largest block has {largest / _MIB:,.0f}"
@@ -95,7 +96,7 @@ def measure(settings: ConvertSpeed) -> None:
             "figures": figures,
         }
         write_json(Path(settings.output), content)
-        print(f"wrote {settings.output}")
+        console.print(f"wrote {settings.output}")
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from convert.hf.config import hf_config
 from convert.hf.files import INDEX
 from convert.hf.tokenizer import write_hf_tokenizer
 from jllama.cli.command import run_command
+from jllama.cli.terminal import console
 from jllama.config import LlamaConfig
 from jllama.errors import checked
 from jllama.folders.json_files import write_json
@@ -51,7 +52,7 @@ def export(settings: ToHf) -> None:
             _save(folder / file, theirs)
             placed |= dict.fromkeys(theirs, file)
         write_json(folder / INDEX, {"metadata": {"total_size": model.size}, "weight_map": placed})
-    print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
+    console.print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
 
 
 def _write_small_files(src: Path, folder: Path, model: Model) -> None:

@@ -19,7 +19,7 @@ from convert.meta.archive import Archive
 from convert.meta.cuts import COLUMNS, REPLICATED, ROWS, cut_of, part_shape
 from convert.meta.params import PARAMS, meta_params
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import command_line, console
 from jllama.config import LlamaConfig
 from jllama.errors import AtLeast1, InputError, checked
 from jllama.folders.json_files import write_json
@@ -78,7 +78,7 @@ def export(settings: ToMeta) -> None:
         tokenizer = settings.src / FILE_NAME
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / FILE_NAME)
-    print("next: " + command_line("from-meta", settings.dst, "DST"))
+    console.print("next: " + command_line("from-meta", settings.dst, "DST"))
 
 
 def cut_axis(name: str, config: LlamaConfig) -> int | None:

@@ -19,6 +19,7 @@ from convert.hf.files import open_hf
 from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
 from jllama.cli.command import run_command
+from jllama.cli.terminal import console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError, checked
 from jllama.folders.manifest import MANIFEST, certificate, read_manifest
@@ -63,7 +64,9 @@ def verify(settings: Verify) -> None:
                 problems.append(str(error))
             advance(size)
     refuse_if(problems, folder, "damaged")
-    print(f"{len(manifest['tensors'])} tensors and {len(manifest['files'])} files are whole")
+    console.print(
+        f"{len(manifest['tensors'])} tensors and {len(manifest['files'])} files are whole"
+    )
     if settings.against is not None:
         compare(manifest["tensors"], config, settings.against)
 
@@ -89,8 +92,8 @@ def compare(certified: dict[str, Any], config: LlamaConfig, source: Path) -> Non
     stated = dataclasses.asdict(theirs)
     for field, value in dataclasses.asdict(config).items():
         if value != stated[field]:
-            print(f"note: {field} is {value}; {source} says {stated[field]}")
-    print(f"every tensor is byte for byte that of {source}")
+            console.print(f"note: {field} is {value}; {source} says {stated[field]}")
+    console.print(f"every tensor is byte for byte that of {source}")
 
 
 def open_weights(folder: Path) -> Weights:

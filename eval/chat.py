@@ -2,8 +2,7 @@
 
     tuned> What is the capital of Canada?
     The capital of Canada is Ottawa.
-    tuned> /both
-    both> And of Germany?
+    tuned> /both And of Germany?
     base: What is
     tuned: The capital of Germany is Berlin.
 
@@ -11,6 +10,7 @@ Turn n of a conversation is sampled with --seed plus n, so that a conversation c
 """
 
 import contextlib
+import difflib
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,20 @@ from dataclasses import fields, replace
 import jllama
 from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama.cli.command import run_command
-from jllama.cli.terminal import visible
+from jllama.cli.terminal import console
 from jllama.decode.sampling import Likeliest, Likelihood
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Positive, checked
+from jllama.folders.adapter import read_passport
 from jllama.text.prompt import WITH_TURNS, Message, PromptStyle, encode, render
 from jllama.text.tokenizer import Tokenizer
 
 COMMANDS = {
-    "/base": "the base model answers",
-    "/tuned": "the tuned model answers",
-    "/both": "both answer, the base first; the history keeps the tuned answer",
+    "/base": "the base model answers; /base TEXT asks it once",
+    "/tuned": "the tuned model answers; /tuned TEXT asks it once",
+    "/both": "both answer, the base first, and the tuned answer is kept; /both TEXT asks once",
+    "/system TEXT": "a system prompt before the conversation; /system alone removes it",
     "/set NAME VALUE": "changes how answers are sampled; /set alone shows it",
-    "/clear": "forgets the history, and counts turns from the start",
+    "/clear": "forgets the history, and counts turns from the start; keeps the system prompt",
     "/help": "shows this",
     "/quit": "ends, as Ctrl-D does; Ctrl-C stops an answer",
 }
@@ -57,6 +59,8 @@ class ChatConfig(Subject):
     """Tokens of an answer."""
     seed: AtLeast0 = 0
     """Of the first turn; each further one adds 1."""
+    system: str = ""
+    """A system prompt before the conversation."""
 
     def sampling(self) -> jllama.Sampling:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -64,8 +68,8 @@ class ChatConfig(Subject):
         return jllama.Sampling(**{k: v for k, v in chosen.items() if v is not None})
 
 
-# What /set changes: the fields that do not say who answers.
-SETTABLE = [field.name for field in fields(ChatConfig)[len(fields(Subject)) :]]
+# What /set changes: the fields that do not say who answers, or what was said before.
+SETTABLE = [field.name for field in fields(ChatConfig)[len(fields(Subject)) : -1]]
 
 
 class Chat:
@@ -74,6 +78,7 @@ class Chat:
     Args:
         voices: who can answer: "base" and, if something was tuned, "tuned"; a model each, and its
             adapter's scale.
+        turns: whether a question is asked with what was said before.
     """
 
     def __init__(
@@ -82,7 +87,9 @@ class Chat:
         style: PromptStyle,
         tokenizer: Tokenizer,
         voices: Voices,
+        turns: bool,
     ):
+        self.turns = turns
         self.config, self.style, self.tokenizer, self.voices = config, style, tokenizer, voices
         self.who = "tuned" if "tuned" in voices else "base"
         self.context = min(model.config.max_seq_len for model, _ in voices.values())
@@ -96,27 +103,37 @@ class Chat:
         """Obeys or answers one line; what is wrong with it is printed."""
         try:
             if line.startswith("/"):
-                self.obey(line.split())
+                name, *text = line.split(maxsplit=1)
+                self.obey(name, "".join(text).strip())
             elif line.strip():
                 self.ask(line.strip())
         except InputError as error:
-            print(error)
+            console.print(str(error))
         except KeyboardInterrupt:  # between two answers
-            print("[stopped]")
+            console.print("[stopped]")
 
-    def obey(self, words: Sequence[str]) -> None:
-        name, *rest = words
+    def obey(self, name: str, text: str) -> None:
+        """A command, and what follows it on the line."""
         if name == "/set":
-            self.set(rest)
+            self.set(text.split())
+        elif name == "/system":
+            self.config = replace(self.config, system=text)
+            console.print("[the system prompt is kept]" if text else "[no system prompt]")
         elif name in ("/base", "/tuned", "/both"):
             if "tuned" not in self.voices:
                 raise InputError("nothing tuned is loaded, so the base answers; start with --run, "
                                  "--adapter or --tuned")  # fmt: skip
-            self.who = name[1:]
+            before, self.who = self.who, name[1:]
+            if text:
+                try:
+                    self.ask(text)
+                finally:
+                    self.who = before
         elif name == "/clear":
             self.clear()
         elif name == "/help":
-            print("\n".join(f"{usage:17}{meaning}" for usage, meaning in COMMANDS.items()))
+            for usage, meaning in COMMANDS.items():
+                console.print(f"{usage:17}{meaning}")
         else:
             known = ", ".join(usage.split()[0] for usage in COMMANDS)
             raise InputError(f"no command {name}; there are {known} (a question that begins with "
@@ -126,16 +143,20 @@ class Chat:
         """`/set NAME VALUE`; a wrong value changes nothing."""
         now = ", ".join(f"{name} {getattr(self.config, name)}" for name in SETTABLE)
         if not words:
-            print(now)
+            console.print(now)
             return
-        if len(words) != 2 or words[0] not in SETTABLE:
+        if words[0] not in SETTABLE:
+            near = difflib.get_close_matches(words[0], SETTABLE, 1)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(SETTABLE)}"
+            raise InputError(f"no setting {words[0]}; {known}")
+        if len(words) != 2:
             raise InputError(f"/set {' '.join(words)}: expected a name and a value; now {now}")
         name, text = words
         try:
             self.config = replace(self.config, **{name: text})  # type: ignore[arg-type]
         except InputError as error:
             raise InputError(f"{error}; it stays {getattr(self.config, name)}") from None
-        print(f"{name} {getattr(self.config, name)}")
+        console.print(f"{name} {getattr(self.config, name)}")
 
     def ask(self, question: str) -> None:
         """Prints the answer of whose turn it is, and keeps it."""
@@ -144,7 +165,7 @@ class Chat:
         for name in self.voices if self.who == "both" else [self.who]:
             answer = self.answer(name, prompt)
         self.turn += 1
-        if answer and self.style in WITH_TURNS:
+        if answer and self.turns:
             self.history += [Message("user", question), Message("assistant", answer)]
 
     def prompt(self, question: str) -> list[int]:
@@ -155,16 +176,20 @@ class Chat:
         """
         room = min(self.config.max_new_tokens, self.context // 4)
         ids: list[int] = []
+        system = [Message("system", self.config.system)] if self.config.system else []
         for first in range(0, len(self.history) + 1, 2):
-            messages = [*self.history[first:], Message("user", question)]
+            messages = [*system, *self.history[first:], Message("user", question)]
             ids = encode(render(self.style, messages), self.tokenizer)[0]
             if len(ids) + room <= self.context:
                 break
         if len(ids) >= self.context:
-            raise InputError(f"the question has {len(ids)} tokens, the context of the model is "
+            what = "the question and the system prompt have" if system else "the question has"
+            raise InputError(f"{what} {len(ids)} tokens, the context of the model is "
                              f"{self.context}; ask a shorter one")  # fmt: skip
         if first:
-            print(f"[oldest turns forgotten: {first // 2}; the context is {self.context} tokens]")
+            console.print(
+                f"[oldest turns forgotten: {first // 2}; the context is {self.context} tokens]"
+            )
             del self.history[:first]
         return ids
 
@@ -172,7 +197,7 @@ class Chat:
         """Streams one answer; says where it was cut. Ctrl-C ends it where it is."""
         model, adapter_scale = self.voices[name]
         if self.who == "both":
-            print(f"{name}: ", end="", flush=True)
+            console.print(f"{name}: ", end="")
         said, cut = "", False
 
         def pieces() -> Iterator[str]:
@@ -190,15 +215,17 @@ class Chat:
         try:
             for piece in pieces():
                 said += piece
-                print(visible(piece), end="", flush=True)
-            print("" if said else "[an empty answer]")
+                console.print(piece, end="")
+            console.print("" if said else "[an empty answer]")
         except KeyboardInterrupt:
-            print(" [stopped]")
+            console.print(" [stopped]")
         room = model.config.max_seq_len - len(prompt)
         if cut and room < self.config.max_new_tokens:
-            print(f"[cut at {room} tokens: the context is full; /clear makes room]")
+            console.print(f"[cut at {room} tokens: the context is full; /clear makes room]")
         elif cut:
-            print(f"[cut at {self.config.max_new_tokens} tokens; /set max_new_tokens changes that]")
+            console.print(
+                f"[cut at {self.config.max_new_tokens} tokens; /set max_new_tokens changes that]"
+            )
         return said
 
 
@@ -212,19 +239,26 @@ def chat(config: ChatConfig) -> None:
     if config.temperature is None:
         default = 0.0 if is_of_sample(settings) else jllama.Sampling.temperature
         config = replace(config, temperature=default)
-    talk = Chat(config, style, tokenizer, load_voices(config))
-    print(f"{config.adapter or config.tuned or config.model}, prompt style {style}; /help lists "
-          "commands")  # fmt: skip
-    if style not in WITH_TURNS:
-        print(f"[{style} has no turns: each question is sent alone, without what was said before]")
+    turns = style in WITH_TURNS or trained_on_turns(config)
+    system = config.system.encode("utf-8", "replace").decode()  # a flag may hold any bytes
+    config = replace(config, system=system)
+    talk = Chat(config, style, tokenizer, load_voices(config), turns)
+    console.print(
+        f"{config.adapter or config.tuned or config.model}, prompt style {style}; /help lists "
+        "commands"
+    )
+    if not turns:
+        console.print(
+            "[trained on rows of one question: each question is sent alone, without what was said "
+            "before]"
+        )
 
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() edits lines with it
-    for file in (sys.stdin, sys.stdout):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # a wrong byte is no reason to end
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a wrong byte is no reason to end
     while True:
         try:
             line = input(f"{talk.who}> " if terminal else "")
@@ -233,13 +267,21 @@ def chat(config: ChatConfig) -> None:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            print()  # the line is cleared
+            console.print()  # the line is cleared
             continue
         if line.split() == ["/quit"]:
             return
         talk.read(line)
     if terminal:
-        print()
+        console.print()
+
+
+def trained_on_turns(config: ChatConfig) -> bool:
+    """Whether the tuned model, asked in its own style, has seen rows of several questions."""
+    result = config.adapter or config.tuned
+    passport = read_passport(result) if result else {}
+    own = passport.get("prompt_style") == config.prompt_style
+    return own and passport.get("turns", 1) > 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
 
 import jllama
 from eval.likelihood import score_sequences
@@ -29,7 +28,7 @@ from eval.prompt_file import read_prompts, read_references
 from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import Progress, console, visible
+from jllama.cli.terminal import Progress, console, show_table
 from jllama.decode.sampling import Likeliest
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
 from jllama.folders.json_files import write_json_lines
@@ -212,10 +211,7 @@ def show(generations: Sequence[dict], models: Sequence[str]) -> None:
     shown = generations[:8]
     answers = [key for key in shown[0] if key.endswith("answer")]
     columns = ["prompt", *models, *(["expected"] if "expected" in shown[0] else []), *answers]
-    table = Table(*map(visible, columns), show_lines=True)
-    for generation in shown:
-        table.add_row(*(visible(str(generation.get(column, ""))) for column in columns))
-    console.print(table)
+    show_table(columns, [[str(row.get(column, "")) for column in columns] for row in shown])
     if len(generations) > len(shown):
         console.print(f"... and {len(generations) - len(shown)} more in the file")
     known = [generation for generation in generations if "expected" in generation]

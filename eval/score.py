@@ -13,24 +13,20 @@ All in nats, over the tokens that training learns from (the answer and its end t
 The network runs in --precision; logits and log-softmax are fp32, sums over tokens fp64.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
 
 import jllama
 from eval.exact import exact_answers, short_answers
 from eval.likelihood import Learned, Score, count_batches, score_sequences
 from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
-from jllama.cli.terminal import Progress, console
+from jllama.cli.terminal import Progress, console, print_json, quiet_if, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
 from jllama.folders.json_files import read_json
 from jllama.folders.manifest import read_manifest, write_sealed
@@ -196,15 +192,16 @@ def rates(who: str, scores: Sequence[Score]) -> dict[str, Any]:
 def show(result: Mapping[str, Any]) -> None:
     """The figures of the models side by side, and what tuning changed."""
     models = [who for who in ("base", "tuned") if who in result]
-    table = Table("", *models, *(["change"] if len(models) > 1 else []))
+    rows = []
     for title, (part, name) in SHOWN.items():
         values = [result[who][part].get(name) for who in models]
         known = [value for value in values if value is not None]
         if known:
             cells = ["" if value is None else f"{value:.4f}" for value in values]
-            change = [f"{known[1] - known[0]:+.4f}"] if len(known) > 1 else []
-            table.add_row(title, *cells, *change)
-    console.print(table)
+            both = len(known) > 1
+            change = [f"{known[1] - known[0]:+.4f}" if both else ""] if len(models) > 1 else []
+            rows.append([title, *cells, *change])
+    show_table(["", *models, *(["change"] if len(models) > 1 else [])], rows)
     console.print(
         f"{result['rows']} rows, {result['tokens']} answer tokens; {result['cut']} rows cut at "
         f"{result['settings']['max_seq_len']} tokens, {len(result['skipped'])} left out"
@@ -217,13 +214,9 @@ def score_data(config: ScoreConfig) -> None:
     output = Path(asked.output) if asked.output else Path(config.run) / SCORES
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
-    if not config.json:
+    with quiet_if(config.json):
         result = measure(config)
-        show(result)
-    else:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the object alone
-            result = measure(config)
-        print(json.dumps(result, ensure_ascii=False))
+    print_json(result) if config.json else show(result)
     if asked.output or not config.json:
         write_sealed(output, result)
     if not config.json:

@@ -6,13 +6,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import pwd
+import resource
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BeforeValidator
+
+from jllama.errors import InputError
 
 # The cards that can be planned for; `train.plan.cards` has their sizes.
 GpuName = Literal[
@@ -21,6 +26,7 @@ GpuName = Literal[
 ]  # fmt: skip
 AnyCase = BeforeValidator(lambda name: name.lower() if isinstance(name, str) else name)
 
+ADDRESS_SPACE_MIB = 2560  # of the smallest run: what JAX and its threads map, hardly any of it used
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -78,9 +84,61 @@ def process_memory_mib(kind: str = "VmHWM") -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().split(f"{kind}:")[1].split()[0]) / 2**10
-    import resource  # not there on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+def host_memory_mib() -> int:
+    """Memory and swap that this process could have at most: the machine's, or its container's.
+
+    0 where the system does not tell it.
+    """
+    table = _meminfo()
+    limits = [table["MemTotal"]] if table else []
+    limits += [limit for limit in map(_limit_mib, _CONTAINER_LIMITS) if limit]
+    return min(limits) + table.get("SwapTotal", 0) if limits else 0
+
+
+def free_memory_mib() -> int:
+    """Of `host_memory_mib`, what other processes leave; swap left out."""
+    return min(_meminfo().get("MemAvailable", 0), host_memory_mib())
+
+
+# Of cgroups, version 2 and 1.
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)  # fmt: skip
+
+
+def _meminfo() -> dict[str, int]:
+    """{"MemTotal": 24000, ...} in MiB; empty elsewhere than on Linux."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    rows = (line.replace(":", " ").split() for line in text.splitlines())
+    return {name: int(kib) // 2**10 for name, kib, *_ in rows}
+
+
+def _limit_mib(file: str) -> int:
+    """A container's limit; 0 where there is none."""
+    try:
+        return int(Path(file).read_text(encoding="ascii")) // 2**20
+    except (OSError, ValueError):  # "max"
+        return 0
+
+
+def refuse_small_address_space() -> None:
+    """XLA ends a process without a word of ours where it can map no more.
+
+    Raises:
+        InputError: below what the bundled sample needs.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIB * 2**20:
+        raise InputError(
+            f"this process may use {limit // 2**20:,} MiB of address space, and the least that "
+            f"works is {ADDRESS_SPACE_MIB:,}; raise it with: ulimit -v unlimited"
+        )
 
 
 def peak_memory_mib() -> float:
@@ -99,13 +157,26 @@ def user_cache(name: str) -> Path:
     Raises:
         OSError: if it cannot be made, or belongs to somebody else.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = home / "jllama" / name
+    folder = _cache_home() / "jllama" / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
     folder.chmod(0o700)
     return folder
+
+
+def _cache_home() -> Path:
+    """By the XDG specification: a variable that is empty or relative is as if it were not set."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():
+        return named
+    home = os.environ.get("HOME", "")
+    if not home:
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            raise FileNotFoundError("this user has no home directory") from None
+    return Path(home) / ".cache"
 
 
 def use_cpu() -> None:
@@ -126,10 +197,14 @@ def pass_over_absent_gpu() -> None:
 
 
 def use_private_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache; private, for they are executable code."""
+    """Keeps compiled programs in the user's cache; private, for they are executable code.
+
+    What cannot be read there or written costs a compilation, and no word.
+    """
     import jax
 
-    with contextlib.suppress(OSError):  # a read-only home costs a compilation, not the run
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    with contextlib.suppress(OSError):
         jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
 
 

@@ -126,9 +126,60 @@ def test_both_answer_from_one_history_that_keeps_the_tuned_answer(place, heard, 
 def test_styles_without_turns_send_the_question_alone_and_say_so(heard, talk):
     out = talk("Say 3.", "Say 3.")
     assert heard[0]["prompt"] == heard[1]["prompt"]
-    assert "report has no turns" in out
+    assert "[trained on rows of one question: each question is sent alone" in out
     out = talk("Say 3.", arguments=["--prompt-style", "llama3-chat", "--max-new-tokens", "4"])
-    assert "no turns" not in out
+    assert "sent alone" not in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts"),
+    [("single", ["report", "report"]), ("several", ["report", "history"])],
+)
+def test_chat_keeps_history_wherever_training_did(
+    place, tmp_path, heard, talk, rows, prompts, capsys
+):
+    turns = [{"role": role, "content": "Say 3."} for role in ("user", "assistant")]
+    data = [{"messages": turns * (2 if rows == "several" else 1)}] * 4
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    train([
+        "--model", str(place / "model"), "--data", str(tmp_path / "rows.json"), "--precision",
+        "fp32", "--output-dir", str(tmp_path / "run"), "--prompt-style", "report", "--epochs", "1",
+        "--max-seq-len", "64", "--train-on-prompt",
+    ])  # fmt: skip
+    out = talk("Say 3.", "Say 4.", of=tmp_path / "run")
+    tokenizer = jllama.load_tokenizer(place / "model")
+    messages = [Message("user", "Say 3."), Message("assistant", heard[0]["text"])]
+    asked = {
+        "report": [Message("user", "Say 4.")],
+        "history": [*messages, Message("user", "Say 4.")],
+    }[prompts[1]]
+    assert heard[1]["prompt"] == encode(render("report", asked), tokenizer)[0]
+    assert ("sent alone" in out) == (rows == "single")
+    own = ["--prompt-style", "plain", "--max-new-tokens", "4"]  # another style has seen no turns
+    assert "sent alone" in talk("Say 3.", of=tmp_path / "run", arguments=own)
+
+
+def test_one_question_may_go_to_both(heard, talk):
+    out = talk("/both Say  3.", "Say 4.", "/base Say 5.", "Say 6.")
+    assert [row["scale"] for row in heard] == [0, 1, 1, 0, 1]
+    assert heard[0]["prompt"] == heard[1]["prompt"]
+    assert out.count("base: ") == out.count("tuned: ") == 1
+
+
+@pytest.mark.parametrize("style", ["report", "plain", "alpaca", "llama3-chat"])
+def test_a_system_prompt_is_in_every_prompt_until_it_is_removed(place, heard, talk, style):
+    arguments = ["--prompt-style", style, "--temperature", "0", "--max-new-tokens", "4",
+                 "--system", "Be brief."]  # fmt: skip
+    out = talk(
+        "Say 3.", "/clear", "/system Be  kind.", "Say 3.", "/clear", "/system", "Say 3.",
+        arguments=arguments,
+    )  # fmt: skip
+    tokenizer = jllama.load_tokenizer(place / "model")
+    for row, system in zip(heard, ("Be brief.", "Be  kind.", ""), strict=True):
+        messages = [Message("system", system)] if system else []
+        messages.append(Message("user", "Say 3."))
+        assert row["prompt"] == encode(render(style, messages), tokenizer)[0]
+    assert "[no system prompt]" in out
 
 
 def test_every_setting_reaches_the_next_answer(heard, talk):
@@ -158,9 +209,14 @@ def test_every_setting_reaches_the_next_answer(heard, talk):
             "/set top_k 99999999999",
             "top_k 99999999999, expected a whole number, at least 0 and at most 2147483647",
         ),
-        ("/set colour red", "/set colour red: expected a name and a value; now temperature 0.6"),
+        ("/set colour red", "no setting colour; there are temperature, top_p, top_k, min_p, "),
+        ("/set temprature 1", "no setting temprature; did you mean temperature?"),
+        ("/set system x", "no setting system; there are temperature, top_p"),
         ("/set seed", "/set seed: expected a name and a value"),
-        ("/hello there", "no command /hello; there are /base, /tuned, /both, /set, /clear, /help"),
+        (
+            "/hello there",
+            "no command /hello; there are /base, /tuned, /both, /system, /set, /clear, /help",
+        ),
     ],
 )
 def test_a_wrong_command_says_why_and_changes_nothing(heard, talk, line, message):

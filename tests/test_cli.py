@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from random_models import BASE, model_folder
 
 from jllama import bundled
 from jllama.cli import children, script
-from jllama.cli.terminal import command_line, visible
+from jllama.cli.command import run_command
+from jllama.cli.terminal import command_line
+from jllama.errors import checked
 
 TRAPS = ("train.py", "convert.py", "eval.py", "jllama.py", "json.py")
 
@@ -76,8 +80,81 @@ def test_hints_are_quoted_for_the_shell():
     )
 
 
-def test_control_characters_are_made_visible():
-    assert visible("a\x1b[31m\tb\n\x07\x9b") == "a␛[31m\tb\n␇\ufffd"
+@checked
+class Nothing:
+    """Settings of a command without flags."""
+
+
+def ended(capsys, function):
+    """The exit code of a command that does this, and what it says on stderr."""
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda _: function(), Nothing, [], name="train", gpu=False)
+    return end.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (children.InputError("a\x1b\nb"), 2, "jllama train: a␛\n  b\n"),
+        (OSError(27, "File too large"), 2, "jllama train: [Errno 27] File too large\n"),
+        (MemoryError("Unable to allocate 9 GiB"), 2, "out of memory: Unable to allocate 9 GiB; "),
+        (MemoryError(), 2, "out of memory: this process may take no more; use a smaller model"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore"), 2, "RESOURCE_EXHAUSTED: 9 bytes; "),
+        (KeyboardInterrupt(), 130, "jllama train: interrupted\n"),
+    ],
+)
+def test_a_failure_that_is_nobodys_mistake_is_one_message(error, code, message, capsys):
+    found, said = ended(capsys, raising(error))
+    assert found == code
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_mistake_of_ours_is_not_hidden():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(lambda _: raising(RuntimeError("a bug"))(), Nothing, [], name="x", gpu=False)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_command_without_its_children_and_files(
+    number, code, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started = []
+    popen = subprocess.Popen
+
+    def noted(*arguments, **how):
+        started.append(popen(*arguments, **how))
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+
+    def measure():
+        with tempfile.TemporaryDirectory():
+            children.Children().run("timeit", ["-n", "1", "-r", "1", "import time; time.sleep(60)"])
+
+    before = signal.getsignal(number)
+    found, said = ended(capsys, measure)
+    assert (found, said) == (code, "")
+    assert started[0].returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_hangup_stays_ignored():  # nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_command(lambda _: os.kill(os.getpid(), signal.SIGHUP), Nothing, [], name="x", gpu=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
@@ -125,25 +202,35 @@ def test_commands_run_whatever_lies_in_the_working_directory(traps, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_child_ends_with_its_parent(number):
-    parent = (
-        "from jllama.cli import children\n"
-        "words = ['-n', '1', '-r', '1', '-s', "
-        "'import os, time; print(os.getpid(), flush=True)', 'time.sleep(60)']\n"
-        "import subprocess\n"
-        "subprocess.run(children.command('timeit', words))"
-    )
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_children_and_theirs_end_with_their_parent(number):
+    def starts(code):
+        """A program that starts a child of ours, which runs another program."""
+        words = ["-n", "1", "-r", "1", code]
+        return (
+            "import os, subprocess\nfrom jllama.cli import children\n"
+            f"print(os.getpid(), flush=True)\nsubprocess.run(children.command('timeit', {words}))"
+        )
+
+    inner = starts("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", starts(inner)], stdout=subprocess.PIPE) as process:
         assert process.stdout
-        child = int(process.stdout.readline())
+        family = [int(process.stdout.readline()) for _ in range(3)]
+        assert len(set(family)) == 3
         process.send_signal(number)
         process.wait(10)
     for _ in range(100):
-        if not alive(child):
+        if not any(map(alive, family)):
             return
         time.sleep(0.1)
-    pytest.fail(f"process {child} lives on")
+    pytest.fail(f"of {family} some live on")
+
+
+def test_a_child_is_heard_line_by_line():
+    heard = []
+    done = children.Children().run("jllama", ["--help"], heard=heard.append)
+    assert done.output == "".join(heard)
+    assert heard[0] == "usage: jllama COMMAND [--help] ...\n"
 
 
 def alive(number: int) -> bool:

@@ -56,6 +56,18 @@ def test_torch_stays_in_convert_and_optax_in_train(path):
     assert "optax" not in tops(path) or package(path) == "train"
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_people_are_told_through_the_console_alone(path):
+    """Only it makes control characters visible; children answer their parents in JSON."""
+    if name_of(path) in ("jllama.cli.terminal", "jllama.machine", "train.plan.compiled",
+                         "convert.speed_side"):  # fmt: skip
+        return
+    called = {x.func.id for x in ast.walk(ast.parse(path.read_text()))
+              if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}  # fmt: skip
+    assert "print" not in called
+    assert not {"rich.table", "rich.console"} & imported(path)
+
+
 def test_no_file_imports_itself_by_way_of_others():
     graph = {name: imported(path, nested=False) & MODULES.keys() for name, path in MODULES.items()}
     assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # CycleError names one

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from random_models import BASE, model_folder
 
 import jllama
 from train.config import TrainConfig
@@ -23,6 +24,18 @@ def test_the_sample_is_clean_and_its_first_row_is_shown(capsys):
     assert f"⟦ {first['output']}</s>⟧" in said
     assert "BOS: 661 in 661 rows; 661 rows end in a stop token" in said
     assert "661 rows, no errors" in said
+
+
+def test_control_characters_of_rows_and_names_are_shown_as_pictures(tmp_path, capsys):
+    row = {"prompt": "a\x1b[31mRED\x1b]0;owned\x07", "completion": "\x1b[2Jb\x9b31m"}
+    file = tmp_path / "rows\x1b.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    main([str(file), "--model", str(model_folder(tmp_path, BASE | {"n_layers": 1}))])
+    said = capsys.readouterr().out
+    assert "a␛[31mRED␛]0;owned␇" in said
+    assert "␛[2Jb" in said
+    assert not set(said) & {"\x1b", "\x07", "\x9b"}
+    assert r"rows\x1b.jsonl'" in said  # in the next command, as a shell takes it
 
 
 def test_rows_that_teach_nothing_end_in_code_1(tmp_path, capsys):

@@ -4,6 +4,7 @@ The 7B tests compile for an H200 that is not there; they need the packages of th
 """
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import jax
 import pytest
 from random_models import BASE, model_folder
 
+from jllama.cli.children import Done
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
+from jllama.folders import load
+from jllama.folders.model import read_config
 from jllama.folders.run import RunFolder
 from jllama.sharding import make_mesh
 from train.lora import main as train
@@ -286,6 +290,79 @@ def test_asking_twice_compiles_once(monkeypatch):
     assert again == first
 
 
+def test_planning_says_what_it_does_and_tells_each_program(monkeypatch, capsys):
+    class Compiler:
+        def run(self, module, arguments, *, given, environment, heard):
+            for request in pickle.loads(given):
+                length = request.step.max_seq_len
+                heard("a library's line\n")
+                heard(
+                    json.dumps({"classes": {"x": length}, "host": 0, "compile_seconds": 1}) + "\n"
+                )
+            return Done(0, "", "")
+
+        def stop(self):
+            raise AssertionError
+
+    monkeypatch.setattr(planner, "Children", Compiler)
+    monkeypatch.setattr(planner, "_remembered", lambda request: None)
+    monkeypatch.setattr(planner, "_remember", lambda request, found: None)
+    lengths = [32, 64, 96, 128, 160]
+    requests = [Request(seven(max_seq_len=n)) for n in lengths]
+    plans = make_plans(requests, H200, present=True)
+    assert [plan.peak for plan in plans] == lengths
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "plan 0/5 programs  compiling steps to plan with"
+    assert said[-1] == "plan 5/5 programs"
+    make_plans(requests[:1], H200, present=True)
+    assert "plan 0/1 programs  compiling block remat, 1 x 32" in capsys.readouterr().out
+
+
+def test_a_step_that_cannot_be_compiled_stops_the_other(monkeypatch):
+    stopped = []
+
+    class Compiler:
+        def run(self, *_, **__):
+            return Done(1, "", "what went wrong")
+
+        def stop(self):
+            stopped.append(True)
+
+    monkeypatch.setattr(planner, "Children", Compiler)
+    monkeypatch.setattr(planner, "_remembered", lambda request: None)
+    with pytest.raises(InputError, match="could not be compiled: what went wrong"):
+        make_plans([Request(seven()), Request(seven(max_seq_len=64))], H200, present=True)
+    assert stopped
+
+
+# Weights, adapters, moments and accumulator of 7B, in MiB: bf16 12,852 + 128, fp32 twice the first.
+@pytest.mark.parametrize(
+    ("limit", "more", "would"),
+    [
+        (12_900, {}, "a model of the size of llama-3.2-3b with --precision bf16 (6,"),
+        (13_000, {}, ""),
+        (24_000, {"precision": "fp32"}, "fit: --precision bf16 (12,9"),
+        (24_000, {"precision": "fp32"}, "; a GPU such as rtx-5090"),
+        (26_000, {"precision": "fp32"}, ""),
+        (100_000, {"lora": None}, "fit: --tune lora (12,9"),
+        (0, {"lora": None}, ""),  # a system that does not tell
+    ],
+)
+def test_only_what_certainly_cannot_fit_is_refused(monkeypatch, limit, more, would):
+    monkeypatch.setattr(auto, "host_memory_mib", lambda: limit)
+    step = replace(seven(), **more)
+    if not would:
+        auto.refuse_what_cannot_fit(step)
+        return
+    with pytest.raises(InputError) as refused:
+        auto.refuse_what_cannot_fit(step)
+    said = str(refused.value)
+    held = sum(arithmetic.memory_classes(step).values()) / MIB
+    assert f"holds {held:,.0f} MiB (" in said
+    assert f"of {limit:,}, whatever --remat and --micro-batch-size are" in said
+    assert would in said
+
+
 # --- in train.lora ---
 
 
@@ -303,6 +380,37 @@ def flags(place, output, *more):
         "--model", str(place / "model"), "--data", str(place / "rows.json"), "--output-dir",
         str(output), "--precision", "fp32", "--epochs", "1", "--max-seq-len", "32", *more,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["block", "auto"])
+def test_a_run_that_cannot_fit_is_told_before_anything_is_loaded_or_compiled(
+    place, tmp_path, capsys, monkeypatch, remat
+):
+    monkeypatch.setattr(auto, "host_memory_mib", lambda: 100)
+    monkeypatch.setattr(auto, "memory_classes", lambda step: {"base_weights": 13_000 * MIB})
+    for name in ("load_examples", "choose", "load_model", "run_steps"):
+        monkeypatch.setattr(f"train.fine_tune.{name}", None)
+    with pytest.raises(SystemExit) as ended:
+        train(flags(place, tmp_path / "run", "--remat", remat))
+    assert ended.value.code == 2
+    assert "this run cannot fit this machine's memory: it holds 13,000" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_may_not_fit_a_cpu_is_warned_about(monkeypatch):
+    here = replace(planner.replace(H200, name="here"), memory_mib=20_000)
+    monkeypatch.setattr(auto, "cpu", lambda: here)
+    assert auto.warning_if_short(seven()) == ""
+    said = auto.warning_if_short(seven(remat="none", micro_batch_size=8, max_seq_len=1024))
+    assert re.search(r"estimated at 4\d,\d+ MiB, and 20,000 are free.* is estimated at 1\d,", said)
+
+
+def test_a_model_larger_than_this_machine_is_not_loaded(place, monkeypatch):
+    monkeypatch.setattr(load, "host_memory_mib", lambda: 1)
+    config = replace(read_config(place / "model"), dim=1024)
+    monkeypatch.setattr(load, "read_config", lambda _: config)
+    with pytest.raises(InputError, match=r"its weights take .* MiB, and this machine has 1; use"):
+        load.load_model(place / "model")
 
 
 AUTO = ("--remat", "auto", "--micro-batch-size", "auto", "--gradient-accumulation-steps", "8")

@@ -8,7 +8,8 @@ import pytest
 from random_models import BASE, model_folder
 
 import jllama
-from eval.prompts import REPORT_PROMPTS, main
+from eval.prompts import REPORT_PROMPTS, main, show
+from jllama.cli.terminal import console
 from jllama.decode.generate import decode, prefill
 from jllama.lora import adapted_linears
 from jllama.text.prompt import prompt_ids
@@ -29,6 +30,16 @@ def place(tmp_path_factory):
         "--output-dir", str(root / "run"), "--prompt-style", "report", "--epochs", "1",
     ])  # fmt: skip
     return root
+
+
+def test_what_commands_a_terminal_is_shown_as_pictures_side_by_side(capsys, monkeypatch):
+    for width in (120, 40):
+        monkeypatch.setattr(console, "_width", width)
+        show([{"prompt": "a\x1b[2J", "base": "b\x9b1m", "x_answer": "c\x1b]8;;u\x07"}], ["base"])
+        said = capsys.readouterr().out
+        assert not set(said) & {"\x1b", "\x9b", "\x07"}
+        assert "a␛[2J" in said
+        assert "c␛]8;;u␇" in said
 
 
 def answers(path):

@@ -1,5 +1,6 @@
 """The report: every number followed back to its file, what is missing said, and the page seen."""
 
+import html
 import json
 import math
 import re
@@ -14,7 +15,9 @@ from random_models import BASE, model_folder
 
 from eval.ablate.command import main as ablate
 from eval.report.command import main as report
+from eval.report.document import Code, Heading, Paragraph, Picture, Section, Table, write_report
 from eval.report.evidence import repetition
+from jllama.cli.terminal import command_line
 from train.lora import main as train
 
 pytestmark = pytest.mark.integration
@@ -172,6 +175,36 @@ def test_the_report_says_what_was_trained(made, page):
     for name in re.findall(r"\((report-\S+\.svg)\)", markdown):
         assert (made / "run" / name).read_text().startswith("<svg")
     assert not re.search(r'(src|href)="(?!#|data:)', html)  # asks for nothing
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    sections = [Section("One", [Paragraph(["a"]), Picture("loss", "<svg></svg>", "a curve")])]
+    write_report(tmp_path, "first", sections)
+    names = ["report-loss.svg", "report.html", "report.md"]
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.name == "report.md.new":
+            write(path, content[:10])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report(tmp_path, "second", sections)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_shows_control_characters_and_quotes_commands(tmp_path):
+    command = command_line("report", "--run", "my run\n\x1b; rm x")
+    blocks = [Paragraph(["a\x1b[2J\u202e"]), Code(command), Heading("\x9b"),
+              Table(["h"], [["\x07"]])]  # fmt: skip
+    write_report(tmp_path, "t\x1b", [Section("One", blocks)])
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text()
+        assert not set(text) & {"\x1b", "\x9b", "\x07", "\u202e"}
+        assert r"$'my run\x0a\x1b; rm x'" in html.unescape(text)
 
 
 def test_repetition_counts_runs_that_stood_before():

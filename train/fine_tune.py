@@ -31,7 +31,13 @@ from train.config import TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
 from train.data.view import show_row
 from train.loop import fit
-from train.plan.auto import choose, out_of_memory_explained, step_of
+from train.plan.auto import (
+    choose,
+    out_of_memory_explained,
+    refuse_what_cannot_fit,
+    step_of,
+    warning_if_short,
+)
 from train.run.folder import check_folder, run_folder
 from train.run.provenance import make_passport
 from train.run.show import run_facts, show_end, show_plan, show_settings, without_effect
@@ -48,6 +54,7 @@ def fine_tune(config: TrainConfig) -> None:
     config = with_sample(config)
     check_folder(config)
     llama = read_config(config.model)
+    refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
@@ -63,6 +70,8 @@ def fine_tune(config: TrainConfig) -> None:
     show_row(training[0], tokenizer)
 
     step = step_of(config, llama, lora, longest)
+    if warning := warning_if_short(step):
+        console.print(warning)
     with out_of_memory_explained(step):
         warmup = round(config.warmup_ratio * steps)
         facts = run_facts(step, batches, (training, held_out), steps, warmup)

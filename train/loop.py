@@ -93,7 +93,9 @@ def fit(
         metrics = Metrics(run, start, evaluated, config.wandb_project)
         stack.callback(metrics.close)
         stop = stack.enter_context(StopSignal())
-        progress = stack.enter_context(Progress("train", steps, "steps", start))
+        progress = stack.enter_context(
+            Progress("train", steps, "steps", start, note="compiling the step")
+        )
         reports = Reports(metrics, progress, batches, schedule, programs)
 
         def evaluate_now() -> None:

@@ -1,6 +1,7 @@
 """One compiled call per optimizer step."""
 
 import functools
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -167,20 +168,24 @@ def evaluate(
 class Programs:
     """`train_step`, compiled once for each shape of window: another placement is an error.
 
-    `planned_bytes` is what XLA's buffer assignment of the largest takes on one device.
+    `planned_bytes` is what XLA's buffer assignment of the largest takes on one device,
+    `compile_seconds` how long all of them took to compile.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
         self._static: dict[str, Any] = {"graphdef": graphdef, "optimizer": optimizer}
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.planned_bytes = 0
+        self.compile_seconds = 0.0
 
     def __call__(
         self, state: TrainState, frozen: nnx.State, window: Window, key: Key[Array, ""]
     ) -> tuple[TrainState, StepMetrics]:
         shape = window.tokens.shape
         if shape not in self._compiled:
+            started = time.perf_counter()
             program = train_step.lower(state, frozen, window, key, **self._static).compile()
+            self.compile_seconds += time.perf_counter() - started
             self._compiled[shape] = program
             size = planned_bytes(program.memory_analysis())
             self.planned_bytes = max(self.planned_bytes, size)

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
-
 from eval.ablate.analysis import analyse, memory_disorder
 from eval.ablate.cells import Figures
 from eval.ablate.figures import WORDS
-from jllama.cli.terminal import console
+from jllama.cli.terminal import console, show_table
 
 # Kind of ablation -> title -> figure.
 COLUMNS = {
@@ -34,18 +31,14 @@ def show(cells: Sequence[Figures], note: str = "") -> None:
     """A table of the cells with a note below, and what follows from them."""
     planned = any("peak_mib" in cell for cell in cells)
     columns = COLUMNS["planned" if planned else "measured"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for title in ("", "tune", "remat", "batch"):
-        table.add_column(title, no_wrap=True)
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for cell in cells:
         batch = f"{cell['micro_batch_size']} x {cell['accumulation']}"
         figures = [_shown(cell, figure) for figure in columns.values()]
         if "failed" in cell:
             figures[0] = "no memory"
-        table.add_row(cell["precision"], cell["tune"], cell["remat"], batch, *figures)
-    console.print(table)
+        rows.append([cell["precision"], cell["tune"], cell["remat"], batch, *figures])
+    show_table(["", "tune", "remat", "batch", *columns], rows)
     console.print("batch: sequences in a micro-batch x micro-batches in a step")
     if note:
         console.print(note)

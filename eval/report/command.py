@@ -21,7 +21,7 @@ from eval.report.sections import Reference, lacking
 from eval.report.techniques import techniques
 from jllama.cli.children import Children
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError, checked
 from jllama.folders.manifest import file_sha256
 from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
@@ -92,8 +92,8 @@ def report(config: ReportConfig) -> None:
         written.insert(0, Section("Not complete", cut))
     model = Path(str(run.content(CONFIG).get("model", ""))).name
     files = write_report(folder, f"Fine-tuning {model or 'a model'}: report", written)
-    print(f"wrote {', '.join(map(str, files))}")
-    print(f"next: open {folder / 'report.html'} in a browser")
+    console.print(f"wrote {', '.join(map(str, files))}")
+    console.print(f"next: open {folder / 'report.html'} in a browser")
 
 
 def _complete(write: Write, advice: str) -> Iterator[Block]:
@@ -116,7 +116,7 @@ def make_missing(run: Evidence) -> dict[str, str]:
         if run.has(file):
             continue
         flags = ["--run", run.folder]
-        print(f"{file} is not there yet: {command_line(command, *flags)}", flush=True)
+        console.print(f"{file} is not there yet: {command_line(command, *flags)}")
         done = Children().run(f"eval.{command}", flags)
         if done.code:
             failures[file] = f"jllama {command} failed: {done.reason}"

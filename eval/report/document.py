@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from eval.report.evidence import Figure
+from jllama.cli.terminal import visible
 
 Text = str | Figure
 Words = Sequence[Text]  # one after the other: ["of ", Figure, " parameters"]
@@ -91,7 +92,10 @@ def cell_words(cell: Text | Words) -> Words:
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
-    """Writes report.html, report.md and the latter's pictures; gives their paths."""
+    """Writes report.html, report.md and the latter's pictures; gives their paths.
+
+    A file that is there already stays until all new ones are whole.
+    """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(["html.j2"], default=False),
@@ -99,26 +103,35 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"words": cell_words, "json": json.dumps, "markdown": _markdown}
+    templates.filters |= {
+        "words": cell_words,
+        "json": json.dumps,
+        "markdown": _markdown,
+        "visible": visible,
+    }
     templates.tests["figure"] = lambda word: isinstance(word, Figure)
     content: dict[str, Any] = {"title": title, "sections": sections}
-    written = []
-    for name in ("report.html", "report.md"):
-        text = templates.get_template(f"{name}.j2").render(content)
-        (folder / name).write_text(text, encoding="utf-8")
-        written.append(folder / name)
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Picture):
-                file = folder / f"report-{block.name}.svg"
-                file.write_text(block.svg, encoding="utf-8")
-                written.append(file)
-    return written
+    texts = {
+        name: templates.get_template(f"{name}.j2").render(content)
+        for name in ("report.html", "report.md")
+    }
+    blocks = (block for section in sections for block in section.blocks)
+    texts |= {f"report-{b.name}.svg": b.svg for b in blocks if isinstance(b, Picture)}
+    try:
+        for name, text in texts.items():
+            # Names of files may be no Unicode.
+            (folder / f"{name}.new").write_bytes(text.encode("utf-8", "backslashreplace"))
+        for name in texts:
+            (folder / f"{name}.new").replace(folder / name)
+    finally:
+        for name in texts:
+            (folder / f"{name}.new").unlink(missing_ok=True)
+    return [folder / name for name in texts]
 
 
 def _markdown(words: Text | Words) -> str:
     """One line in which no text is taken for markup."""
-    text = "".join(w.text if isinstance(w, Figure) else w for w in cell_words(words))
+    text = visible("".join(w.text if isinstance(w, Figure) else w for w in cell_words(words)))
     for mark in "\\`*_{}[]<>|#":
         text = text.replace(mark, f"\\{mark}")
     return "<br>".join(text.splitlines())

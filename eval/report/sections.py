@@ -11,6 +11,7 @@ from eval.report.document import Block, Code, Heading, Lacking, Paragraph, Pictu
 from eval.report.evidence import EVERY, Evidence, Figure, Missing, combine
 from eval.report.pictures import losses, memory_bars
 from eval.score import SHOWN
+from jllama.cli.terminal import command_line, quoted
 from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD, SCORES
 
 PROMPTS = 16  # shown side by side; all are counted
@@ -285,14 +286,17 @@ def data(run: Evidence) -> Iterator[Block]:
 def reproduce(run: Evidence) -> Iterator[Block]:
     """The commands, and what must be the same."""
     yield Code(
-        f"python -m train.lora --config {short(str(run.folder))}/{CONFIG} --output-dir NEW\n"
-        "python -m eval.report --run NEW"
+        command_line(
+            "train", "--config", f"{short(str(run.folder))}/{CONFIG}", "--output-dir", "NEW"
+        )
+        + "\n"
+        + command_line("report", "--run", "NEW")
     )
     hashes = ("base_manifest_sha256", "tokenizer_sha256", "data_sha256", "config_sha256")
     rows = [[name, str(run.value(RECORD, name))] for name in hashes]
     rows += [[name, str(version)] for name, version in run.value(RECORD, "versions").items()]
     program, *flags = map(str, run.value(RECORD, "command")[1:])
-    rows.append(["command", " ".join(["python", short(program), *flags])])
+    rows.append(["command", quoted("python", short(program), *flags)])
     yield Table(["what", "value"], rows, wide=True)
 
 

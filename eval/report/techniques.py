@@ -12,6 +12,7 @@ from eval.ablate.table import COLUMNS
 from eval.report.document import Block, Heading, Paragraph, Picture, Table, Text
 from eval.report.evidence import Evidence, Figure, Missing, combine
 from eval.report.pictures import memory_bars
+from jllama.cli.terminal import command_line
 
 AXES = ("precision", "tune", "remat", "accumulation", "micro_batch_size")
 SUMS = CLASSES | CLASSES_OF_LORA
@@ -21,8 +22,8 @@ def techniques(folders: Sequence[str], shown_from: Path) -> Iterator[Block]:
     """Each ablation in turn."""
     if not folders:
         raise Missing(
-            "no ablation was given; make one with: python -m eval.ablate, and name its folder "
-            "with --ablation"
+            f"no ablation was given; make one with: {command_line('ablate')}, and name its "
+            "folder with --ablation"
         )
     for number, folder in enumerate(folders):
         yield from _ablation(Evidence(Path(folder), shown_from), f"ablation{number}")

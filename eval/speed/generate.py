@@ -19,12 +19,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from eval.speed.side import Job
 from jllama import bundled
 from jllama.cli import children
-from jllama.cli.terminal import console
+from jllama.cli.terminal import console, show_table
 from jllama.config import LlamaConfig, Precision, tensor_shapes
 from jllama.errors import AtLeast1, AtLeast2, InputError, checked
 from jllama.folders.files import room_for, whole_folder
@@ -202,10 +201,13 @@ def show(name: str, found: dict[str, Any]) -> None:
     """A table of the sides, a line on the ids and one with the ratio."""
     figures = found["figures"]
     caches = {side: f" ({x['cache']} cache)" for side, x in figures.items() if "cache" in x}
-    table = Table(name, *(side + caches.get(side, "") for side in figures))
-    for title, figure, scale, unit in ROWS:
-        table.add_row(title, *(f"{scale * x[figure]:,.1f} {unit}" for x in figures.values()))
-    console.print(table)
+    show_table(
+        [name, *(side + caches.get(side, "") for side in figures)],
+        [
+            [title, *(f"{scale * x[figure]:,.1f} {unit}" for x in figures.values())]
+            for title, figure, scale, unit in ROWS
+        ],
+    )
     if ids := found.get("ids"):
         console.print(
             "the same greedy ids"

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.table import Table
 
 from jllama import bundled
 from jllama.cli import children
-from jllama.cli.terminal import console
+from jllama.cli.terminal import console, show_table
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
 from jllama.folders.json_files import write_json
@@ -68,17 +67,17 @@ def measure_training(config: TrainSpeed) -> None:
     variants = COMPARISONS[config.compare]
     figures = {name: run_variant(config, flags) for name, flags in variants.items()}
     reference = next(iter(figures.values()))["supervised_tokens_per_second"]
-    table = Table(config.compare, "supervised tokens/s", "ratio", "median step", "padding")
+    rows = []
     for name, figure in figures.items():
         figure["ratio"] = figure["supervised_tokens_per_second"] / reference
-        table.add_row(
+        rows.append([
             name,
             f"{figure['supervised_tokens_per_second']:,.0f}",
             f"{figure['ratio']:.2f}x",
             f"{1000 * figure['median_step_seconds']:,.0f} ms",
             f"{100 * figure['padding_share']:.0f} %",
-        )
-    console.print(table)
+        ])  # fmt: skip
+    show_table([config.compare, "supervised tokens/s", "ratio", "median step", "padding"], rows)
     if config.output:
         write_json(
             Path(config.output),

@@ -1,10 +1,12 @@
 """Child processes that run this project's own modules, whatever lies in the working directory."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -51,12 +53,14 @@ class Children:
         *,
         given: bytes = b"",
         environment: Mapping[str, str] | None = None,
+        heard: Callable[[str], None] | None = None,
     ) -> Done:
         """Runs a module to its end.
 
         Args:
-            given: its standard input.
+            given: its standard input, read before it says anything.
             environment: in place of this process's.
+            heard: called with each line of its output as it comes.
 
         Raises:
             InputError: if `stop` was called.
@@ -70,13 +74,10 @@ class Children:
             )
             self.running.add(child)
         try:
-            output, errors = child.communicate(given)
-        except BaseException:
-            child.kill()
-            raise
+            output, errors = _communicate(child, given, heard)
         finally:
             self.running.discard(child)
-        return Done(child.returncode, output.decode(), errors.decode(errors="replace"))
+        return Done(child.returncode, output, errors)
 
     def stop(self) -> None:
         """Kills all of them; theirs end with them."""
@@ -84,6 +85,30 @@ class Children:
             self.stopped = True
             for child in list(self.running):
                 child.kill()
+
+
+def _communicate(
+    child: subprocess.Popen, given: bytes, heard: Callable[[str], None] | None
+) -> tuple[str, str]:
+    """`Popen.communicate`, which tells each line as it comes, and kills the child if it fails."""
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
+    lines = []
+    with child, ThreadPoolExecutor(1) as pool:
+        try:
+            errors = pool.submit(child.stderr.read)
+            with contextlib.suppress(BrokenPipeError):  # it ended before it had read
+                child.stdin.write(given)
+                child.stdin.close()
+            for line in child.stdout:
+                lines.append(line.decode(errors="replace"))  # of any locale
+                if heard:
+                    heard(lines[-1])
+            return "".join(lines), errors.result().decode(errors="replace")
+        except BaseException:
+            child.kill()
+            raise
 
 
 def run(module: str, arguments: Sequence[object]) -> str:

@@ -3,15 +3,24 @@
 A command is settings (a `jllama.errors.checked` class, one field a flag) and a function of them.
 """
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from jllama.cli.terminal import silent_if_nobody_reads
+from jllama.cli.terminal import complain, to_any_reader
 from jllama.errors import InputError, WrongFields
-from jllama.machine import pass_over_absent_gpu, use_cpu, use_private_compilation_cache
+from jllama.machine import (
+    pass_over_absent_gpu,
+    refuse_small_address_space,
+    use_cpu,
+    use_private_compilation_cache,
+)
 
 Settings = TypeVar("Settings")
 
@@ -52,16 +61,18 @@ def run_command(
         gpu: False for a command that reads and writes only, and takes no GPU from others.
         default: reads a settings file named among the arguments; returns it and the rest.
 
-    A wrong input ends in one message and exit code 2, Ctrl-C in exit code 130.
+    A wrong input, a disk or a memory that is full end in one message and exit code 2, Ctrl-C in
+    exit code 130, SIGTERM in 143 and SIGHUP in 129, without children or temporary files left.
     """
     prog = f"jllama {name}"
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with silent_if_nobody_reads():
+        with to_any_reader(), _ended_in_order():
             _refuse_repeated(arguments)
             loaded, arguments = default(arguments) if default else (None, arguments)
             defaults: dict[str, Any] = {} if loaded is None else {"default": loaded}
             parsed = _parse(settings, prog=prog, args=arguments, registry=_AS_TYPED, **defaults)
+            refuse_small_address_space()
             if gpu:
                 pass_over_absent_gpu()
             else:
@@ -69,10 +80,19 @@ def run_command(
             use_private_compilation_cache()
             function(parsed)
     except (InputError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        complain(f"{prog}: {error}")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        words = str(error).partition("\n")[0][:200] or "this process may take no more"
+        complain(
+            f"{prog}: out of memory: {words}; use a smaller model, shorter or fewer sequences, "
+            "or --precision bf16"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        complain(f"{prog}: interrupted")
         sys.exit(130)
 
 
@@ -82,6 +102,30 @@ def _refuse_repeated(arguments: Sequence[str]) -> None:
     repeated = sorted({flag for flag in flags if flags.count(flag) > 1})
     if repeated:
         raise InputError(f"{', '.join(repeated)} given more than once; expected one value")
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the body as an exception does; a second one ends it at once.
+
+    A signal that is ignored (nohup) stays ignored.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    here = threading.current_thread() is threading.main_thread()
+    ours = [n for n in numbers if here and signal.getsignal(n) == signal.SIG_DFL]
+
+    def end(number: int, _: FrameType | None) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parse(settings: type[Settings], **how: Any) -> Settings:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jllama.cli.terminal import silent_if_nobody_reads
+from jllama.cli.terminal import complain, console, to_any_reader
 
 
 class Command(NamedTuple):
@@ -46,18 +46,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`jllama COMMAND ...`"""
-    with silent_if_nobody_reads():
+    with to_any_reader():
         arguments = list(sys.argv[1:] if argv is None else argv)
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(overview())
+            console.print(overview())
         elif arguments[0] in ("-V", "--version"):
-            print(f"jllama {importlib.metadata.version('jllama')}")
+            console.print(f"jllama {importlib.metadata.version('jllama')}")
         elif arguments[0] in COMMANDS:
             importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
         else:
             near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
             meant = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
-            print(f"jllama: no command {arguments[0]!r}; {meant}", file=sys.stderr)
+            complain(f"jllama: no command {arguments[0]!r}; {meant}")
             sys.exit(2)
 
 

@@ -15,6 +15,7 @@ from jllama.errors import InputError
 from jllama.folders.files import room_for, whole_folder
 from jllama.folders.model import ModelWriter, check_manifest, read_block, read_config
 from jllama.lora import attach
+from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
 
 
@@ -60,6 +61,7 @@ def load_model(
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     path, config = Path(path), read_config(path)
+    _refuse_beyond_memory(path, config.parameter_count * PRECISIONS[precision].itemsize)
     blocks = tensor_shapes(config)
     check_manifest(path, blocks)
     if ffn_bias:
@@ -77,6 +79,16 @@ def load_model(
 
     nnx.update(model, map_named(fill, nnx.state(model)))
     return model
+
+
+def _refuse_beyond_memory(path: Path, size: int) -> None:
+    """On a CPU the system would end the process without a word; a GPU refuses by itself."""
+    limit = host_memory_mib() * 2**20
+    if jax.default_backend() == "cpu" and 0 < limit < size:
+        raise InputError(
+            f"{path}: its weights take {size / 2**20:,.0f} MiB, and this machine has "
+            f"{limit / 2**20:,.0f}; use a smaller model, or --precision bf16"
+        )
 
 
 def save_model(

@@ -73,6 +73,7 @@ class DataFacts(TypedDict):
     longest: int
     cut_rows: int
     padding_share: float
+    turns: int  # questions in the longest conversation
 
 
 class Record(TypedDict):

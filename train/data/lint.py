@@ -13,11 +13,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from jllama import bundled
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line, console, visible
+from jllama.cli.terminal import command_line, console, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
 from jllama.text.messages import ignored
 from jllama.text.prompt import PromptStyle
@@ -75,7 +74,7 @@ def lint(config: LintConfig) -> None:
 
     errors = [f"{len(skipped)} rows with nothing to learn"] if skipped else []
     for problem in skipped:
-        console.print(f"  {visible(problem)}")
+        console.print(f"  {problem}")
     errors += special_token_errors(examples, tokenizer)
     held = {example.ids.tobytes() for example in held_out}
     seen = {ids for example in training if (ids := example.ids.tobytes()) in held}
@@ -86,7 +85,7 @@ def lint(config: LintConfig) -> None:
     console.print(f"duplicates: {len(copies)} rows occur more than once")
     console.print(f"truncated: {examples.cut.sum()} rows lose their end at {config.max_seq_len}")
     for name, count in ignored_columns(rows).items():
-        console.print(f"ignored: column {visible(name)!r} of {count:,} rows")
+        console.print(f"ignored: column {name!r} of {count:,} rows")
     for note, noted in examples.notes.items():
         console.print(f"warning: {len(noted):,} rows {note}: {list(noted[:10])}")
     for error in errors:
@@ -108,12 +107,12 @@ def ignored_columns(rows: Sequence[Mapping]) -> Counter[str]:
 
 def show_lengths(examples: Examples) -> None:
     """Tokens of prompts, answers and rows."""
-    table = Table("tokens", "least", "median", "mean", "most", "in all")
+    rows = []
     totals, answers = examples.lengths, examples.learned_counts
     for name, counts in ("not learned", totals - answers), ("learned", answers), ("row", totals):
         figures = (counts.min(), np.median(counts), counts.mean(), counts.max(), counts.sum())
-        table.add_row(name, *(f"{figure:,.0f}" for figure in figures))
-    console.print(table)
+        rows.append([name, *(f"{figure:,.0f}" for figure in figures)])
+    show_table(["tokens", "least", "median", "mean", "most", "in all"], rows)
 
 
 def show_plans(examples: Examples, max_seq_len: int, seed: int) -> None:

@@ -20,12 +20,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from jllama import bundled
 from jllama.cli import children
 from jllama.cli.command import run_command
-from jllama.cli.terminal import console
+from jllama.cli.terminal import console, show_table
 from jllama.errors import AtLeast1, Seed, checked
 from jllama.folders.json_files import read_json, write_json
 from jllama.machine import measured_here, process_memory_mib
@@ -114,12 +113,13 @@ def measure(config: RowsSpeed) -> None:
         figures = [_in_child(dataclasses.replace(config, rows=(rows,))) for rows in config.rows]
     else:
         figures = [measure_rows(config, *config.rows)]
-    table = Table("CPU seconds", *(f"{figure['rows']:,} rows" for figure in figures))
-    for what in figures[0]["cpu_seconds"]:
-        table.add_row(what, *(f"{figure['cpu_seconds'][what]:.2f}" for figure in figures))
+    rows = [
+        [what, *(f"{figure['cpu_seconds'][what]:.2f}" for figure in figures)]
+        for what in figures[0]["cpu_seconds"]
+    ]
     beyond = (f"{figure['peak_bytes_a_token_beyond_the_file']:.2f}" for figure in figures)
-    table.add_row("peak memory beyond the file, bytes a token", *beyond)
-    console.print(table)
+    rows.append(["peak memory beyond the file, bytes a token", *beyond])
+    show_table(["CPU seconds", *(f"{figure['rows']:,} rows" for figure in figures)], rows)
     if config.output:
         head = measured_here("speed-rows", ("jllama", "numpy", "grain", "sentencepiece"))
         settings = dataclasses.asdict(config)

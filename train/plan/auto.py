@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import jax
 
-from jllama.config import LlamaConfig, LoraConfig
+from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
+from jllama.machine import host_memory_mib
 from train.config import TrainConfig
-from train.plan.arithmetic import Step
-from train.plan.cards import Gpu, cpu, present_gpu
+from train.plan.arithmetic import Step, memory_classes
+from train.plan.cards import GPUS, Gpu, cpu, present_gpu
 from train.plan.compiled import Request
 from train.plan.planner import Plan, estimate, fastest_first, make_plans, remats
 
@@ -37,6 +38,72 @@ def step_of(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, le
         sequences,
         config.optimizer,
         config.packing,
+    )
+
+
+def refuse_what_cannot_fit(step: Step) -> None:
+    """Refuses, by closed formulas and before anything is loaded, what no remat can make fit.
+
+    Only what stays in memory from the first step to the last is counted, and a CPU may swap.
+
+    Raises:
+        InputError: with what the step holds, what there is, and what would fit.
+    """
+    if jax.default_backend() == "gpu":
+        gpu = present_gpu()
+        name, limit = gpu.name, gpu.memory_mib
+    else:
+        name, limit = "this machine's memory", host_memory_mib()
+    classes = memory_classes(step)
+    held = sum(classes.values())
+    if not limit or held <= limit * MIB:
+        return
+    parts = ", ".join(f"{k.replace('_', ' ')} {v / MIB:,.0f}" for k, v in classes.items() if v)
+    raise InputError(
+        f"this run cannot fit {name}: it holds {held / MIB:,.0f} MiB ({parts}) of {limit:,}, "
+        f"whatever --remat and --micro-batch-size are.\nWhat would fit: {_smaller(step, limit)}"
+    )
+
+
+def _smaller(step: Step, limit: int) -> str:
+    """Changes of a step that fit in `limit` MiB, the smallest change first, or the cards."""
+
+    def needs(other: Step) -> float:
+        return sum(memory_classes(other).values()) / MIB
+
+    adapters = LoraConfig() if step.lora is None else step.lora
+    changes = {"--precision bf16": replace(step, precision="bf16")} if step.lora else {}
+    if step.lora is None:
+        changes["--tune lora"] = replace(step, lora=adapters)
+        changes["--tune lora --precision bf16"] = replace(step, lora=adapters, precision="bf16")
+    for name, sizes in sorted(PRESETS.items(), key=lambda preset: -preset[1].parameter_count):
+        if sizes.parameter_count < step.model.parameter_count:
+            words = f"a model of the size of {name} with --precision bf16"
+            changes[words] = replace(step, model=sizes, lora=adapters, precision="bf16")
+    fitting = [f"{words} ({needs(other):,.0f} MiB)" for words, other in changes.items()
+               if needs(other) <= limit and needs(other) < needs(step)]  # fmt: skip
+    cards = [gpu.name for gpu in GPUS.values() if needs(step) < 0.9 * gpu.memory_mib]
+    if cards:
+        fitting[2:] = [f"a GPU such as {cards[0]}"]
+    return "; ".join(fitting) or "none of the known cards and models"
+
+
+def warning_if_short(step: Step) -> str:
+    """What to know before a CPU's step that is estimated at more than is free; else nothing.
+
+    A GPU refuses what it does not have; on a CPU the system ends the process without a word.
+    """
+    if jax.default_backend() == "gpu":
+        return ""
+    here = cpu()
+    least = replace(step, remat="block", micro_batch_size=1)
+    needed, lowest = (estimate(each, here).peak / MIB for each in (step, least))
+    if needed <= here.memory_mib:
+        return ""
+    return (
+        f"warning: this step is estimated at {needed:,.0f} MiB, and {here.memory_mib:,} are free: "
+        "the system may end the process without a word. The least, --remat block "
+        f"--micro-batch-size 1, is estimated at {lowest:,.0f}"
     )
 
 

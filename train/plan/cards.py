@@ -8,11 +8,11 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
+from jllama.machine import free_memory_mib
 
 
 @checked
@@ -110,9 +110,7 @@ def present_gpu() -> Gpu:
 
 def cpu() -> Gpu:
     """This machine's processor: its free memory; its rates are not known."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    kib = int(text.split("MemAvailable:")[1].split()[0])
-    return Gpu("this machine's CPU", kib // 1024, (8, 0), 0, 0, 0, 0, 0, 0)
+    return Gpu("this machine's CPU", max(1, free_memory_mib()), (8, 0), 0, 0, 0, 0, 0, 0)
 
 
 def target_config(gpu: Gpu) -> str:

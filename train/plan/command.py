@@ -6,17 +6,15 @@
 The real train step is compiled for the card, from shapes alone, in a process of its own.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.table import Table
 
 from jllama.cli.command import run_command
-from jllama.cli.terminal import command_line, console
+from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
 from jllama.config import LoraConfig, Precision, Remat
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import model_sizes
@@ -115,20 +113,22 @@ def plan(config: PlanConfig) -> None:
     present = config.gpu == "present"
     gpu = present_gpu() if present else find_gpu(config.gpu, config.gpu_memory)
     if config.fit:
-        ladder = fit_card(config.step, gpu, present=present)
-        ladder.show(config.model, config.json)
+        with quiet_if(config.json):
+            ladder = fit_card(config.step, gpu, present=present)
+        print_json(ladder.as_json()) if config.json else ladder.show(config.model)
         return
     programs: tuple[Any, ...] = ("train",) if config.program == "train" else ("prefill", "decode")
     requests = [
         Request(config.step, program=program, text=_hlo_file(config.hlo, program))
         for program in programs
     ]
-    plans = make_plans(requests, gpu, present=present)
+    with quiet_if(config.json):
+        plans = make_plans(requests, gpu, present=present)
     if not plans[0].compiled and config.program == "generate":
         raise InputError(f"{NO_EXTRA.split('. ')[0]}; there is no estimate for generation")
     if config.json:
         answers = [as_json(plan, config) for plan in plans]
-        print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))
+        print_json(answers[0] if len(answers) == 1 else answers)
         return
     if not plans[0].compiled:
         console.print(NO_EXTRA)
@@ -165,23 +165,21 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
 def show(plan: Plan, config: PlanConfig) -> None:
     """Memory by class, what is left of the card, and the bound on speed."""
     step, gpu = plan.step, plan.gpu
-    how = "compiled" if plan.compiled else "estimated"
-    rows = "prompts x slots" if plan.program != "train" else f"{step.remat} remat"
-    table = Table(
-        f"{plan.program}, {config.model} {step.precision}, {rows}, "
-        f"{step.micro_batch_size} x {step.max_seq_len} ({how})",
-        "MiB",
+    how = "prompts x slots" if plan.program != "train" else f"{step.remat} remat"
+    rows = [(name.replace("_", " "), size) for name, size in plan.classes.items()]
+    rows += [
+        ("peak", plan.peak),
+        ("margin: context, fragmentation", plan.margin),
+        ("free" if plan.free >= 0 else "missing", abs(plan.free)),
+        (f"{gpu.name}{f', each of {step.gpus}' if step.gpus > 1 else ''}", gpu.memory_mib * MIB),
+    ]
+    show_table(
+        ("memory", "MiB"),
+        [(name, f"{size / MIB:,.1f}") for name, size in rows],
+        f"{plan.program}, {config.model} {step.precision}, {how}, "
+        f"{step.micro_batch_size} x {step.max_seq_len} "
+        f"({'compiled' if plan.compiled else 'estimated'})",
     )
-    table.columns[1].justify = "right"
-    for name, size in plan.classes.items():
-        table.add_row(name.replace("_", " "), f"{size / MIB:,.1f}")
-    table.add_section()
-    table.add_row("peak", f"{plan.peak / MIB:,.1f}")
-    table.add_row("margin: context, fragmentation", f"{plan.margin / MIB:,.1f}")
-    table.add_row("free" if plan.free >= 0 else "missing", f"{abs(plan.free) / MIB:,.1f}")
-    table.add_row(f"{gpu.name}{f', each of {step.gpus}' if step.gpus > 1 else ''}",
-                  f"{gpu.memory_mib:,.1f}")  # fmt: skip
-    console.print(table)
     if plan.host:
         console.print(f"and {plan.host / MIB:,.0f} MiB of the host's memory")
     if plan.program == "train":

@@ -2,8 +2,8 @@
 
 JAX compiles for CUDA on a machine without a GPU or a driver, given a card's description, and the
 buffer assignment is then the one that a run would get. The platform must be chosen before JAX is
-imported, hence the process: pickled `Request`s on standard input, their answers as JSON on standard
-output.
+imported, hence the process: pickled `Request`s on standard input, the answer to each as a line of
+JSON on standard output when it is there.
 """
 
 import functools
@@ -201,4 +201,5 @@ def lower_generation(step: Step, mesh: Mesh, program: Program) -> tuple[Any, dic
 
 
 if __name__ == "__main__":
-    print(json.dumps([answer(request) for request in pickle.load(sys.stdin.buffer)]))
+    for request in pickle.load(sys.stdin.buffer):
+        print(json.dumps(answer(request)), flush=True)

@@ -4,14 +4,11 @@ A few small steps are compiled; memory is then linear in the layers and in the t
 micro-batch. The recommended step is compiled whole before it is named.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rich.table import Table
-
 from jllama.attention import choose_implementation
-from jllama.cli.terminal import console
+from jllama.cli.terminal import console, show_table
 from jllama.config import PRECISIONS
 from train.plan.arithmetic import Step
 from train.plan.cards import Gpu
@@ -59,22 +56,13 @@ class Ladder:
         step = self.best.step
         return train_command(replace(step, accumulation=max(1, sequences // step.micro_batch_size)))
 
-    def show(self, model: str, as_json: bool) -> None:
-        """The table, or JSON."""
-        if as_json:
-            print(json.dumps(self.as_json(), indent=2))
-            return
+    def show(self, model: str) -> None:
+        """The table, and the best."""
         how = "compiled small and extended" if self.plans[0].compiled else "estimated"
         lengths = sorted({plan.step.max_seq_len for plan in self.plans})
-        table = Table(
-            "remat",
-            *(f"{length} tokens" for length in lengths),
-            title=f"{model} {self.asked.precision} on {self.gpu.name}: largest micro-batch, "
-            f"peak MiB, tokens/s at most ({how})",
-            title_justify="left",
-        )
+        rows = []
         for remat in dict.fromkeys(plan.step.remat for plan in self.plans):
-            cells = []
+            cells: list[str] = [remat]
             for length in lengths:
                 plan = self.fitting(remat, length)
                 bound = f"  {plan.bound:,.0f}/s" if plan and plan.bound else ""
@@ -83,8 +71,13 @@ class Ladder:
                     if plan
                     else "does not fit"
                 )
-            table.add_row(remat, *cells)
-        console.print(table)
+            rows.append(cells)
+        show_table(
+            ["remat", *(f"{length} tokens" for length in lengths)],
+            rows,
+            f"{model} {self.asked.precision} on {self.gpu.name}: largest micro-batch, peak MiB, "
+            f"tokens/s at most ({how})",
+        )
         if not self.plans[0].compiled:
             console.print(NO_EXTRA)
         if self.best is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jllama.cli.children import Children
-from jllama.cli.terminal import command_line
+from jllama.cli.terminal import Progress, command_line
 from jllama.config import Remat
 from jllama.errors import InputError
 from jllama.folders.json_files import write_json
@@ -152,20 +152,42 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
     if requests[0].gpu is not None:
         environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
 
-    def child(some: Sequence[Request]) -> list[dict[str, Any]]:
-        done = Children().run(
-            "train.plan.compiled", [], given=pickle.dumps(some), environment=environment
-        )
+    answers: list[dict[str, Any]] = [{} for _ in requests]
+    children = Children()
+    shares = [range(len(requests))[first::CHILDREN] for first in range(CHILDREN)]
+
+    def compile_share(share: range) -> None:
+        if not share:
+            return
+        left = iter(share)
+
+        def heard(line: str) -> None:
+            if line.startswith("{"):  # else it is a library's
+                answers[next(left)] = json.loads(line)
+                progress.advance()
+
+        some = [requests[i] for i in share]
+        done = children.run(
+            "train.plan.compiled", [], given=pickle.dumps(some), environment=environment,
+            heard=heard,
+        )  # fmt: skip
         if done.code:
             raise InputError(f"the step could not be compiled: {done.reason}")
-        return json.loads(done.output.splitlines()[-1])
 
-    answers: list[dict[str, Any]] = [{} for _ in requests]
-    with ThreadPoolExecutor(CHILDREN) as pool:
-        parts = [requests[first::CHILDREN] for first in range(min(CHILDREN, len(requests)))]
-        for first, found in enumerate(pool.map(child, parts)):
-            answers[first::CHILDREN] = found
+    what = "compiling " + (_name(requests[0].step) if len(requests) == 1 else "steps to plan with")
+    progress = Progress("plan", len(requests), "programs", note=what)
+    with progress, ThreadPoolExecutor(CHILDREN) as pool:
+        try:
+            for _ in pool.map(compile_share, shares):
+                pass
+        except BaseException:  # Ctrl-C, or the other share failed
+            children.stop()
+            raise
     return answers
+
+
+def _name(step: Step) -> str:
+    return f"{step.remat} remat, {step.micro_batch_size} x {step.max_seq_len}"
 
 
 def _cache_file(request: Request) -> Path:

@@ -41,5 +41,6 @@ def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
         "prompt_style": config.prompt_style,
         "seed": config.seed,
         "epochs": config.epochs,
+        "turns": record["data"]["turns"],
         **{name: record[name] for name in OF_PASSPORT},  # type: ignore[literal-required]
     }

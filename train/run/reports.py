@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from jllama.cli.terminal import Progress
+from jllama.cli.terminal import Progress, console
 from jllama.errors import InputError
 from train.data.batches import Batches
 from train.run.metrics import Metrics
@@ -29,6 +29,7 @@ class Reports:
         self._metrics, self._progress = metrics, progress
         self._batches, self._schedule, self._programs = batches, schedule, programs
         self._waiting: tuple[int, StepMetrics] | None = None
+        self._compile_seconds = 0.0  # of those that were told
         self._lags = jax.default_backend() != "cpu"
 
     def add(self, step: int, measured: StepMetrics) -> None:
@@ -46,6 +47,10 @@ class Reports:
         """Reports what waits; errors as for `add`."""
         if self._waiting is None:
             return
+        took = self._programs.compile_seconds - self._compile_seconds
+        if took:
+            self._compile_seconds += took
+            console.print(f"compiled the step in {took:.1f} s")
         (step, measured), self._waiting = self._waiting, None
         line = self._metrics.step(
             step,

@@ -5,13 +5,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.table import Table
+import numpy as np
 
-from jllama.cli.terminal import command_line, console
+from jllama.cli.terminal import command_line, console, show_table
 from jllama.config import LlamaConfig, LoraConfig, Precision
 from jllama.folders.load import abstract_model
 from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
-from jllama.text.rows import Examples
+from jllama.text.rows import Example, Examples
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.optimizer import count, split_learned
@@ -21,11 +21,8 @@ from train.plan.auto import this_device
 
 def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None) -> None:
     """Every setting, and how many parameters learn."""
-    table = Table(title="settings", show_header=False, title_justify="left")
-    for name, value in dataclasses.asdict(config).items():
-        if value != "":
-            table.add_row(name, str(value))
-    console.print(table)
+    settings = dataclasses.asdict(config).items()
+    show_table(["", ""], [[name, str(x)] for name, x in settings if x != ""], "settings")
 
     for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
         sizes = dataclasses.replace(llama, ffn_bias=ffn_bias)
@@ -66,7 +63,7 @@ def run_facts(
          "device_memory_mib": 40960,
          "memory_bytes": {"base_weights": 13476831232, "adapters": 33554432, ...},
          "data": {"rows": 200, "held_out_rows": 0, "tokens": 20000, "learned_tokens": 12000,
-                  "longest": 251, "cut_rows": 3, "padding_share": 0.6}}
+                  "longest": 251, "cut_rows": 3, "padding_share": 0.6, "turns": 1}}
     """
     training, held_out = examples
     return {
@@ -84,8 +81,14 @@ def run_facts(
             "longest": int(training.lengths.max()),
             "cut_rows": int(training.cut.sum()),
             "padding_share": batches.padding_share(),
+            "turns": max(map(_turns, training)),
         },
     }
+
+
+def _turns(example: Example) -> int:
+    """Questions in a row: outside of llama3-chat, which needs no count, each begins with BOS."""
+    return int(np.count_nonzero(example.ids == example.ids[0]))
 
 
 def show_plan(
@@ -136,10 +139,8 @@ def show_end(
     run: RunFolder, epoch_losses: Sequence[float], eval_losses: Sequence[float], cost: str
 ) -> None:
     """The loss of every epoch, what was written, the next command, and what it all cost."""
-    table = Table("epoch", "average loss")
-    for epoch, loss in enumerate(epoch_losses, start=1):
-        table.add_row(str(epoch), f"{loss:.4f}")
-    console.print(table)
+    losses = [[str(epoch), f"{loss:.4f}"] for epoch, loss in enumerate(epoch_losses, start=1)]
+    show_table(["epoch", "average loss"], losses)
     best = f"best/ (held-out loss {min(eval_losses):.4f}), " if run.best.is_dir() else ""
     result = "adapter/ (PEFT)" if run.result("lora").is_dir() else "model/ (every weight)"
     console.print(

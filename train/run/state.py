@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,7 +24,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises what it logs
+        _silence_what_is_told_once_more()
         # In the background a save that fails would keep the process from ending for ten minutes.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=False
@@ -87,7 +87,6 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def _whole(self, step: int) -> dict[str, np.ndarray] | None:
-        _silence_reads_that_end_late()
         how = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(), sha256=ocp.args.JsonRestore())
         try:
             stored = self._manager.restore(step, args=how)
@@ -127,8 +126,9 @@ class Checkpoints:
 
 
 @functools.cache  # once in a process
-def _silence_reads_that_end_late() -> None:
-    """Where one of Orbax's reads fails, the others find its event loop closed: no news."""
+def _silence_what_is_told_once_more() -> None:
+    """Orbax logs what it raises, and where one read or write fails others find its loop closed."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

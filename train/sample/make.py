@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from jllama import bundled
 from jllama.cli import children
 from jllama.cli.command import run_command
-from jllama.cli.terminal import Progress, command_line
+from jllama.cli.terminal import Progress, command_line, console
 from jllama.config import PRESETS, tensor_shapes
 from jllama.errors import AtLeast1, Positive, Seed, checked
 from jllama.folders.files import whole_folder
@@ -122,8 +122,8 @@ def make_sample(config: SampleConfig) -> None:
         (folder / "heldout.json").write_text(world.as_json(held_out), encoding="utf-8")
         readme = describe(config, loss, len(taught), len(held_out))
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    print(f"wrote {config.output_dir}")
-    print(f"next: {command_line('from-meta', config.output_dir, bundled.MODEL)}")
+    console.print(f"wrote {config.output_dir}")
+    console.print(f"next: {command_line('from-meta', config.output_dir, bundled.MODEL)}")
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
