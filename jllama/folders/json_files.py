@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jllama.errors import InputError
+from jllama.folders.inputs import check_readable, unreadable
 
 _SHOWN = 20  # problems of one file
 
@@ -30,14 +31,13 @@ def read_bytes(path: str | Path, wanted: str) -> bytes:
         wanted: what the file should be, for messages.
 
     Raises:
-        InputError: if it is missing or no file.
+        InputError: if it is missing, no regular file or unreadable.
     """
+    check_readable(path, wanted)
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {wanted}") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected {wanted}") from error
+        raise unreadable(path, error, wanted) from error
 
 
 def read_text(path: str | Path, wanted: str) -> str:
