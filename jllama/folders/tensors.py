@@ -33,8 +33,7 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Of a number that is not finite all bits of the exponent are set. (numpy's isfinite does not know
-# bf16 well: it is ten times slower there.)
+# Of a number that is not finite all bits of the exponent are set.
 _EXPONENTS: Mapping[np.dtype, int] = {
     DTYPES["F16"]: 0x7C00,
     DTYPES["BF16"]: 0x7F80,
