@@ -8,5 +8,5 @@ meta/, hf/                the files of each format
 blocks.py, export.py      what all commands in, and all commands out, share
 merge.py                  an adapter folded into the blocks that pass, and what rounding took
 rules.py                  what a field of a foreign JSON file must be
-dtypes.py                 tables of dtypes; memory of mapped tensors
+dtypes.py                 dtypes and casts; memory of mapped tensors
 """

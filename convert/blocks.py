@@ -8,20 +8,22 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from convert.dtypes import BY_NAME, Dtype, Stored, cast
 from jllama.cli.terminal import Progress, console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.files import bytes_begun, room_for, whole_folder
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
-from jllama.text.tokenizer import make_tokenizer
+from jllama.text.tokenizer import LLAMA3_SPECIALS, TiktokenTokenizer, Tokenizer, make_tokenizer
 
+LLAMA3_TOKENS = 128_000 + len(LLAMA3_SPECIALS)  # of every release
 _SHOWN = 20  # problems of one kind of mistake repeat in every layer
 
 
@@ -32,11 +34,18 @@ class Weights(Protocol):
     def config(self) -> LlamaConfig: ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """Of every tensor, by Meta's names."""
+        ...
 
     @property
     def source(self) -> str:
         """In words."""
+        ...
+
+    @property
+    def transformers_name(self) -> str | None:
+        """What `transformers` opens as this very model, if it is anything."""
         ...
 
     @property
@@ -55,37 +64,54 @@ def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
         raise InputError(f"{folder}: {advice}\n  {lines}")
 
 
-def to_model_folder(weights: Weights, tokenizer: bytes, tokenizer_from: Path, dst: Path) -> None:
+def to_model_folder(
+    weights: Weights, tokenizer: bytes, tokenizer_from: Path, dst: Path, dtype: Dtype | None
+) -> None:
     """Makes the model folder, whole or not at all, and says what it is.
 
     Args:
         tokenizer: the content of Meta's tokenizer.model.
         tokenizer_from: where it was found, for messages.
+        dtype: what every tensor is rounded to; by default each stays as it is.
 
     Raises:
-        InputError: if the tokenizer is of no known kind or has more ids than the weights have rows,
-            a weight is not finite, the folder exists or the disk is too small.
+        InputError: if the tokenizer is damaged or does not fit the rows of the weights, a weight is
+            not finite, the folder exists or the disk is too small.
     """
     config = weights.config
-    known = make_tokenizer(tokenizer, tokenizer_from).vocab_size
-    if known > config.vocab_size:
-        raise InputError(
-            f"{tokenizer_from}: {known} tokens, but the weights have {config.vocab_size} rows; "
-            "copy the tokenizer of this very model"
-        )
-    size = config.parameter_count * weights.dtype.itemsize
+    _check_rows(make_tokenizer(tokenizer, tokenizer_from), config.vocab_size, tokenizer_from)
+    dtypes = dict.fromkeys(weights.dtypes, BY_NAME[dtype]) if dtype else weights.dtypes
+    stored = Stored(config, dtypes)
     origin = {
         "files": fingerprint(weights.files),
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
         "config": dataclasses.asdict(config),
+        "dtype": dtype,
     }
-    with room_for(size - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
-        writer = ModelWriter(folder, config, weights.source)
-        _copy_blocks(weights, writer)
+    with room_for(stored.bytes - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
+        writer = ModelWriter(folder, config, weights.source, weights.transformers_name)
+        _copy_blocks(weights, writer, dtypes)
         writer.finish(tokenizer)
-    console.print(f"{config.parameter_count:,} parameters, {weights.dtype.name}, {size:,} bytes")
+    console.print(stored.words)
     console.print(f"certificate: sha256 {manifest_sha256(dst)}")
     console.print(f"wrote {dst}")
+
+
+def _check_rows(tokenizer: Tokenizer, rows: int, file: Path) -> None:
+    """Holds a tokenizer against the rows of the embedding; there may be more, for padding."""
+    known = tokenizer.vocab_size
+    if known > rows:
+        raise InputError(
+            f"{file}: {known} tokens, but the weights have {rows} rows; "
+            "copy the tokenizer of this very model"
+        )
+    # Special tokens stand behind the ranks, so a file cut at a line's end moves them all.
+    if isinstance(tokenizer, TiktokenTokenizer) and known not in (rows, LLAMA3_TOKENS):
+        raise InputError(
+            f"{file}: {known} tokens with the special ones, but the weights have {rows} rows: "
+            f"lines are missing (only Llama 3's own {LLAMA3_TOKENS:,} tokens may stand beside more "
+            f"rows); copy the tokenizer of this very model again"
+        )
 
 
 def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
@@ -93,7 +119,7 @@ def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _copy_blocks(weights: Weights, writer: ModelWriter) -> None:
+def _copy_blocks(weights: Weights, writer: ModelWriter, dtypes: Mapping[str, np.dtype]) -> None:
     """Reads and writes block after block; after a bad value it only looks for more of them."""
     problems: list[str] = []
     blocks = tensor_shapes(weights.config)
@@ -105,7 +131,8 @@ def _copy_blocks(weights: Weights, writer: ModelWriter) -> None:
             tensors, bad = weights.read_block(names)
             problems += bad
             if not problems:
-                writer.write_block(block, tensors)
+                kept = {name: cast(tensor, dtypes[name]) for name, tensor in tensors.items()}
+                writer.write_block(block, kept)
             advance(sum(tensor.nbytes for tensor in tensors.values()))
     refuse_if(
         problems,

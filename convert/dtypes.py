@@ -1,17 +1,28 @@
-"""The dtypes of published weights; torch's tensors as numpy's; mapped ones that are done with."""
+"""Dtypes of published weights, and casts; torch's tensors as numpy's; mapped ones done with."""
 
 import ctypes
+import math
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 import torch
 
+from jllama.config import LlamaConfig, tensor_shapes
+
 DTYPES: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
     torch.bfloat16: ml_dtypes.bfloat16,
     torch.float32: np.float32,
+}
+Dtype = Literal["bf16", "fp16", "fp32"]
+BY_NAME: Mapping[str, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
 }
 _MADV_PAGEOUT = 21  # of Linux 5.4; Python's mmap has no name for it
 
@@ -26,6 +37,38 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 def as_torch_dtype(dtype: np.dtype) -> torch.dtype:
     """numpy's dtype as torch's."""
     return next(theirs for theirs, ours in DTYPES.items() if np.dtype(ours) == dtype)
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array rounded once to a dtype, where too large numbers become infinite."""
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+class Stored:
+    """A model's tensors as they are stored, in numbers and words.
+
+    Args:
+        dtypes: of every tensor, by Meta's names.
+    """
+
+    def __init__(self, config: LlamaConfig, dtypes: Mapping[str, np.dtype]):
+        sizes = {
+            name: math.prod(shape)
+            for block in tensor_shapes(config).values()
+            for name, shape in block.items()
+        }
+        weights: Counter[np.dtype] = Counter()
+        for name, size in sizes.items():
+            weights[dtypes[name]] += size
+        self.bytes = sum(dtype.itemsize * count for dtype, count in weights.items())
+        self.usual = weights.most_common(1)[0][0]
+        tensors = Counter(dtypes[name].name for name in sizes)
+        others = [f"{tensors[x.name]} tensors {x.name}" for x in weights if x != self.usual]
+        self.words = ", ".join(
+            [f"{config.parameter_count:,} parameters", self.usual.name, *others,
+             f"{self.bytes:,} bytes"]
+        )  # fmt: skip
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -9,16 +9,17 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from convert.blocks import block_progress, fingerprint
-from convert.dtypes import forget
+from convert.dtypes import BY_NAME, Dtype, Stored, cast, forget
 from convert.merge import Merge, show_report
 from jllama.cli.terminal import console
 from jllama.config import tensor_shapes
 from jllama.errors import checked
 from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS
-from jllama.folders.files import bytes_begun, room_for, whole_folder
+from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_block, read_config
+from jllama.text.tokenizer_file import FILE_NAME
 
 
 @checked
@@ -31,6 +32,8 @@ class Export:
     """The folder to make."""
     adapter: Annotated[Path | None, arg(metavar="DIR")] = None
     """PEFT adapter to merge in: W + scale * B A, summed in fp32 and rounded once."""
+    dtype: Dtype | None = None
+    """Writes every tensor in this dtype; by default each in its own."""
     force: bool = False
     """Merge an adapter whose passport names another base model."""
 
@@ -47,17 +50,24 @@ class Model:
         self.config = read_config(self.src)
         self.blocks = tensor_shapes(self.config)
         check_manifest(self.src, self.blocks)
-        self.dtype = np.dtype(read_manifest(self.src)["tensors"]["norm.weight"]["dtype"])
-        self.size = self.config.parameter_count * self.dtype.itemsize
+        manifest = read_manifest(self.src)
+        self.has_tokenizer = FILE_NAME in manifest["files"]
+        dtype = BY_NAME[settings.dtype] if settings.dtype else None
+        self.dtypes = {
+            name: np.dtype(entry["dtype"]) if dtype is None else dtype
+            for name, entry in manifest["tensors"].items()
+        }
+        self.stored = Stored(self.config, self.dtypes)
         self.merge: Merge | None = None
         if settings.adapter is not None:
-            self.merge = Merge(self.src, settings.adapter, force=settings.force)
+            self.merge = Merge(self.src, settings.adapter, dtype=dtype, force=settings.force)
         self.advance: Callable[[int], None] = lambda size: None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for block in self.blocks:
             tensors = read_block(self.src, block)
-            yield tensors if self.merge is None else self.merge(block, tensors)
+            given = tensors if self.merge is None else self.merge(block, tensors)
+            yield {name: cast(tensor, self.dtypes[name]) for name, tensor in given.items()}
             self.advance(sum(tensor.nbytes for tensor in tensors.values()))
             forget(tensors.values())
 
@@ -69,22 +79,22 @@ def exporting(settings: Export) -> Iterator[tuple[Path, Model]]:
     An interrupted export goes on where it was. A merged one has `merge.json`, what merging changed.
 
     Raises:
-        InputError: as `Model`, and if the folder exists or the disk is too small.
+        InputError: as `Model`, and if the folder exists, the disk is too small, or what would be
+            written is not finite.
     """
+    check_destination(settings.dst)
     model, dst = Model(settings), settings.dst
     origin: dict[str, Any] = {"manifest": manifest_sha256(model.src), "settings": str(settings)}
     if settings.adapter is not None:
         origin["adapter"] = fingerprint(settings.adapter / name for name in (WEIGHTS, PEFT_CONFIG))
-    with room_for(model.size - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
+    with room_for(model.stored.bytes - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
         with block_progress("exporting", len(model.blocks)) as model.advance:
             yield folder, model
         if model.merge is not None:
             report = model.merge.report()
             write_json(folder / "merge.json", report)
             show_report(report)
-    console.print(
-        f"{model.config.parameter_count:,} parameters, {model.dtype.name}, {model.size:,} bytes"
-    )
+    console.print(model.stored.words)
     console.print(f"wrote {dst}: {', '.join(_names(dst))}")
 
 

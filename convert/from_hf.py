@@ -13,13 +13,17 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
+from convert.dtypes import Dtype
 from convert.hf.files import open_hf
 from convert.hf.tokenizer import read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError, checked
+from jllama.folders.files import check_destination
+from jllama.folders.json_files import read_bytes
 from jllama.folders.model import CONFIG
+from jllama.text.tokenizer import FILE_NAME
 
 
 @checked
@@ -32,6 +36,8 @@ class FromHf:
     """Folder to make; by default models/ and the name of SRC."""
     tokenizer: Path | None = None
     """Meta's tokenizer.model, or a folder with one; by default what SRC has."""
+    dtype: Dtype | None = None
+    """Stores every tensor in this dtype, rounded once; by default each as it is."""
 
 
 def convert(settings: FromHf) -> None:
@@ -41,12 +47,16 @@ def convert(settings: FromHf) -> None:
         InputError: if the files are damaged or contradict each other, or the disk is too small.
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
-    if not (src / CONFIG).is_file() and shard_files(src):
+    check_destination(dst)
+    if not (src / CONFIG).exists() and shard_files(src):
         raise InputError(f"{src}: found Meta's files; run: {command_line('from-meta', src, 'DST')}")
     weights = open_hf(src)
     place = settings.tokenizer or src
-    tokenizer = place.read_bytes() if place.is_file() else read_hf_tokenizer(place)
-    to_model_folder(weights, tokenizer, place, dst)
+    if place.is_dir():
+        tokenizer = read_hf_tokenizer(place)
+    else:
+        tokenizer = read_bytes(place, f"Meta's {FILE_NAME}")
+    to_model_folder(weights, tokenizer, place, dst, settings.dtype)
     console.print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
 
 

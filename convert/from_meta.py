@@ -13,12 +13,15 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
+from convert.dtypes import Dtype
 from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.errors import AtLeast1, InputError, Positive, checked
+from jllama.folders.files import check_destination
+from jllama.folders.json_files import read_bytes
 from jllama.folders.model import CONFIG
 from jllama.text.tokenizer import FILE_NAME
 
@@ -37,6 +40,8 @@ class FromMeta:
     """How far a scaled rope is stretched; by default 32 for tied models (3.2), 8 for others."""
     max_seq_len: AtLeast1 | None = None
     """The trained context in tokens; by default that of the family."""
+    dtype: Dtype | None = None
+    """Stores every tensor in this dtype, rounded once; by default each as it is."""
 
 
 def convert(settings: FromMeta) -> None:
@@ -46,14 +51,16 @@ def convert(settings: FromMeta) -> None:
         InputError: if the files are damaged or contradict each other, or the disk is too small.
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
-    if (src / CONFIG).is_file() and not (src / PARAMS).is_file():
+    check_destination(dst)
+    if (src / CONFIG).is_file() and not (src / PARAMS).exists():
         raise InputError(
             f"{src}: found {CONFIG}; expected Meta's files (consolidated.00.pth, ...). For Hugging "
             f"Face's files: python -m convert.from_hf {src} DST"
         )
     weights = open_meta(src, _params(settings))
     tokenizer = find_tokenizer(settings)
-    to_model_folder(weights, tokenizer.read_bytes(), tokenizer, dst)
+    content = read_bytes(tokenizer, f"Meta's {FILE_NAME}")
+    to_model_folder(weights, content, tokenizer, dst, settings.dtype)
     sample = src == bundled.SAMPLE and dst == Path(bundled.MODEL)
     flags = [] if sample else ["--model", dst, "--data", "FILE"]
     console.print("next: " + command_line("train", *flags))
@@ -79,7 +86,7 @@ def find_tokenizer(settings: FromMeta) -> Path:
     places = [settings.tokenizer or beside / FILE_NAME]
     if settings.tokenizer is None:
         places.append(beside.parent / FILE_NAME)  # where Meta put LLaMA 1's
-    file = next((place for place in places if place.is_file()), None)
+    file = next((place for place in places if place.exists()), None)
     if file is None:
         raise InputError(
             f"no tokenizer: {' and '.join(map(str, places))} missing; copy Meta's {FILE_NAME} "

@@ -1,9 +1,9 @@
 """An adapter folded into the blocks that pass, and what rounding took from it.
 
-Base weights are stored in 16 bits, so W + scale * B A is rounded, and an adapter that moves a
-weight by less than half a step does not move it at all. Three streams of probe prompts therefore
-go through the blocks together: the base, the base with its adapter, and the merged model; all in
-fp32, so that they differ by the weights alone.
+Base weights are stored in 16 bits, so W + scale * B A is rounded (not with `--dtype fp32`), and an
+adapter that moves a weight by less than half a step does not move it at all. Three streams of probe
+prompts therefore go through the blocks together: the base, the base with its adapter, and the
+merged model; all in fp32, so that they differ by the weights alone.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.dtypes import cast
 from jllama.cli.terminal import console
 from jllama.folders.adapter import check_base, put_adapter, read_adapter
 from jllama.folders.model import read_block, read_config
@@ -43,15 +44,16 @@ class Merge:
     Args:
         model: the base's model folder.
         adapter: a PEFT folder.
+        dtype: what the merged model is rounded to; by default each tensor keeps its own.
         force: also on a base that the adapter was not trained on.
 
     Raises:
         InputError: if the adapter is damaged or does not fit the base.
     """
 
-    def __init__(self, model: Path, adapter: Path, *, force: bool):
+    def __init__(self, model: Path, adapter: Path, *, dtype: np.dtype | None = None, force: bool):
         check_base(adapter, model, force=force)
-        self._model, self._adapter = model, adapter
+        self._model, self._adapter, self._dtype = model, adapter, dtype
         self._config = read_config(model)
         self._lora, self._arrays = read_adapter(adapter, self._config)
         tokenizer = load_tokenizer(model)
@@ -65,10 +67,12 @@ class Merge:
         self._weights = self._unchanged = 0
 
     def __call__(self, block: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The block's tensors with the adapter folded in, in their own dtype."""
+        """The block's tensors with the adapter folded in, each rounded once."""
         if block == "embeddings":
-            x = jnp.asarray(tensors["tok_embeddings.weight"][self._tokens], jnp.float32)
-            self._streams = dict.fromkeys(("base", "tuned", "merged"), x)
+            rows = tensors["tok_embeddings.weight"][self._tokens]
+            x = jnp.asarray(rows, jnp.float32)
+            rounded = jnp.asarray(self._rounded(rows), jnp.float32)
+            self._streams = {"base": x, "tuned": x, "merged": rounded}
             return tensors
         if block == "head":
             self._finish(tensors)
@@ -76,7 +80,10 @@ class Merge:
         return self._merge_layer(block, tensors)
 
     def _merge_layer(self, block: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        base, tuned, merged = (self._layer(block, tensors) for _ in range(3))
+        # What is to change its dtype is summed in fp32, which holds it exactly.
+        wide = {name: x if self._dtype in (None, x.dtype) else x.astype(np.float32)
+                for name, x in tensors.items()}  # fmt: skip
+        base, tuned, merged = (self._layer(block, wide) for _ in range(3))
         one = dataclasses.replace(self._config, n_layers=1)
         arrays = {name: self._arrays[name.replace("layers.0", block)]
                   for name in self._lora.shapes(one)}  # fmt: skip
@@ -84,6 +91,8 @@ class Merge:
             put_adapter(model, self._lora, arrays)
         linears = [name.replace("layers.0", block) for name in adapted_linears(merged)]
         merge(merged)
+        if self._dtype is not None:
+            nnx.update(merged, map_named(self._round, nnx.state(merged)))
         for who, model in (("base", base), ("tuned", tuned), ("merged", merged)):
             self._streams[who] = _run(*nnx.split(model), self._streams[who], self._rotary)
         found = named_arrays(nnx.state(merged))
@@ -91,8 +100,16 @@ class Merge:
         for name in linears:
             before, after = tensors[f"{name}.weight"], folded[f"{name}.weight"]
             self._weights += before.size
+            if before.dtype != after.dtype:
+                before, after = before.astype(np.float32), after.astype(np.float32)
             self._unchanged += int(np.count_nonzero(before == after))
         return folded
+
+    def _rounded(self, array: np.ndarray) -> np.ndarray:
+        return array if self._dtype is None else cast(array, self._dtype)
+
+    def _round(self, _: str, array: jax.Array) -> jax.Array:
+        return array.astype(self._dtype)
 
     def _layer(self, block: str, tensors: dict[str, np.ndarray]) -> Llama:
         """A model of this layer alone: what attaches and merges adapters works on it."""
@@ -113,10 +130,12 @@ class Merge:
             stored = tensors | read_block(self._model, "embeddings")
         head = stored["tok_embeddings.weight" if self._config.tied else "output.weight"]
         norm = RMSNorm(self._config.dim, self._config.norm_eps, dtype=jnp.float32)
-        norm.weight[...] = jnp.asarray(tensors["norm.weight"], jnp.float32)
-        wide = head.astype(np.float32)
         for who, x in self._streams.items():
-            self._logits[who] = np.asarray(norm(x)) @ wide.T
+            weight, table = tensors["norm.weight"], head
+            if who == "merged":
+                weight, table = self._rounded(weight), self._rounded(table)
+            norm.weight[...] = jnp.asarray(weight, jnp.float32)
+            self._logits[who] = np.asarray(norm(x)) @ table.astype(np.float32).T
 
     def report(self) -> dict[str, Any]:
         """What the merge changed and what rounding took, in logits over the probe prompts."""
@@ -156,5 +175,5 @@ def show_report(report: dict[str, Any]) -> None:
     if lost > effect / 2:
         console.print(
             "warning: rounding ate the adapter: merging loses more than half of what it does. "
-            "Export the base in a wider dtype, or keep the adapter apart"
+            "Export with --dtype fp32, or keep the adapter apart"
         )

@@ -1,5 +1,6 @@
 """Fields of a foreign JSON file, and what each must be: params.json and config.json alike."""
 
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ def broken(
 ) -> list[str]:
     """What is wrong with the fields of an object; one that is not required may be absent."""
     return [
-        f"{name} is {content.get(name)!r}, expected {words}"
+        f"{name} is {reprlib.repr(content.get(name))}, expected {words}"
         for name, (words, holds) in rules.items()
         if (not holds(content[name]) if name in content else name in required)
     ]

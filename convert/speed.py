@@ -12,6 +12,7 @@ are those of the medians.
 
 import base64
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -40,7 +41,7 @@ from jllama.errors import AtLeast1, Positive, checked
 from jllama.folders.files import room_for
 from jllama.folders.json_files import write_json
 from jllama.machine import measured_here
-from jllama.text.tokenizer import FILE_NAME
+from jllama.text.tokenizer import FILE_NAME, LLAMA3_SPECIALS
 
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
 _MIB = 2**20
@@ -160,14 +161,15 @@ def _read_all(folder: Path) -> None:
 
 
 def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
-    """Random bf16 weights in Meta's files, with the smallest tokenizer there is."""
+    """Random bf16 weights in Meta's files, with a tokenizer of one and two bytes a token."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
     names = {k: shape for block in tensor_shapes(config).values() for k, shape in block.items()}
     axes = {name: cut_axis(name, config) for name in names}
     parts = {name: even_part(name, shape, axes[name], shards) for name, shape in names.items()}
+    dtypes = dict.fromkeys(parts, torch.bfloat16)
     for index in range(shards):
-        archive = Archive(folder / f"consolidated.{index:02d}.pth", parts, torch.bfloat16, {})
+        archive = Archive(folder / f"consolidated.{index:02d}.pth", parts, dtypes, {})
         for name, shape in parts.items():
             values = (
                 torch.randn(shape, generator=draw) if axes[name] is not None else torch.ones(shape)
@@ -175,7 +177,10 @@ def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
             archive.put(name, as_numpy(values.bfloat16()))
         archive.close()
     write_json(folder / PARAMS, meta_params(config))
-    ranks = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    letters = [bytes([byte]) for byte in range(256)]
+    tokens = [*letters, *map(b"".join, itertools.product(letters, letters))]
+    tokens = tokens[: config.vocab_size - len(LLAMA3_SPECIALS)]
+    ranks = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     (folder / FILE_NAME).write_bytes(b"".join(ranks))
 
 

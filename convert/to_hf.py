@@ -4,9 +4,10 @@
 
 Writes safetensors with an index (a file per block), config.json, generation_config.json and the
 tokenizer. Without an adapter the tensors are byte for byte those of the Hugging Face files that
-were converted, or would have been.
+were converted, or would have been, unless `--dtype` asks for another dtype.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from convert.hf.tokenizer import write_hf_tokenizer
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
 from jllama.config import LlamaConfig
-from jllama.errors import checked
+from jllama.errors import InputError, checked
 from jllama.folders.json_files import write_json
 from jllama.folders.model import CONFIG
 from jllama.folders.tensors import map_tensors, save_tensors
@@ -51,7 +52,9 @@ def export(settings: ToHf) -> None:
             }
             _save(folder / file, theirs)
             placed |= dict.fromkeys(theirs, file)
-        write_json(folder / INDEX, {"metadata": {"total_size": model.size}, "weight_map": placed})
+        write_json(
+            folder / INDEX, {"metadata": {"total_size": model.stored.bytes}, "weight_map": placed}
+        )
     console.print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
 
 
@@ -59,11 +62,11 @@ def _write_small_files(src: Path, folder: Path, model: Model) -> None:
     """The tokenizer, config.json and generation_config.json."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    if (src / FILE_NAME).is_file():
+    if model.has_tokenizer:
         tokenizer = load_tokenizer(src)
         bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
         write_hf_tokenizer((src / FILE_NAME).read_bytes(), folder, model.config.max_seq_len)
-    config = hf_config(model.config, model.dtype.name, bos_id, eos_ids)
+    config = hf_config(model.config, model.stored.usual.name, bos_id, eos_ids)
     write_json(folder / CONFIG, config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", ends)
@@ -78,10 +81,11 @@ def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:
 def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes a file under its name once it is whole; one that is there and equal stays."""
     if file.is_file():
-        there = map_tensors(file)
-        same = there.keys() == tensors.keys()
-        if same and all(there[name].tobytes() == tensors[name].tobytes() for name in tensors):
-            return
+        with contextlib.suppress(InputError):  # a damaged one is written again
+            there = map_tensors(file, "weights", "")
+            same = there.keys() == tensors.keys()
+            if same and all(there[name].tobytes() == tensors[name].tobytes() for name in tensors):
+                return
     save_tensors(file, tensors, {"format": "pt"}, hashed=False)
 
 

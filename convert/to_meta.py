@@ -3,8 +3,8 @@
     python -m convert.to_meta models/llama-2-7b llama-2-7b-meta
     python -m convert.to_meta models/llama-2-7b tuned-meta --adapter runs/latest/adapter
 
-Without an adapter the tensors are byte for byte those that were converted, and the same folder
-always gives the same bytes.
+Without an adapter the tensors are byte for byte those that were converted, unless `--dtype` asks
+for another dtype, and the same folder always gives the same bytes.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from jllama.config import LlamaConfig
 from jllama.errors import AtLeast1, InputError, checked
 from jllama.folders.json_files import write_json
 from jllama.names import EMBEDDINGS, OUTPUT
-from jllama.text.tokenizer import FILE_NAME
+from jllama.text.tokenizer import FILE_NAME, load_tokenizer
 
 
 @checked
@@ -44,6 +44,8 @@ def export(settings: ToMeta) -> None:
     """
     with exporting(settings) as (folder, model):
         params = meta_params(model.config)
+        if model.has_tokenizer:
+            load_tokenizer(settings.src)  # refuses one that is damaged or missing
         shapes = {name: shape for block in model.blocks.values() for name, shape in block.items()}
         axes = {name: cut_axis(name, model.config) for name in shapes}
         parts = {
@@ -51,9 +53,9 @@ def export(settings: ToMeta) -> None:
             for name, shape in shapes.items()
         }
         tied = {OUTPUT: EMBEDDINGS} if model.config.tied else {}  # one storage under two names
-        dtype = as_torch_dtype(model.dtype)
+        dtypes = {name: as_torch_dtype(dtype) for name, dtype in model.dtypes.items()}
         archives = [
-            Archive(folder / f"consolidated.{index:02d}.pth", parts, dtype, tied)
+            Archive(folder / f"consolidated.{index:02d}.pth", parts, dtypes, tied)
             for index in range(settings.shards)
         ]
 
@@ -75,9 +77,8 @@ def export(settings: ToMeta) -> None:
         for archive in archives:
             archive.close()
         write_json(folder / PARAMS, params)
-        tokenizer = settings.src / FILE_NAME
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, folder / FILE_NAME)
+        if model.has_tokenizer:
+            shutil.copyfile(settings.src / FILE_NAME, folder / FILE_NAME)
     console.print("next: " + command_line("from-meta", settings.dst, "DST"))
 
 

@@ -8,13 +8,15 @@ differs.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from tyro.conf import Positional, arg
 
 from convert.blocks import Weights, block_progress, refuse_if
+from convert.dtypes import cast
 from convert.hf.files import open_hf
 from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
@@ -22,9 +24,25 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError, checked
-from jllama.folders.manifest import MANIFEST, certificate, read_manifest
-from jllama.folders.model import CONFIG, check_manifest, read_block, read_config
+from jllama.folders.manifest import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    certificate,
+    check_file,
+    read_manifest,
+)
+from jllama.folders.model import (
+    BLOCKS,
+    CONFIG,
+    block_file,
+    check_manifest,
+    read_block,
+    read_config,
+)
+from jllama.names import block_of
 from jllama.text.tokenizer import load_tokenizer
+from jllama.text.tokenizer_file import FILE_NAME
 
 
 @checked
@@ -44,45 +62,61 @@ def verify(settings: Verify) -> None:
         InputError: all that is damaged or differs, together.
     """
     folder = settings.model
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         raise InputError(f"{folder}: no {MANIFEST}; expected a model folder")
     manifest = read_manifest(folder)
-    config = read_config(folder)
-    blocks = tensor_shapes(config)
-    check_manifest(folder, blocks)
-    problems: list[str] = []
-    try:
-        load_tokenizer(folder)
-    except InputError as error:
-        problems.append(str(error))
-    with block_progress("verifying", len(blocks)) as advance:
-        for block in blocks:
-            size = 0
-            try:
-                size = sum(tensor.nbytes for tensor in read_block(folder, block).values())
-            except InputError as error:
-                problems.append(str(error))
-            advance(size)
-    refuse_if(problems, folder, "damaged")
+    refuse_if(_damage(folder, manifest), folder, "damaged")
     console.print(
         f"{len(manifest['tensors'])} tensors and {len(manifest['files'])} files are whole"
     )
     if settings.against is not None:
-        compare(manifest["tensors"], config, settings.against)
+        compare(manifest["tensors"], read_config(folder), settings.against)
 
 
-def compare(certified: dict[str, Any], config: LlamaConfig, source: Path) -> None:
+def _damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Everything in a model folder that is not as its manifest says."""
+    problems: list[str] = []
+
+    def checked_by(check: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return check(*args)
+        except InputError as error:
+            problems.append(str(error))
+            return None
+
+    config = checked_by(read_config, folder)
+    if config:
+        checked_by(check_manifest, folder, tensor_shapes(config))
+    checked_by(load_tokenizer, folder)
+    for name in sorted(manifest["files"].keys() - {CONFIG, FILE_NAME}):
+        checked_by(check_file, folder / name)
+    blocks = list(dict.fromkeys(map(block_of, manifest["tensors"])))
+    known = {block_file(folder, block) for block in blocks}
+    for file in sorted(set((folder / BLOCKS).glob("*.safetensors")) - known):
+        problems.append(f"{file}: not in {MANIFEST}; remove it")
+    with block_progress("verifying", len(blocks)) as advance:
+        for block in blocks:
+            tensors = checked_by(read_block, folder, block) or {}
+            advance(sum(tensor.nbytes for tensor in tensors.values()))
+    return problems
+
+
+def compare(certified: Mapping[str, Entry], config: LlamaConfig, source: Path) -> None:
     """Holds the certificates of a model folder against the tensors of its source.
+
+    Where the source has another dtype, it is rounded to the certified one, as `--dtype` does.
 
     Raises:
         InputError: the tensors that differ.
     """
-    if (source / MANIFEST).is_file():
+    rounded: list[str] = []
+    if (source / MANIFEST).exists():
         verify(Verify(source))
         found, theirs = read_manifest(source)["tensors"], read_config(source)
     else:
         weights = open_weights(source)
-        found, theirs = certificates(weights), weights.config
+        theirs = weights.config
+        found, rounded = certificates(weights, certified)
     problems = [
         f"{name}: {certified.get(name)}, the source has {found.get(name)}"
         for name in sorted(certified.keys() | found.keys())
@@ -93,26 +127,38 @@ def compare(certified: dict[str, Any], config: LlamaConfig, source: Path) -> Non
     for field, value in dataclasses.asdict(config).items():
         if value != stated[field]:
             console.print(f"note: {field} is {value}; {source} says {stated[field]}")
-    console.print(f"every tensor is byte for byte that of {source}")
+    if rounded:
+        console.print(
+            f"every tensor is that of {source}, {len(rounded)} of them rounded to another dtype"
+        )
+    else:
+        console.print(f"every tensor is byte for byte that of {source}")
 
 
 def open_weights(folder: Path) -> Weights:
     """Meta's or Hugging Face's files, told apart by their config."""
-    if (folder / CONFIG).is_file() and not (folder / PARAMS).is_file():
+    if (folder / CONFIG).exists() and not (folder / PARAMS).exists():
         return open_hf(folder)
     return open_meta(folder, read_params(folder / PARAMS))
 
 
-def certificates(weights: Weights) -> dict[str, Any]:
-    """What a model folder made from the weights would certify."""
-    found: dict[str, Any] = {}
+def certificates(
+    weights: Weights, certified: Mapping[str, Entry]
+) -> tuple[dict[str, Entry], list[str]]:
+    """What a model folder made from the weights would certify, and which tensors were rounded."""
+    found: dict[str, Entry] = {}
+    rounded: list[str] = []
     blocks = tensor_shapes(weights.config)
     with block_progress("comparing", len(blocks)) as advance:
         for names in blocks.values():
             tensors, _ = weights.read_block(names)
-            found |= {name: certificate(tensor) for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():
+                asked = certified.get(name)
+                kept = cast(tensor, np.dtype(asked["dtype"])) if asked else tensor
+                rounded += [name] if kept.dtype != tensor.dtype else []
+                found[name] = certificate(kept)
             advance(sum(tensor.nbytes for tensor in tensors.values()))
-    return found
+    return found, rounded
 
 
 def main(argv: Sequence[str] | None = None) -> None:

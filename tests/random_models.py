@@ -51,12 +51,19 @@ def random_arrays(params: dict, *, seed: int = 0, tied: bool = False) -> dict[st
     return arrays
 
 
-def model_folder(root: Path, params: dict, *, name: str = "model", seed: int = 0) -> Path:
+def model_folder(
+    root: Path,
+    params: dict,
+    *,
+    name: str = "model",
+    seed: int = 0,
+    transformers_name: str | None = None,
+) -> Path:
     """The model folder `root / name` of `random_arrays`; test_convert.py has the converter's."""
     arrays = random_arrays(params, seed=seed)
     config = config_from_meta(params, VOCABULARY, tied=False)
     with whole_folder(root / name) as partial:
-        writer = ModelWriter(partial, config, f"random, seed {seed}")
+        writer = ModelWriter(partial, config, f"random, seed {seed}", transformers_name)
         for block, shapes in tensor_shapes(config).items():
             writer.write_block(block, {tensor: arrays[tensor] for tensor in shapes})
         writer.finish(TOKENIZER)

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
+import time
 
 import pytest
 
@@ -16,15 +18,24 @@ import peft
 import safetensors.torch
 import torch
 from flax import nnx
-from meta_files import random_tensors, reference, write_meta
+from meta_files import random_tensors, reference, write_hf, write_meta
 from random_models import BASE, VOCABULARY
 
+from convert import from_hf
+from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
 from jllama.config import PRESETS, LoraConfig
 from jllama.errors import InputError
-from jllama.folders.adapter import check_base, load_adapter, read_passport, save_adapter
+from jllama.folders.adapter import (
+    check_base,
+    load_adapter,
+    read_lora_config,
+    read_passport,
+    save_adapter,
+)
 from jllama.folders.load import load_model
-from jllama.folders.manifest import manifest_sha256
+from jllama.folders.manifest import manifest_sha256, write_sealed
+from jllama.folders.model import transformers_name
 from jllama.lora import adapted_linears, attach, merge, scaled, split
 
 # peft asks transformers for it by its old name.
@@ -143,6 +154,66 @@ def test_an_adapter_saved_by_peft_gives_the_same_logits_here(
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(load_model(base, "fp32"), tmp_path / "adapter")
     assert_agree(logits(ours), torch_logits(theirs.float()))
+
+
+# What PEFT matches against full module paths: an expression, the ends of paths, or all.
+TARGETS = {
+    "expression of a whole path": r"model\.layers\.\d+\.self_attn\.(q|v)_proj",
+    "expression of a path's end": r".*\.(q_proj|v_proj)",
+    "expression that looks around": r".*(?<!k_)(?<!o_)proj(?<=(q|v)_proj)",
+    "names": ["v_proj", "q_proj"],
+    "ends of paths": ["self_attn.q_proj", "mlp.gate_proj"],
+    "all of them": "all-linear",
+}
+
+
+@pytest.mark.parametrize("what", TARGETS)
+def test_targets_are_those_that_peft_finds(what, base, tensors, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS[what], init_lora_weights=False)
+    theirs = peft.get_peft_model(reference(PARAMS, tensors), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(file.read_text()) | {"target_modules": TARGETS[what]}
+    file.write_text(json.dumps(stored))  # peft writes out what "all-linear" stood for
+    found = {HF_ALL[ALL.index(name)] for name in read_lora_config(tmp_path / "adapter").targets}
+    names = theirs.base_model.targeted_module_names
+    assert found == {name.rpartition(".")[2] for name in names}
+    assert len(names) == len(found) * PARAMS["n_layers"]
+    ours = load_adapter(load_model(base, "fp32"), tmp_path / "adapter")
+    assert_agree(logits(ours), torch_logits(theirs))
+
+
+def test_an_expression_that_would_take_for_ever_is_not_run(foreign):
+    set_config(target_modules="(.*)*" * 20 + "x")(foreign)
+    started = time.monotonic()
+    assert read_lora_config(foreign).targets == ALL
+    assert time.monotonic() - started < 5
+
+
+def test_no_dropout_in_the_settings_is_a_dropout_of_0(foreign):
+    set_config(lora_dropout=None, use_dora=None)(foreign)
+    assert read_lora_config(foreign).dropout == 0
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_peft_opens_base_and_adapter_by_the_adapter_alone_where_the_base_is_known(
+    hub, tensors, tmp_path, monkeypatch
+):
+    name = "models--meta-llama--Llama-tiny/snapshots/0123" if hub else "hf"
+    hf = write_hf(tmp_path / name, tensors, PARAMS)
+    from_hf.convert(FromHf(hf, tmp_path / "model"))
+    base_name = transformers_name(tmp_path / "model")
+    assert base_name == ("meta-llama/Llama-tiny" if hub else str(hf))
+    if hub:
+        return
+    ours = adapted(tmp_path / "model")
+    save_adapter(tmp_path / "adapter", ours, LORA, base_name, {})
+    monkeypatch.chdir(tmp_path.parent)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_agree(logits(ours), torch_logits(theirs))
+    shutil.rmtree(hf)
+    assert transformers_name(tmp_path / "model") == str(tmp_path / "model")
 
 
 def test_save_and_load_give_back_every_bit_and_the_passport(base, folder):
@@ -273,20 +344,56 @@ DAMAGE = {
         set_config(target_modules=["q_proj", "lm_head"]),
         ["unknown linear lm_head", "choose from wq"],
     ),
-    "no targets": (set_config(target_modules=[]), ["no target_modules"]),
+    "no targets": (set_config(target_modules=[]), ["target_modules is [], expected names"]),
     "no config": (
         lambda path: (path / "adapter_config.json").unlink(),
         ["adapter_config.json: no such file"],
     ),
     "no weights": (
         lambda path: (path / "adapter_model.safetensors").unlink(),
-        ["no such file; expected a PEFT adapter folder"],
+        ["no such file; expected the weights of a PEFT adapter"],
     ),
     "not a number": (
         set_tensors(lambda tensors: tensors.update({Q_B: tensors[Q_B] * float("nan")})),
         [f"{Q_B} (1 in all) hold NaN or infinity"],
     ),
+    "whole numbers": (
+        set_tensors(lambda tensors: tensors.update({Q_B: tensors[Q_B].int()})),
+        ["adapter_model.safetensors", f"{Q_B} is I32, expected F16, BF16, F32"],
+    ),
+    "some layers only": (
+        set_tensors(lambda tensors: [tensors.pop(x) for x in list(tensors) if ".1.self" in x]),
+        ["q_proj: adapted in layers 0, of 2 in this model", "some layers only is not supported"],
+    ),
     "a header that lies": (flip_header, ["adapter_model.safetensors: damaged"]),
+    **{
+        f"{field} {value!r:.40}": (set_config(**{field: value}), ["adapter_config.json: ", words])
+        for field, value, words in [
+            ("lora_alpha", math.nan, "lora_alpha nan, expected a number, above 0"),
+            ("lora_alpha", math.inf, "lora_alpha inf, expected a number, above 0"),
+            ("lora_alpha", 0, "lora_alpha 0, expected a number, above 0"),
+            ("lora_alpha", -1, "lora_alpha -1, expected a number, above 0"),
+            ("lora_alpha", True, "lora_alpha True, expected a number, above 0"),
+            ("lora_alpha", "16", "lora_alpha '16', expected a number"),
+            ("lora_alpha", None, "lora_alpha None, expected a number, above 0"),
+            ("r", True, "r True, expected a whole number, at least 1"),
+            ("r", 0, "r 0, expected a whole number, at least 1"),
+            ("r", [8], "r [8], expected a whole number, at least 1"),
+            ("lora_dropout", "x", "lora_dropout 'x', expected a number"),
+            ("lora_dropout", 1.0, "lora_dropout 1.0, expected a number, at least 0 and below 1"),
+            ("use_dora", "no", "use_dora 'no', expected"),
+            ("use_rslora", 1, "use_rslora 1, expected true or false"),
+            ("bias", {"a": "b" * 10**6}, "not supported here: bias {'a': 'bbb"),
+            ("target_modules", 5, "target_modules is 5, expected names such as q_proj"),
+            ("target_modules", None, "target_modules is None, expected names"),
+            ("target_modules", [7], "target_modules is [7], expected names"),
+            ("target_modules", "(q_proj", "target_modules '(q_proj' is no regular expression"),
+            ("target_modules", "a{9999999999999}", "is no regular expression"),
+            ("target_modules", "(" * 9000, "is no regular expression"),
+            ("target_modules", "q" * 10**6, "or a regular expression of at most 10,000"),
+            ("target_parameters", ["experts"], "not supported here: target_parameters"),
+        ]
+    },
 }
 
 
@@ -319,6 +426,33 @@ def test_a_damaged_file_of_an_adapter_is_named_and_refused(name, damage, base, c
         return
     with pytest.raises(InputError, match=name):
         load_adapter(model, copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"files": ["adapter_config.json"]}, "files is ['adapter_config.json']"),
+        ({"files": {"adapter_config.json": 7}}, "files, adapter_config.json is 7"),
+        ({"base_manifest_sha256": None}, "base_manifest_sha256 is None"),
+        ({"tokenizer_sha256": ["a"]}, "tokenizer_sha256 is ['a']"),
+        ({"prompt_style": {}}, "prompt_style is {}"),
+    ],
+)
+def test_a_passport_whose_fields_are_of_a_wrong_kind_is_refused(fields, problem, base, copy):
+    write_sealed(copy / "jllama.json", fields)
+    for read in (read_lora_config, read_passport, lambda path: check_base(path, base)):
+        with pytest.raises(InputError) as refused:
+            read(copy)
+        assert str(refused.value).startswith(f"{copy / 'jllama.json'}: {problem}")
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(base, tmp_path):
+    model = adapted(base)
+    lora = adapted_linears(model)["layers.1.attention.wq"].lora
+    lora.b[...] = lora.b[...].at[3, 1].set(jnp.nan)
+    with pytest.raises(InputError, match=rf"{Q_B} would hold NaN or infinity"):
+        save_adapter(tmp_path / "adapter", model, LORA, "models/tiny", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_or_tokenizer_is_refused_unless_forced(base, tmp_path):

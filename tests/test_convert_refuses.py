@@ -82,6 +82,14 @@ def both(*changes):
     return change
 
 
+def enlarge_vocabulary(meta: Path, more: int) -> None:
+    """As if the tokenizer had lost its last lines."""
+    edit(meta, lambda tensors: tensors.update({
+        "tok_embeddings.weight": torch.ones(512 + more, 16),
+        "output.weight": torch.ones((512 + more) // 2, 32),
+    }), 0, 1)  # fmt: skip
+
+
 WQ, WO = "layers.1.attention.wq.weight", "layers.1.attention.wo.weight"
 NORM = "layers.0.ffn_norm.weight"
 
@@ -144,9 +152,9 @@ DAMAGE = {
         lambda meta: edit(meta, lambda tensors: tensors.update({WO: torch.ones(16, 32)}), 0),
         [f"consolidated.00.pth: {WO} is [16, 32], expected [32, 16]"],
     ),
-    "mixed dtypes": (
-        lambda meta: edit(meta, lambda tensors: tensors.update({NORM: tensors[NORM].half()}), 0, 1),
-        [f"consolidated.00.pth: {NORM} is float16, expected float32 like the others"],
+    "a dtype in one shard only": (
+        lambda meta: edit(meta, lambda tensors: tensors.update({NORM: tensors[NORM].half()}), 1),
+        [f"consolidated.01.pth: {NORM} is float16, expected float32 as in consolidated.00.pth"],
     ),
     "not a number": (
         lambda meta: edit(meta, put(WO, float("nan")), 1),
@@ -222,6 +230,10 @@ DAMAGE = {
     "tokenizer too large": (
         lambda meta: (meta / "tokenizer.model").write_bytes(TOKENIZER + b"AAA= 256\n"),
         ["tokenizer.model: 513 tokens, but the weights have 512 rows", "copy"],
+    ),
+    "tokenizer cut at a line's end": (
+        lambda meta: enlarge_vocabulary(meta, 4),
+        ["512 tokens with the special ones, but the weights have 516 rows: lines are missing"],
     ),
     "tokenizer of no kind": (
         lambda meta: (meta / "tokenizer.model").write_text("hello"),

@@ -36,7 +36,7 @@ from jllama.errors import InputError
 from jllama.folders.adapter import save_adapter
 from jllama.folders.load import load_model
 from jllama.folders.manifest import read_manifest
-from jllama.folders.model import read_config
+from jllama.folders.model import read_config, transformers_name
 from jllama.lora import adapted_linears, attach
 
 SCALED = GROUPED | {"rope_theta": 500000.0, "use_scaled_rope": True}
@@ -118,14 +118,16 @@ def test_hf_to_model_to_hf_is_byte_identical_per_tensor(files, dtype, tmp_path):
 
 def test_splitting_differently_gives_the_same_model_folder(tmp_path):
     tensors = random_tensors(GROUPED, dtype=torch.bfloat16)
-    folders = {}
+    folders: dict[str, dict] = {}
     for shards in (1, 2, 8):
         src = write_meta(tmp_path / f"{shards}" / "llama", tensors, GROUPED, shards=shards)
         convert(FromMeta(src, tmp_path / f"m{shards}"))
         folders[f"m{shards}"] = contents(tmp_path / f"m{shards}")
         hf = write_hf(tmp_path / f"hf{shards}" / "llama", tensors, GROUPED, files=shards)
         from_hf.convert(FromHf(hf, tmp_path / f"h{shards}"))
-        folders[f"h{shards}"] = contents(tmp_path / f"h{shards}")
+        assert transformers_name(tmp_path / f"h{shards}") == str(hf)  # all that differs
+        certified = read_manifest(tmp_path / f"h{shards}")["tensors"]
+        folders[f"h{shards}"] = contents(tmp_path / f"h{shards}") | {"manifest.json": certified}
     assert folders["m1"] == folders["m2"] == folders["m8"]
     assert folders["h1"] == folders["h2"] == folders["h8"]
     blocks = [name for name in folders["m1"] if name.startswith("blocks")]

@@ -380,7 +380,7 @@ NOT_LLAMA: dict[str, tuple[Callable[[], bytes], str]] = {
     "no bytes": (lambda: trained(byte_fallback=False), "byte fallback: False, expected True"),
     "no space": (lambda: trained(add_dummy_prefix=False), "before the text: False, expected True"),
     "moved": (lambda: trained(unk_id=2, bos_id=0, eos_id=1), "expected ['<unk>', '<s>', '</s>']"),
-    "gap": (lambda: RANKS + b"aGVsbG8= 999\n", f"duplicate), the first {N}; copy"),
+    "gap": (lambda: RANKS + b"aGVsbG8= 999\n", f"{N + 1} ranks without {N}, expected 0, 1, 2"),
     "few bytes": (lambda: rank_lines([b"a", b"b"]), "254 of the 256 bytes without a token"),
 }
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 def place(tmp_path_factory):
     """Two models, twelve rows, and a finished run on the first model."""
     root = tmp_path_factory.mktemp("place")
-    model_folder(root, GROUPED)
+    model_folder(root, GROUPED, transformers_name="org/tiny")
     model_folder(root, GROUPED, name="other", seed=1)
     rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(12)]
     (root / "rows.json").write_text(json.dumps(rows))
@@ -56,6 +56,8 @@ def test_an_adapter_says_where_it_comes_from(place):
     }
     assert {name: passport[name] for name in expected} == expected
     assert passport["versions"]["jax"]
+    config = read_json(place / "run" / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "org/tiny"
     settings = passport["lora"]
     assert (settings["rank"], settings["alpha"], settings["rslora"]) == (4, 32.0, True)
     assert settings["targets"] == ["wq", "w2"]
@@ -74,7 +76,7 @@ def test_training_starts_from_an_adapter_and_not_from_another_bases(place, tmp_p
         main(flags(place, tmp_path / "other", *still, model="other"))
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"was trained on {place / 'model'} (manifest" in said
+    assert "was trained on org/tiny (manifest" in said
     assert not (tmp_path / "other").exists()
     main(flags(place, tmp_path / "other", *still, "--force", model="other"))
 
@@ -85,7 +87,7 @@ def test_answering_wants_the_adapters_own_base(place, tmp_path, capsys):
                "--precision", "fp32"]  # fmt: skip
     with pytest.raises(SystemExit):
         answer(command)
-    assert f"was trained on {place / 'model'} (manifest" in capsys.readouterr().err
+    assert "was trained on org/tiny (manifest" in capsys.readouterr().err
     answer([*command, "--force"])
     assert (tmp_path / "g.jsonl").exists()
 

@@ -21,7 +21,7 @@ from jllama.folders.adapter import (
     write_passport,
 )
 from jllama.folders.load import load_model, save_model
-from jllama.folders.model import model_sizes, read_config
+from jllama.folders.model import model_sizes, read_config, transformers_name
 from jllama.lora import attach
 from jllama.machine import peak_memory_mib
 from jllama.text.row_file import read_rows
@@ -103,7 +103,7 @@ def run_steps(
             new = folder.with_name(f"{folder.name}.new")
             shutil.rmtree(new, ignore_errors=True)
             if lora:
-                save_adapter(new, model, lora, config.model, passport)
+                save_adapter(new, model, lora, transformers_name(config.model), passport)
             else:
                 dtype = PRECISIONS[config.precision]
                 words = (Path(config.model) / FILE_NAME).read_bytes()

@@ -1,5 +1,6 @@
 """Hugging Face's config.json: read and checked on the way in, written on the way out."""
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
         rules = dict.fromkeys(_LLAMA3_ROPE, NUMBER)
         rules["original_max_position_embeddings"] = COUNT
     else:
-        return [f"rope_type is {kind!r}, expected 'default' or 'llama3'"]
+        return [f"rope_type is {reprlib.repr(kind)}, expected 'default' or 'llama3'"]
     if "rope_theta" in rope:
         rules["rope_theta"] = NUMBER
     return [f"rope {problem}" for problem in broken(rope, rules, rules)]

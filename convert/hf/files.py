@@ -7,6 +7,7 @@ Hugging Face turns the rotary pairs (x[i], x[i + H/2]) where Meta turns (x[2i], 
 rows of q and k change their order on the way in.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +18,19 @@ import safetensors
 import torch
 
 from convert.blocks import refuse_if
-from convert.dtypes import DTYPES, as_numpy, forget, is_finite
+from convert.dtypes import as_numpy, forget, is_finite
 from convert.hf.config import config_from_hf
 from convert.meta.cuts import is_skipped
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
+from jllama.folders.inputs import check_readable
 from jllama.folders.json_files import read_json
 from jllama.folders.model import CONFIG
+from jllama.folders.tensors import DTYPES
 from jllama.layers import to_interleaved
 from jllama.names import EMBEDDINGS, OUTPUT, hf_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-# safetensors' names of the dtypes.
-_DTYPES: Mapping[str, torch.dtype] = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 
 
 class Stored(NamedTuple):
@@ -51,13 +47,31 @@ class HfWeights:
 
     folder: Path
     config: LlamaConfig
-    dtype: np.dtype
     stored: Mapping[str, Stored]  # by Hugging Face's names
     _last: list[torch.Tensor] = field(default_factory=list)  # of the block that was read last
 
     @property
     def source(self) -> str:
         return f"Hugging Face's files in {self.folder.resolve().name}"
+
+    @property
+    def transformers_name(self) -> str:
+        """The hub's name in its cache (models--NAME/snapshots/REVISION), else the folder.
+
+        `_name_or_path` in config.json does not tell: in a fine-tuned model it names its base.
+        """
+        path = self.folder.resolve()
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return str(path)
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        blocks = tensor_shapes(self.config).values()
+        return {
+            name: DTYPES[self.stored[hf_name(name)].dtype] for names in blocks for name in names
+        }
 
     @property
     def files(self) -> list[Path]:
@@ -94,13 +108,12 @@ def open_hf(folder: Path) -> HfWeights:
         head, table = (
             _read(folder / stored[n].file, n) for n in map(hf_name, (OUTPUT, EMBEDDINGS))
         )
-        if not torch.equal(head, table):
+        if head.dtype != table.dtype or not torch.equal(head, table):
             problems.append(
                 f"{hf_name(OUTPUT)} differs from {hf_name(EMBEDDINGS)}, expected a copy"
             )
     refuse_if(problems, folder, f"the weights do not fit {CONFIG}; copy all from one download")
-    dtype = np.dtype(DTYPES[_DTYPES[stored[hf_name(EMBEDDINGS)].dtype]])
-    return HfWeights(folder, config, dtype, stored)
+    return HfWeights(folder, config, stored)
 
 
 def _headers(folder: Path) -> dict[str, Stored]:
@@ -111,14 +124,15 @@ def _headers(folder: Path) -> dict[str, Stored]:
     problems = []
     for file in files:
         try:
+            check_readable(folder / file, "a file of weights")
             with safetensors.safe_open(folder / file, "pt") as content:
                 for name in content.keys():  # noqa: SIM118  # it is no mapping
                     part = content.get_slice(name)
                     if name in stored:
                         problems.append(f"{file}: {name} is also in {stored[name].file}")
                     stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-        except FileNotFoundError:
-            problems.append(f"{file}: no such file")
+        except InputError as error:
+            problems.append(str(error).removeprefix(f"{folder}/"))
         except (safetensors.SafetensorError, OSError) as error:
             problems.append(f"{file}: damaged ({error})")
     if placed is not None:
@@ -132,8 +146,8 @@ def _headers(folder: Path) -> dict[str, Stored]:
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor -> file, by the index; None where one file holds all."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WHOLE).is_file():
+    if not (folder / INDEX).exists():
+        if not (folder / WHOLE).exists():
             pickled = any(folder.glob("pytorch_model*.bin"))
             raise InputError(
                 f"{folder}: no {WHOLE} or {INDEX}"
@@ -160,7 +174,7 @@ def _is_plain_name(file: object) -> bool:
 
 
 def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterator[str]:
-    """Missing, unknown and misshapen tensors, and dtypes that are mixed or not known here."""
+    """Missing, unknown and misshapen tensors, and dtypes that are none of weights."""
     expected = {
         hf_name(name): shape
         for block in tensor_shapes(config).values()
@@ -169,7 +183,6 @@ def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterato
     if config.tied and hf_name(OUTPUT) in stored:
         expected[hf_name(OUTPUT)] = (config.vocab_size, config.dim)
     found = {name: at for name, at in stored.items() if not is_skipped(name)}
-    usual = found[hf_name(EMBEDDINGS)].dtype if hf_name(EMBEDDINGS) in found else None
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             yield f"{name} is missing, expected {list(expected[name])}"
@@ -179,8 +192,8 @@ def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterato
             yield f"{file}: {name} {list(shape)} is unknown, expected no such one"
         elif shape != expected[name]:
             yield f"{file}: {name} is {list(shape)}, expected {list(expected[name])}"
-        elif dtype not in _DTYPES or dtype != usual:
-            yield f"{file}: {name} is {dtype}, expected {', '.join(_DTYPES)}, one for all"
+        elif dtype not in DTYPES:
+            yield f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}"
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

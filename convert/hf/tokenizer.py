@@ -24,14 +24,9 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from jllama.errors import InputError
-from jllama.folders.json_files import read_json, write_json
-from jllama.text.tokenizer import (
-    FILE_NAME,
-    LLAMA3_PATTERN,
-    LLAMA3_SPECIALS,
-    load_tokenizer,
-    read_ranks,
-)
+from jllama.folders.json_files import read_bytes, read_json, write_json
+from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, make_tokenizer
+from jllama.text.tokenizer_file import FILE_NAME, read_ranks
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ORIGINAL = Path("original") / FILE_NAME  # where Meta's own Hugging Face repositories keep it
@@ -82,11 +77,12 @@ def read_hf_tokenizer(folder: Path) -> bytes:
         InputError: if there is no tokenizer, or jllama would not give the ids of this one.
     """
     for file in (folder / ORIGINAL, folder / FILE_NAME):
-        if file.is_file():
-            load_tokenizer(file)  # refuses what is neither SentencePiece nor tiktoken ranks
-            return file.read_bytes()
+        if file.exists():
+            whole = read_bytes(file, f"Meta's {FILE_NAME}")
+            make_tokenizer(whole, file)  # refuses what is damaged
+            return whole
     file = folder / TOKENIZER_JSON
-    if not file.is_file():
+    if not file.exists():
         raise InputError(
             f"{folder}: no tokenizer; expected {ORIGINAL}, {FILE_NAME} or {TOKENIZER_JSON}; "
             f"copy Meta's {FILE_NAME} into it"
@@ -173,11 +169,11 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
     Raises:
         InputError: if the content is no tokenizer, or not built as LLaMA's are.
     """
-    ranks = read_ranks(content)
+    ranks = read_ranks(content, Path(FILE_NAME))
     file = folder / (ORIGINAL if ranks else FILE_NAME)
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
-    tokenizer = _llama3(file, ranks) if ranks else _sentencepiece(file)
+    tokenizer = _llama3(ranks) if ranks else _sentencepiece(file)
     # In one line: indented, the merges of Llama 3 alone would be a million lines.
     text = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
     (folder / TOKENIZER_JSON).write_text(text + "\n", encoding="utf-8")
@@ -193,12 +189,9 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
     write_json(folder / TOKENIZER_CONFIG, config if ranks else config | {"unk_token": "<unk>"})
 
 
-def _llama3(file: Path, ranks: Mapping[bytes, int]) -> dict[str, Any]:
+def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     """The tokenizer.json of tiktoken's ranks."""
     vocab = {"".join(_LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
-    problem = _rank_difference(vocab)
-    if problem:
-        raise InputError(f"{file}: {problem}; copy Meta's {FILE_NAME} into the model folder again")
     return _tokenizer_json(
         specials={name: len(vocab) + index for index, name in enumerate(LLAMA3_SPECIALS)},
         begin="<|begin_of_text|>",
@@ -216,7 +209,7 @@ def _llama3(file: Path, ranks: Mapping[bytes, int]) -> dict[str, Any]:
 
 def _sentencepiece(file: Path) -> dict[str, Any]:
     """The tokenizer.json of a SentencePiece model, as Hugging Face published LLaMA 2's."""
-    load_tokenizer(file)
+    make_tokenizer(file.read_bytes(), file)
     proto = ModelProto.FromString(file.read_bytes())
     _check_sentencepiece(file, proto)
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]

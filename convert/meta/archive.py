@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jllama.folders.tensors import write_at
+from jllama.folders.tensors import is_finite, refuse_not_finite, write_at
 
 _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<28xHHH12x")
 
@@ -30,13 +30,13 @@ class Archive:
         self,
         file: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
         aliases: Mapping[str, str],
     ):
-        self._begun = file.exists()
+        self._begun, self._name = file.exists(), file.name
         if not self._begun:
             new = file.with_suffix(".new")
-            _lay_out(new, shapes, dtype, aliases)
+            _lay_out(new, shapes, dtypes, aliases)
             new.replace(file)
         self._file = os.open(file, os.O_RDWR)
         with zipfile.ZipFile(file) as archive:
@@ -47,8 +47,14 @@ class Archive:
         self._places = dict(zip(shapes, data, strict=True))
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Writes a tensor's bytes to their place; safe to call from several threads."""
-        content = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+        """Writes a tensor's bytes to their place; safe to call from several threads.
+
+        Raises:
+            InputError: if the tensor holds NaN or infinity.
+        """
+        array = np.ascontiguousarray(array)
+        refuse_not_finite([] if is_finite(array) else [name], self._name)
+        content = array.view(np.uint8).reshape(-1).data
         entry = self._places[name]
         start = self._start(entry)
         if not (self._begun and os.pread(self._file, len(content), start) == content):
@@ -77,11 +83,11 @@ class Archive:
 def _lay_out(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     aliases: Mapping[str, str],
 ) -> None:
     # Never touched, so they take address space and no memory.
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    tensors = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     with torch.serialization.skip_data():
         torch.save(tensors, file)

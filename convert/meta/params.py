@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def read_params(file: Path) -> dict[str, Any]:
     content = read_json(file)
     nested = content.get("model", content)
     if not isinstance(nested, dict):
-        raise InputError(f'{file}: "model" is {nested!r}, expected an object with dim, ...')
+        raise InputError(
+            f'{file}: "model" is {reprlib.repr(nested)}, expected an object with dim, ...'
+        )
     params = {name: value for name, value in nested.items() if value is not None}
     problems = broken(params, _FIELDS, _REQUIRED)
     if problems:

@@ -9,7 +9,6 @@ may hold a program.
 
 import pickle
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from convert.meta.cuts import ROWS, cut_of, embeddings_cut, is_skipped, part_sha
 from convert.meta.params import PARAMS, config_from_meta
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
+from jllama.folders.inputs import check_readable
 from jllama.names import EMBEDDINGS, OUTPUT
 
 
@@ -67,6 +67,7 @@ def open_shards(folder: Path) -> list[Shard]:
 
 
 def _open_shard(file: Path) -> dict[str, torch.Tensor]:
+    check_readable(file, "Meta's weights")
     size = f"{file.stat().st_size:,} bytes"
     try:
         content = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
@@ -127,7 +128,7 @@ def checked_config(folder: Path, shards: Sequence[Shard], params: Mapping[str, A
     except InputError as error:
         raise InputError(f"{folder / PARAMS}: {error}; copy it again") from error
     problems += _wrong_shapes(shards, config, axis)
-    problems += _mixed_dtypes(shards)
+    problems += _differing_dtypes(shards)
     problems += _differing_copies(shards)
     if problems:
         problems.insert(
@@ -168,7 +169,7 @@ def _is_tied(shards: Sequence[Shard], axis: int) -> bool:
         return False
     heads = [shard.tensors[OUTPUT] for shard in shards]
     tables = [shard.tensors[EMBEDDINGS] for shard in shards]
-    if len({(part.shape, part.dtype) for part in tables}) > 1:
+    if len({part.shape for part in tables}) > 1 or len({x.dtype for x in (*tables, *heads)}) > 1:
         return False
 
     def equal(index: int, count: int | None) -> bool:
@@ -222,24 +223,21 @@ def _weights(shards: Iterable[Shard]) -> Iterator[tuple[str, str, torch.Tensor]]
                 yield shard.name, name, tensor
 
 
-def usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
-    """The dtype of most weights."""
-    return Counter(tensor.dtype for *_, tensor in _weights(shards)).most_common(1)[0][0]
-
-
-def _mixed_dtypes(shards: Sequence[Shard]) -> Iterator[str]:
-    usual = usual_dtype(shards)
-    for file, name, tensor in _weights(shards):
-        if tensor.dtype != usual:
-            found, expected = (np.dtype(DTYPES[dtype]).name for dtype in (tensor.dtype, usual))
-            yield f"{file}: {name} is {found}, expected {expected} like the others"
+def _differing_dtypes(shards: Sequence[Shard]) -> Iterator[str]:
+    """Each tensor may have its own dtype, but one in all shards."""
+    first = shards[0]
+    for file, name, tensor in _weights(shards[1:]):
+        other = first.tensors.get(name)
+        if other is not None and tensor.dtype != other.dtype:
+            found, expected = (np.dtype(DTYPES[x.dtype]).name for x in (tensor, other))
+            yield f"{file}: {name} is {found}, expected {expected} as in {first.name}"
 
 
 def _differing_copies(shards: Sequence[Shard]) -> Iterator[str]:
     first = shards[0]
     for file, name, tensor in _weights(shards[1:]):
         other = first.tensors.get(name)
-        if tensor.ndim != 1 or other is None:
+        if tensor.ndim != 1 or other is None or tensor.dtype != other.dtype:
             continue
         if not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
             yield f"{file}: {name} differs from {first.name}, expected equal copies"

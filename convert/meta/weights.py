@@ -1,7 +1,6 @@
 """Meta's files as weights to convert: whole tensors, one block in memory at a time."""
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 
 from convert.dtypes import DTYPES, as_numpy, forget, is_finite
 from convert.meta.cuts import REPLICATED, cut_of, embeddings_cut
-from convert.meta.shards import Shard, checked_config, open_shards, usual_dtype
+from convert.meta.shards import Shard, checked_config, open_shards
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.names import EMBEDDINGS
 
@@ -24,12 +23,18 @@ class MetaWeights:
     folder: Path
     shards: Sequence[Shard]
     config: LlamaConfig
-    dtype: np.dtype
+    transformers_name: None = None  # it does not read Meta's files
     _last: list[str] = field(default_factory=list)  # names in the block that was read last
 
     @property
     def source(self) -> str:
         return f"Meta's files in {self.folder.resolve().name}"
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        first = self.shards[0].tensors
+        blocks = tensor_shapes(self.config).values()
+        return {name: np.dtype(DTYPES[first[name].dtype]) for names in blocks for name in names}
 
     @property
     def files(self) -> list[Path]:
@@ -42,13 +47,15 @@ class MetaWeights:
         """
         for shard in self.shards:
             forget(shard.tensors[name] for name in self._last)
-        names, start, jobs = list(names), 0, []
+        names, jobs = list(names), []
+        room = self._room
         self._last[:] = names
         with ThreadPoolExecutor() as threads:
             for name in names:
-                size = sum(shard.tensors[name].numel() for shard in self.shards)
-                jobs.append(threads.submit(self._join, name, self._room[start : start + size]))
-                start += size
+                size = sum(shard.tensors[name].nbytes for shard in self.shards)
+                part = room[:size].view(self.dtypes[name])
+                jobs.append(threads.submit(self._join, name, part))
+                room = room[_aligned(size) :]
         joined = [job.result() for job in jobs]
         return (
             {name: array for name, (array, _) in zip(names, joined, strict=True)},
@@ -58,10 +65,13 @@ class MetaWeights:
     @functools.cached_property
     def _room(self) -> np.ndarray:
         """Memory for the joined tensors of any one block; untouched where nothing is joined."""
-        blocks = tensor_shapes(self.config).values()
-        largest = max(sum(map(math.prod, names.values())) for names in blocks)
-        copies = len(self.shards) * 3 * self.config.dim  # a replicated norm is not joined
-        return np.empty(largest + copies, self.dtype)
+        largest = max(
+            sum(
+                _aligned(sum(shard.tensors[name].nbytes for shard in self.shards)) for name in names
+            )
+            for names in tensor_shapes(self.config).values()
+        )
+        return np.empty(largest, np.uint8)
 
     def _join(self, name: str, room: np.ndarray) -> tuple[np.ndarray, list[str]]:
         parts = [shard.tensors[name] for shard in self.shards]
@@ -80,6 +90,11 @@ class MetaWeights:
         return np.concatenate(arrays, axis, out=room.reshape(shape)), problems
 
 
+def _aligned(size: int) -> int:
+    """Bytes up to where a number of any dtype may begin."""
+    return -(-size // 8) * 8
+
+
 def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
     """Meta's weights, after all checks that shapes and params.json allow.
 
@@ -88,4 +103,4 @@ def open_meta(folder: Path, params: Mapping[str, Any]) -> MetaWeights:
     """
     shards = open_shards(folder)
     config = checked_config(folder, shards, params)
-    return MetaWeights(folder, shards, config, np.dtype(DTYPES[usual_dtype(shards)]))
+    return MetaWeights(folder, shards, config)

@@ -1,8 +1,9 @@
 """What lies on disk: every file name and field on which the packages meet is written here, once.
 
 model.py     the model folder; load.py makes a `Llama` of it, and back
-adapter.py   the adapter folder: PEFT's files and a passport
+adapter.py   the adapter folder: PEFT's files and a passport; peft_config.py reads its settings
 run.py       the run folder
 manifest.py  hashes of tensors and files            tensors.py     safetensors
 files.py     folders whole or not at all, locks     json_files.py  JSON and JSON lines
+inputs.py    what cannot be read ends in a message
 """

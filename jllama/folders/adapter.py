@@ -1,7 +1,7 @@
 """The adapter folder: a PEFT adapter, plus `jllama.json` with what PEFT has no word for.
 
     adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
-    adapter_config.json         rank, alpha, dropout, targets
+    adapter_config.json         rank, alpha, dropout, targets (peft_config.py)
     jllama.json                 the passport: hashes of both files above, of the base model, of its
                                 tokenizer and of the data; prompt style, seed, versions
 
@@ -11,29 +11,31 @@ back (`jllama.layers.to_half_rotated`).
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from jllama.config import LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.files import room_for, whole_folder
-from jllama.folders.json_files import read_json, write_json
+from jllama.folders.json_files import listed, read_json, write_json
 from jllama.folders.manifest import (
+    check_fields,
     file_sha256,
     manifest_sha256,
     read_manifest,
     read_sealed,
     write_sealed,
 )
-from jllama.folders.tensors import save_tensors
+from jllama.folders.peft_config import lora_settings, peft_settings
+from jllama.folders.tensors import is_finite, map_tensors, save_tensors
 from jllama.layers import Linear, to_half_rotated, to_interleaved
 from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named, named_arrays
@@ -41,6 +43,24 @@ from jllama.names import HF_LINEARS, peft_name
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
+
+
+class Passport(TypedDict, total=False):
+    """jllama.json, without its own hash. One beside a tuned model has neither lora nor files."""
+
+    prompt_style: str
+    seed: int
+    epochs: int
+    turns: int  # most questions in a row
+    base_manifest_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+    lora: dict[str, Any]  # LoraConfig, and its scale
+    files: dict[str, str]  # sha256 of PEFT's
+
+
+_DECLARED: TypeAdapter[Any] = TypeAdapter(Passport)
 
 
 def row_lengths(linear: Linear) -> np.ndarray:
@@ -56,6 +76,9 @@ def save_adapter(
     Args:
         base_name: where a reader finds the base model.
         passport: becomes `jllama.json`, together with the settings and the files' hashes.
+
+    Raises:
+        InputError: if a value is not finite, the folder exists or the disk is full.
     """
     linears, tensors = adapted_linears(model), {}
     for name, stored in named_arrays(nnx.state(model, nnx.LoRAParam)).items():
@@ -67,24 +90,10 @@ def save_adapter(
         if part != "a" and heads:
             array = to_half_rotated(array, heads)
         tensors[peft_name(name)] = array
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "use_dora": lora.dora,
-        "target_modules": [HF_LINEARS[name] for name in lora.targets],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
     size = sum(tensor.nbytes for tensor in tensors.values())
     with room_for(size, Path(path)), whole_folder(path) as folder:
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, hashed=False)
-        write_json(folder / PEFT_CONFIG, config)
+        write_json(folder / PEFT_CONFIG, peft_settings(lora, base_name))
         files = {name: file_sha256(folder / name) for name in (WEIGHTS, PEFT_CONFIG)}
         settings = {**dataclasses.asdict(lora), "scale": lora.scale}
         write_passport(folder, {**passport, "lora": settings, "files": files})
@@ -96,9 +105,17 @@ def write_passport(folder: Path, passport: Mapping[str, Any]) -> None:
 
 
 def read_passport(path: str | Path) -> dict[str, Any]:
-    """What `jllama.json` says; empty for an adapter from another tool."""
-    file = Path(path) / PASSPORT
-    return read_sealed(file, "copy the adapter again") if file.is_file() else {}
+    """What `jllama.json` says; empty for an adapter from another tool.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    file, advice = Path(path) / PASSPORT, "copy the adapter again"
+    if not file.exists():
+        return {}
+    content: Any = read_sealed(file, advice)
+    check_fields(content, _DECLARED, file, advice)
+    return content
 
 
 def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -> None:
@@ -146,17 +163,15 @@ def read_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, dic
     path = Path(path)
     lora = read_lora_config(path)
     file = path / WEIGHTS
-    try:
-        stored = safetensors.numpy.load_file(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; expected a PEFT adapter folder") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file}: damaged ({error}); copy the adapter again") from error
+    stored = _mapped(file)
     expected = lora.shapes(config)
     keys = {peft_name(name): name for name in expected}
-    tensors, problems = {}, []
+    problems, bare = _layers_without(stored, lora, config.n_layers)
+    tensors = {}
     for key, name in keys.items():
         found = stored.get(key)
+        if found is None and _place(key) in bare:
+            continue
         if found is None or found.shape != expected[name]:
             shape = "nothing" if found is None else found.shape
             problems.append(f"{key}: expected {expected[name]}, found {shape}")
@@ -167,16 +182,47 @@ def read_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, dic
     problems += [f"{key}: unknown tensor" for key in sorted(stored.keys() - keys.keys())]
     if problems:
         raise InputError(
-            f"{file} does not fit this model; load it on its own base\n  " + "\n  ".join(problems)
+            f"{file} does not fit this model; load it on its own base\n  {listed(problems)}"
         )
-    bad = [peft_name(name) for name, array in tensors.items() if not _is_finite(array)]
+    bad = [peft_name(name) for name, array in tensors.items() if not is_finite(array)]
     if bad:
         raise InputError(f"{file}: {', '.join(bad[:3])} ({len(bad)} in all) hold NaN or infinity")
     return lora, tensors
 
 
-def _is_finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array.astype(np.float32)).all())
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    return map_tensors(file, "the weights of a PEFT adapter", "copy the adapter again")
+
+
+def _place(key: str) -> tuple[str, str]:
+    """Of which linear and layer a tensor of PEFT's is; empty where it is of none.
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight  ->  q_proj, 3
+    """
+    module, of_lora, _ = key.partition(".lora_")
+    layer = re.search(r"\.layers\.(\d+)\.", module)
+    linear = module.rpartition(".")[2]
+    known = of_lora and layer and linear in HF_LINEARS.values()
+    return (linear, layer[1]) if known and layer else ("", "")
+
+
+def _layers_without(
+    keys: Iterable[str], lora: LoraConfig, n_layers: int
+) -> tuple[list[str], set[tuple[str, str]]]:
+    """Targets that have tensors in some layers only, in words, and the layers that have none."""
+    present = set(map(_place, keys))
+    problems, bare = [], set()
+    for linear in (HF_LINEARS[name] for name in lora.targets):
+        layers = {(linear, str(layer)) for layer in range(n_layers)}
+        some = sorted(int(layer) for _, layer in layers & present)
+        if 0 < len(some) < n_layers:
+            shown = ", ".join(map(str, some[:8])) + (", ..." if len(some) > 8 else "")
+            problems.append(
+                f"{linear}: adapted in layers {shown}, of {n_layers} in this model; an adapter of "
+                "some layers only is not supported"
+            )
+            bare |= layers - present
+    return problems, bare
 
 
 def put_adapter(model: Llama, lora: LoraConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -195,28 +241,14 @@ def put_adapter(model: Llama, lora: LoraConfig, tensors: Mapping[str, np.ndarray
 
 
 def _check_files(path: Path) -> None:
-    for name, certified in read_passport(path).get("files", {}).items():
-        if (path / name).is_file() and file_sha256(path / name) != certified:
+    certified = read_passport(path).get("files", {})
+    for name in (WEIGHTS, PEFT_CONFIG):
+        file = path / name
+        if name in certified and file.is_file() and file_sha256(file) != certified[name]:
             raise InputError(
-                f"{path / name} differs from {PASSPORT}; it was changed after it was written. "
+                f"{file} differs from {PASSPORT}; it was changed after it was written. "
                 f"Copy the adapter again, or remove {PASSPORT} if the change is meant"
             )
-
-
-# Fields of adapter_config.json that would change the arithmetic, and their plain values.
-_PLAIN: dict[str, tuple] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "layers_to_transform": ([], None),
-    "layer_replication": ([], None),
-    "alora_invocation_tokens": ([], None),
-    "use_qalora": (False, None),
-    # PiSSA, OLoRA, CorDA, LoftQ and the like also change the base weights.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
 
 
 def read_lora_config(path: str | Path) -> LoraConfig:
@@ -224,33 +256,8 @@ def read_lora_config(path: str | Path) -> LoraConfig:
 
     Where there is a passport, both of PEFT's files must be what it certifies.
     """
-    _check_files(Path(path))
-    file = Path(path) / PEFT_CONFIG
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type {config.get('peft_type')!r}, expected 'LORA'")
-    extra = [
-        f"{field} {config[field]!r}"
-        for field, plain in _PLAIN.items()
-        if field in config and config[field] not in plain
-    ]
-    if extra:
-        raise InputError(
-            f"{file}: not supported here: {', '.join(extra)}; LoRA, rsLoRA and DoRA are"
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise InputError(f"{file}: r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        targets = [name for name in HF_LINEARS.values() if re.fullmatch(targets, name)]
-    if not targets:
-        raise InputError(f"{file}: no target_modules; expected names such as q_proj, v_proj")
-    return LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        targets=tuple(name.rpartition(".")[2] for name in targets),
-    )
+    path = Path(path)
+    _check_files(path)
+    tensors = _mapped(path / WEIGHTS) if (path / PEFT_CONFIG).exists() else {}
+    linears = {linear for linear, _ in map(_place, tensors) if linear}
+    return lora_settings(path / PEFT_CONFIG, sorted(linears))

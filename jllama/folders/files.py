@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,28 +28,33 @@ def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iter
             with all that was written.
 
     Raises:
-        InputError: if the destination exists and is not an empty folder, or another process is
-            writing it.
+        InputError: as `check_destination`, or if another process is writing the folder.
     """
-    destination = Path(destination)
-    _refuse_existing(destination)
+    check_destination(destination)
+    named, destination = Path(destination), _target(destination)
     partial = _partial(destination)
     partial.mkdir(parents=True, exist_ok=True)
-    busy = f"{destination} is being written by another process; wait for it, or choose another name"
+    busy = f"{named} is being written by another process; wait for it, or choose another name"
     with held(partial, busy):
-        _refuse_existing(destination)
+        check_destination(named)
         _start_or_continue(partial, origin)
         try:
             yield partial
             (partial / _ORIGIN).unlink(missing_ok=True)
             for path in (*partial.rglob("*"), partial):
                 _sync(path)  # else a power cut could leave the final name with empty files
-            partial.replace(destination)
-            _sync(destination.parent)
         except BaseException as error:
             if origin is None or isinstance(error, Exception):  # not Ctrl-C
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        try:
+            partial.replace(destination)
+        except OSError as error:
+            raise InputError(
+                f"{named} cannot take its name ({error.strerror}); it is complete, so give it one: "
+                f"mv {shlex.quote(str(partial))} NAME"
+            ) from error
+        _sync(destination.parent)
 
 
 def _sync(path: Path) -> None:
@@ -62,7 +68,7 @@ def _sync(path: Path) -> None:
 
 def bytes_begun(destination: Path) -> int:
     """How many bytes an interrupted `whole_folder` has left for the next call."""
-    partial = _partial(destination)
+    partial = _partial(_target(destination))
     return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
 
 
@@ -70,9 +76,67 @@ def _partial(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.partial"
 
 
-def _refuse_existing(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists; remove it or choose another name")
+def _target(destination: str | Path) -> Path:
+    """The folder that a name stands for: what it links to, or itself."""
+    path = Path(destination)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def check_destination(path: str | Path) -> None:
+    """Refuses a name that a new folder could not take when it is complete.
+
+    A command asks before it reads or writes anything: it may work for hours until then.
+
+    Raises:
+        InputError: if something is there that is no empty folder, if what is there cannot be
+            replaced (a mount point, the working directory), or nothing can be written beside it.
+    """
+    named, target = Path(path), _target(path)
+    if named.name in ("", ".."):
+        raise InputError(f"{named} is no new folder; name one in it, such as {named / 'NAME'}")
+    if target.is_symlink():
+        raise InputError(f"{named} is a link to itself; remove it or choose another name")
+    if target != named and not target.parent.is_dir():
+        raise InputError(
+            f"{named} links to {target}, but there is no {target.parent}; make that folder (is "
+            "its disk there?), or choose another name"
+        )
+    if target.exists():
+        if not target.is_dir() or any(target.iterdir()):
+            raise InputError(f"{named} exists; remove it or choose another name")
+        here = target.samefile(Path.cwd())
+        if here or _is_mount_point(target):
+            kind = "the working directory" if here else "a mount point"
+            raise InputError(
+                f"{named} is {kind}, which a new folder cannot replace; name one in it, such as "
+                f"{named / 'NAME'}"
+            )
+    partial = _partial(target)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()) or partial.is_mount():
+        raise InputError(
+            f"{partial} is in the way: {named} is made under this name first, and it is no folder "
+            "of its own; remove it"
+        )
+    beside = _existing_parent(target)
+    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        raise InputError(f"{named} cannot be made: {beside} is no folder that may be written to")
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Also where a folder of the same disk is mounted, which only Linux's own table tells."""
+    if folder.is_mount():
+        return True
+    path = os.path.realpath(folder)
+    for letter in "\\ \t\n":  # written in octal there
+        path = path.replace(letter, f"\\{ord(letter):03o}")
+    with contextlib.suppress(OSError):
+        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+        return path in {line.split(" ")[4] for line in table.splitlines()}
+    return False
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 @contextlib.contextmanager
@@ -98,13 +162,14 @@ def held(path: Path, refusal: str) -> Iterator[None]:
 
 
 def _start_or_continue(partial: Path, origin: Mapping | None) -> None:
-    """Empties the folder unless it was begun from the same origin."""
+    """Empties the folder unless it was begun from the same origin, and all of it lies in it."""
     file = partial / _ORIGIN
     with contextlib.suppress(InputError):
-        if origin is not None and read_json(file) == origin:
+        linked = any(path.is_symlink() for path in partial.rglob("*"))
+        if origin is not None and not linked and read_json(file) == origin:
             return
     for entry in partial.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     if origin is not None:
         write_json(file, origin)
 
@@ -137,8 +202,7 @@ def shortage_named(size: int, folder: Path) -> Iterator[None]:
 
 def _refuse_if_short(size: int, folder: Path) -> None:
     needed = size + _OVERHEAD
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing_parent(_target(folder))).free
     if free < needed:
         raise InputError(
             f"{folder}: {needed - free:,} bytes are missing on this disk "

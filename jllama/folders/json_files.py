@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jllama.errors import InputError
+from jllama.folders.inputs import check_readable, unreadable
 
 NEW = ".new"  # ends the name of a file that is being written
 SHOWN = 20  # problems of one file
@@ -35,18 +35,13 @@ def read_bytes(path: str | Path, wanted: str) -> bytes:
         wanted: what the file should be, for messages.
 
     Raises:
-        InputError: if it is missing or no file; a pipe is none, for it can be read only once.
+        InputError: if it is missing, no regular file or unreadable.
     """
+    check_readable(path, wanted)
     try:
-        kind = os.stat(path).st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a directory says so itself
-            raise InputError(f"{path}: a pipe or a device; write it to a file, expected {wanted}")
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {wanted}") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: {why}; expected {wanted}") from error
+    except OSError as error:
+        raise unreadable(path, error, wanted) from error
 
 
 def read_text(path: str | Path, wanted: str) -> str:

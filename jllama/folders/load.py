@@ -97,7 +97,7 @@ def save_model(
     """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
 
     Raises:
-        InputError: if the folder exists or the disk is full.
+        InputError: if a weight is not finite, the folder exists or the disk is full.
     """
     arrays = named_arrays(nnx.state(model))
     size = model.config.parameter_count * np.dtype(dtype).itemsize

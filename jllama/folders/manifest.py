@@ -1,6 +1,7 @@
 """manifest.json, the certificate of a model folder: the sha256 of every tensor and file in it.
 
-{"source": "Meta's files in llama-2-7b",
+{"source": "Hugging Face's files in Llama-2-7b-hf",
+ "transformers_name": "meta-llama/Llama-2-7b-hf",
  "files": {"config.json": "d0c5...", "tokenizer.model": "9e55..."},
  "tensors": {"layers.0.attention.wq.weight":
              {"shape": [4096, 4096], "dtype": "bfloat16", "sha256": "41ab..."}, ...},
@@ -9,16 +10,40 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from jllama.errors import InputError
-from jllama.folders.json_files import read_json, write_json
+from jllama.folders.json_files import read_bytes, read_json, write_json
 
 MANIFEST = "manifest.json"
+_ADVICE = "convert the model again"
+
+
+class Entry(TypedDict):
+    """A tensor's entry in the manifest."""
+
+    shape: list[int]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """manifest.json, without its own hash."""
+
+    source: str  # in words
+    transformers_name: NotRequired[str]  # what transformers opens: a name of the hub or a folder
+    files: dict[str, str]  # their sha256
+    tensors: dict[str, Entry]
+
+
+_DECLARED: TypeAdapter[Any] = TypeAdapter(Manifest)
 
 
 def tensor_sha256(tensor: np.ndarray) -> str:
@@ -26,34 +51,41 @@ def tensor_sha256(tensor: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
 
 
-def certificate(tensor: np.ndarray) -> dict[str, Any]:
+def certificate(tensor: np.ndarray) -> Entry:
     """A tensor's entry in the manifest, from its bytes."""
     return entry(tensor, tensor_sha256(tensor))
 
 
-def entry(tensor: np.ndarray, sha256: str) -> dict[str, Any]:
+def entry(tensor: np.ndarray, sha256: str) -> Entry:
     """A tensor's entry in the manifest, its hash being known."""
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": sha256}
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": sha256}  # type: ignore[typeddict-item]
 
 
 def write_manifest(
-    folder: Path, tensors: Mapping[str, Mapping], source: str, files: Sequence[str]
+    folder: Path, tensors: Mapping[str, Entry], origin: Mapping[str, str], files: Sequence[str]
 ) -> None:
-    """Certifies tensors, and the files of these names; the manifest is replaced as a whole."""
+    """Certifies tensors, and the files of these names; the manifest is replaced as a whole.
+
+    Args:
+        origin: the fields that say where the tensors come from.
+    """
     hashes = {name: file_sha256(folder / name) for name in files}
-    content = {"source": source, "files": hashes, "tensors": tensors}
+    content = {**origin, "files": hashes, "tensors": tensors}
     new = folder / f"{MANIFEST}.new"
     write_sealed(new, content)
     new.replace(folder / MANIFEST)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a model folder.
 
     Raises:
         InputError: if there is none, or it is not as it was written.
     """
-    return read_sealed(Path(folder) / MANIFEST, "convert the model again")
+    file = Path(folder) / MANIFEST
+    content: Any = read_sealed(file, _ADVICE)
+    check_fields(content, _DECLARED, file, _ADVICE)
+    return content
 
 
 def write_sealed(file: Path, content: Mapping[str, Any]) -> None:
@@ -68,9 +100,28 @@ def read_sealed(file: Path, advice: str) -> dict[str, Any]:
         InputError: if it is missing or not as it was written.
     """
     content = read_json(file)
-    if content.pop("sha256", None) != _json_sha256(content):
+    try:
+        intact = content.pop("sha256", None) == _json_sha256(content)
+    except RecursionError:  # read_json may go deeper than what writes JSON
+        intact = False
+    if not intact:
         raise InputError(f"{file}: damaged or edited; {advice}")
     return content
+
+
+def check_fields(content: object, declared: TypeAdapter, file: Path, advice: str) -> None:
+    """Holds what stands in a JSON file against a declaration of its fields.
+
+    Raises:
+        InputError: names the file, the first field that is wrong, and what is expected there.
+    """
+    try:
+        declared.validate_python(content, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, expected = ", ".join(map(str, first["loc"])), first["msg"].lower()
+        found = reprlib.repr(first["input"])
+        raise InputError(f"{file}: {field} is {found}: {expected}; {advice}") from None
 
 
 def manifest_sha256(folder: str | Path) -> str:
@@ -79,24 +130,25 @@ def manifest_sha256(folder: str | Path) -> str:
 
 
 def check_file(file: Path) -> None:
-    """Refuses a file that is not what the manifest beside it certifies; none beside it: no word.
+    """Refuses a file that is not what the manifest beside it certifies.
+
+    It does nothing where there is no manifest.
 
     Raises:
         InputError: if it differs, or is not in the manifest.
     """
-    if not (file.parent / MANIFEST).is_file():
+    if not (file.parent / MANIFEST).exists():
         return
     certified = read_manifest(file.parent)["files"].get(file.name)
     if certified != file_sha256(file):
         raise InputError(
-            f"{file} differs from {MANIFEST}; it was changed after it was written, convert the "
-            "model again"
+            f"{file} differs from {MANIFEST}; it was changed after it was written, {_ADVICE}"
         )
 
 
 def file_sha256(file: Path) -> str:
-    """sha256 of a small file."""
-    return _sha256(file.read_bytes())
+    """sha256 of a small file; errors as for `read_bytes`."""
+    return _sha256(read_bytes(file, "a file whose hash is known"))
 
 
 def _sha256(content: bytes) -> str:

@@ -11,27 +11,25 @@ host, and a folder has its final name only when it is complete.
 
 import dataclasses
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from jllama import bundled
 from jllama.cli.terminal import command_line
 from jllama.config import PRESETS, LlamaConfig, RopeScaling, tensor_shapes
 from jllama.errors import InputError
+from jllama.folders.inputs import unreadable
 from jllama.folders.json_files import read_json, write_json
 from jllama.folders.manifest import (
     MANIFEST,
-    certificate,
     check_file,
     entry,
     read_manifest,
     write_manifest,
 )
-from jllama.folders.tensors import map_tensors, save_tensors
+from jllama.folders.tensors import map_tensors, save_tensors, stored_hashes
 from jllama.names import block_of
 from jllama.text.tokenizer import FILE_NAME
 
@@ -43,10 +41,20 @@ class ModelWriter:
 
     Args:
         source: where the tensors come from, for people.
+        transformers_name: the same model as `transformers` opens it, where that is known.
     """
 
-    def __init__(self, folder: Path, config: LlamaConfig, source: str):
-        self._folder, self._config, self._source = folder, config, source
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        source: str,
+        transformers_name: str | None = None,
+    ):
+        self._folder, self._config = folder, config
+        self._origin = {"source": source}
+        if transformers_name is not None:
+            self._origin["transformers_name"] = transformers_name
         (folder / BLOCKS).mkdir(exist_ok=True)
         begun = (folder / MANIFEST).is_file()
         self._tensors: dict[str, Any] = read_manifest(folder)["tensors"] if begun else {}
@@ -65,7 +73,7 @@ class ModelWriter:
         """Stores the tensors of one block in their own dtype and certifies them.
 
         Raises:
-            InputError: if names or shapes are not those of the config.
+            InputError: if names or shapes are not those of the config, or a value is not finite.
         """
         expected = tensor_shapes(self._config)[block]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -73,7 +81,7 @@ class ModelWriter:
             raise InputError(f"{block}: expected {expected}, found {found}")
         hashes = save_tensors(block_file(self._folder, block), tensors)
         self._tensors |= {name: entry(tensor, hashes[name]) for name, tensor in tensors.items()}
-        write_manifest(self._folder, self._tensors, self._source, files=())
+        write_manifest(self._folder, self._tensors, self._origin, files=())
 
     def finish(self, tokenizer: bytes | None) -> None:
         """Writes the config, the tokenizer and the last manifest."""
@@ -87,7 +95,7 @@ class ModelWriter:
         if tokenizer is not None:
             (self._folder / FILE_NAME).write_bytes(tokenizer)
         files = (CONFIG,) if tokenizer is None else (CONFIG, FILE_NAME)
-        write_manifest(self._folder, self._tensors, self._source, files)
+        write_manifest(self._folder, self._tensors, self._origin, files)
 
 
 def block_file(folder: Path, block: str) -> Path:
@@ -102,15 +110,16 @@ def read_config(path: str | Path) -> LlamaConfig:
         InputError: if it is no model folder; the message says which command makes one.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
+    file = path / CONFIG
+    if not file.exists():
         advice = (
             f"expected a model folder; make one with: {command_line('from-meta', 'SRC', 'DST')}"
         )
         if any(path.glob("consolidated.*.pth")):
             advice = f"these are Meta's files; run: {command_line('from-meta', path, 'DST')}"
         raise InputError(f"{path}: no {CONFIG} here; {advice}")
-    check_file(path / CONFIG)
-    fields = read_json(path / CONFIG)
+    check_file(file)
+    fields = read_json(file)
     if "model_type" in fields:
         raise InputError(
             f"{path}: these are Hugging Face's files; run: {command_line('from-hf', path, 'DST')}"
@@ -118,10 +127,17 @@ def read_config(path: str | Path) -> LlamaConfig:
     try:
         scaling = fields.pop("rope_scaling")
         return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, InputError) as error:
         raise InputError(
-            f"{path / CONFIG}: not a jllama config ({error}); convert the model again"
+            f"{file}: not a jllama config ({error}); convert the model again"
         ) from error
+
+
+def transformers_name(path: str | Path) -> str:
+    """What `transformers` opens as the model of a folder; the folder itself where none is known."""
+    name = read_manifest(path).get("transformers_name", "")
+    known = Path(name).is_dir() if Path(name).is_absolute() else name
+    return name if known else str(path)
 
 
 def model_sizes(model: str) -> LlamaConfig:
@@ -148,15 +164,16 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
         InputError: if the block is missing, unreadable or differs from its certificate.
     """
     path = Path(path)
-    file = block_file(path, block)
-    if not file.is_file():
-        raise InputError(f"{file}: block missing; convert the model again")
+    file, advice = block_file(path, block), "convert the model again"
+    if not file.exists():
+        raise InputError(f"{file}: block missing; {advice}")
+    wanted = "a block of the model"
+    tensors = map_tensors(file, wanted, advice)
     try:
-        tensors = map_tensors(file)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype of no weight
-        raise InputError(f"{file}: damaged ({error}); convert the model again") from error
-    with ThreadPoolExecutor() as threads:
-        found = dict(zip(tensors, threads.map(certificate, tensors.values()), strict=True))
+        hashes = stored_hashes(file)
+    except OSError as error:
+        raise unreadable(file, error, wanted) from error
+    found = {name: entry(tensor, hashes[name]) for name, tensor in tensors.items()}
     certified = {
         name: stated
         for name, stated in read_manifest(path)["tensors"].items()
@@ -167,7 +184,7 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
     if damaged:
         raise InputError(
             f"{file}: {', '.join(damaged)} differ from {MANIFEST}; the file was damaged after it "
-            "was written, convert the model again"
+            f"was written, {advice}"
         )
     return tensors
 

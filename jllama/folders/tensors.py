@@ -5,22 +5,41 @@
              {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [0, 33554432]}, ...}
 
 The library writes one tensor after the other, waits for the disk after each file and lets nobody
-but the owner read it; on two cores a conversion took twice the time.
+but the owner read it; on two cores a conversion took twice the time. Here a file holds finite
+numbers only: NaN and infinity are refused while they are written.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-_DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+from jllama.errors import InputError
+from jllama.folders.inputs import check_readable, unreadable
+
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F32": np.dtype(np.float32),
+    }
+)
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Of a number that is not finite all bits of the exponent are set.
+_EXPONENTS: Mapping[np.dtype, int] = {
+    DTYPES["F16"]: 0x7C00,
+    DTYPES["BF16"]: 0x7F80,
+    DTYPES["F32"]: 0x7F800000,
+}
+_SHOWN = 20  # tensors of one mistake
 _PIECE = 2**22  # bytes hashed and written at a time, while they are in the processor's cache
 
 
@@ -37,6 +56,9 @@ def save_tensors(
         tensors: fp16, bf16 or fp32.
         metadata: texts for the header; readers of Hugging Face's want {"format": "pt"}.
         hashed: False for no hashes.
+
+    Raises:
+        InputError: naming the tensors that hold NaN or infinity.
     """
     header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -60,19 +82,42 @@ def save_tensors(
             for name, tensor in tensors.items()
         }
         hashes = {name: job.result() for name, job in jobs.items()}
+    refuse_not_finite([name for name, digest in hashes.items() if digest is None], file.name)
     new.replace(file)
-    return hashes
+    return {name: digest or "" for name, digest in hashes.items()}
 
 
-def _write(file: int, tensor: np.ndarray, offset: int, hashed: bool) -> str:
-    content = np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data
+def _write(file: int, tensor: np.ndarray, offset: int, hashed: bool) -> str | None:
+    """The sha256 of what was written, "" where none is asked for, None if it is not finite."""
+    content = np.ascontiguousarray(tensor).view(np.uint8).reshape(-1)
     digest = hashlib.sha256()
     for start in range(0, len(content), _PIECE):
         piece = content[start : start + _PIECE]
+        if not is_finite(piece.view(tensor.dtype)):
+            return None
         if hashed:
-            digest.update(piece)
-        write_at(file, piece, offset + start)
+            digest.update(piece.data)
+        write_at(file, piece.data, offset + start)
     return digest.hexdigest() if hashed else ""
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether a contiguous array of fp16, bf16 or fp32 holds no NaN and no infinity."""
+    size, exponent = array.dtype.itemsize, _EXPONENTS[array.dtype]
+    unsigned, signed = array.view(f"u{size}"), array.view(f"i{size}")
+    sign = 1 << (8 * size - 1)
+    # The largest bits are those of positive numbers in one view, of negative ones in the other.
+    return bool(signed.max(initial=0) < exponent and unsigned.max(initial=0) < sign + exponent)
+
+
+def refuse_not_finite(names: Sequence[str], place: object) -> None:
+    """Raises an InputError that names the tensors with NaN or infinity, if there are any."""
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise InputError(
+            f"{place}: {', '.join(names[:_SHOWN])}{more} would hold NaN or infinity; nothing was "
+            "written. If the weights are finite, they overflow in this dtype: choose bf16 or fp32"
+        )
 
 
 def write_at(file: int, content: bytes | memoryview, offset: int) -> None:
@@ -88,21 +133,65 @@ def write_at(file: int, content: bytes | memoryview, offset: int) -> None:
         os.posix_fadvise(file, offset, len(content), os.POSIX_FADV_DONTNEED)
 
 
-def map_tensors(file: Path) -> dict[str, np.ndarray]:
+def map_tensors(file: Path, wanted: str, advice: str) -> dict[str, np.ndarray]:
     """The tensors of a file, mapped: only what is read of them takes memory.
 
+    Args:
+        wanted: what the file should be, for messages.
+        advice: what to do if it is damaged.
+
     Raises:
-        safetensors.SafetensorError: if the header lies.
-        KeyError: if a dtype is none of weights.
+        InputError: if it is missing or unreadable, its header lies, or a dtype is none of weights.
     """
-    with safetensors.safe_open(file, "numpy"):
-        pass  # checks the header
-    raw = np.memmap(file, np.uint8, "r")
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start].tobytes())
-    header.pop("__metadata__", None)
+    check_readable(file, wanted)
+    try:
+        with safetensors.safe_open(file, "numpy"):
+            pass  # checks the header
+        raw = np.memmap(file, np.uint8, "r")
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); {advice}") from error
+    except (OSError, ValueError) as error:
+        raise unreadable(file, error, wanted) from error
+    header, start = _header(raw)
+    odd = [f"{name} is {at['dtype']}" for name, at in header.items() if at["dtype"] not in DTYPES]
+    if odd:
+        more = f" ({len(odd)} in all)" if len(odd) > 3 else ""
+        raise InputError(
+            f"{file}: {', '.join(odd[:3])}{more}, expected {', '.join(DTYPES)}; {advice}"
+        )
     tensors = {}
     for name, stored in header.items():
         begin, end = (start + offset for offset in stored["data_offsets"])
-        tensors[name] = raw[begin:end].view(_DTYPES[stored["dtype"]]).reshape(stored["shape"])
+        tensors[name] = raw[begin:end].view(DTYPES[stored["dtype"]]).reshape(stored["shape"])
     return tensors
+
+
+def _header(raw: np.ndarray) -> tuple[dict[str, Any], int]:
+    """What a file that was checked says of its tensors, and where they begin."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return header, start
+
+
+def stored_hashes(file: Path) -> dict[str, str]:
+    """The sha256 of every tensor of a file that `map_tensors` has checked.
+
+    Tensors are read for it, and not mapped: where a disk fails, a read is an error and a mapping
+    the end of the process.
+
+    Raises:
+        OSError: where the disk fails.
+    """
+    header, start = _header(np.memmap(file, np.uint8, "r"))
+    with file.open("rb") as content, ThreadPoolExecutor() as threads:
+
+        def digest(stored: Mapping[str, Any]) -> str:
+            found = hashlib.sha256()
+            begin, end = stored["data_offsets"]
+            for place in range(begin, end, _PIECE):
+                size = min(_PIECE, end - place)
+                found.update(os.pread(content.fileno(), size, start + place))
+            return found.hexdigest()
+
+        return dict(zip(header, threads.map(digest, header.values()), strict=True))

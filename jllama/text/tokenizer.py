@@ -1,17 +1,14 @@
 """SentencePiece (LLaMA 1 and 2) and tiktoken (Llama 3) behind one small interface."""
 
-import base64
-import binascii
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from jllama.errors import InputError
+from jllama.folders.json_files import read_bytes
 from jllama.folders.manifest import check_file
-
-FILE_NAME = "tokenizer.model"
+from jllama.text.tokenizer_file import FILE_NAME, check_sentencepiece, read_ranks
 
 # Llama 3's splitting rule and 256 special tokens, in the order of their ids (from 128,000 on).
 LLAMA3_PATTERN = (
@@ -37,7 +34,11 @@ LLAMA3_SPECIALS = (
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no special token and reads none out of the text."""
+    """Text to ids and back. `encode` adds no special token and reads none out of the text.
+
+    A model may have more rows than its tokenizer has tokens, and generate such an id: it is decoded
+    to nothing, and its piece is `<id 32003>`.
+    """
 
     bos_id: int
     eos_id: int
@@ -74,9 +75,11 @@ class SentencePieceTokenizer:
         return self._model.EncodeAsIds(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.DecodeIds([int(token) for token in ids])
+        return self._model.DecodeIds([int(t) for t in ids if 0 <= t < self.vocab_size])
 
     def piece(self, token: int) -> str:
+        if not 0 <= token < self.vocab_size:
+            return _nameless(token)
         return self._model.IdToPiece(int(token)).replace("▁", " ").replace("<0x0A>", "⏎\n")
 
     def special(self, name: str) -> int:
@@ -114,9 +117,11 @@ class TiktokenTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         # Special tokens mark structure and are no part of an answer.
-        return self._model.decode([int(t) for t in ids if int(t) < self.bos_id])
+        return self._model.decode([int(t) for t in ids if 0 <= t < self.bos_id])
 
     def piece(self, token: int) -> str:
+        if not 0 <= token < self.vocab_size:
+            return _nameless(token)
         text = self._model.decode_single_token_bytes(int(token)).decode("utf-8", "replace")
         return text.replace("\n", "⏎\n")
 
@@ -143,14 +148,8 @@ def _parts(text: str) -> Iterator[str]:
         yield part[start:]
 
 
-@functools.cache
-def read_ranks(content: bytes) -> dict[bytes, int] | None:
-    """tiktoken's `base64 rank` lines, or None if the file is something else."""
-    try:
-        rows = [line.split() for line in content.splitlines() if line]
-        return {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-    except (ValueError, binascii.Error):
-        return None
+def _nameless(token: int) -> str:
+    return f"<id {int(token)}>"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -162,25 +161,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file}: no tokenizer; expected Meta's {FILE_NAME} beside the weights")
+    content = read_bytes(file, f"Meta's {FILE_NAME}")
     check_file(file)
-    return make_tokenizer(file.read_bytes(), file)
+    return make_tokenizer(content, file)
 
 
 def make_tokenizer(content: bytes, file: Path) -> Tokenizer:
     """The tokenizer that a file's content describes; `file` is named in errors.
 
     Raises:
-        InputError: if it is neither SentencePiece nor tiktoken.
+        InputError: if it is neither SentencePiece nor tiktoken, or is damaged.
     """
-    ranks = read_ranks(content)
-    if ranks:
+    ranks = read_ranks(content, file)
+    if ranks is not None:
         return TiktokenTokenizer(ranks)
+    check_sentencepiece(content, file)
     try:
         return SentencePieceTokenizer(content)
     except RuntimeError as error:
         raise InputError(
-            f"{file}: neither a SentencePiece model nor tiktoken ranks; copy Meta's "
-            f"{FILE_NAME} again ({len(content):,} bytes found)"
+            f"{file}: no SentencePiece model that can be used ({error}); copy Meta's {FILE_NAME} "
+            f"again ({len(content):,} bytes found)"
         ) from error
