@@ -5,13 +5,14 @@
 
 import base64
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from convert.meta.params import config_from_meta
 from jllama.config import tensor_shapes
 from jllama.folders.files import whole_folder
-from jllama.folders.model import ModelWriter
+from jllama.folders.model import ModelWriter, read_block, read_config
 
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
 GROUPED = BASE | {"n_kv_heads": 2}
@@ -68,3 +69,20 @@ def model_folder(
             writer.write_block(block, {tensor: arrays[tensor] for tensor in shapes})
         writer.finish(TOKENIZER)
     return root / name
+
+
+def with_a_nan(model: Path, folder: Path) -> Path:
+    """A copy of a model folder in which the embedding of `~` is NaN: byte b is token b."""
+    config = read_config(model)
+    with (
+        mock.patch("jllama.folders.tensors.is_finite", return_value=True),  # or it is refused
+        whole_folder(folder) as partial,
+    ):
+        writer = ModelWriter(partial, config, "a test")
+        for block in tensor_shapes(config):
+            tensors = {name: np.array(stored) for name, stored in read_block(model, block).items()}
+            if block == "embeddings":
+                tensors["tok_embeddings.weight"][ord("~")] = np.nan
+            writer.write_block(block, tensors)
+        writer.finish((model / "tokenizer.model").read_bytes())
+    return folder

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import safetensors.numpy
-from random_models import BASE, model_folder
+from random_models import BASE, model_folder, with_a_nan
 
 import train.loop
 import train.run.folder
@@ -269,31 +269,17 @@ def test_latest_that_is_a_folder_is_left_alone(place, tmp_path, monkeypatch, cap
 # Values that are not finite
 
 
-def bad_model(place, folder):
-    """The model, but that the embedding of `~` is NaN."""
-    from jllama.config import tensor_shapes
-    from jllama.folders.files import whole_folder
-    from jllama.folders.model import ModelWriter, read_block, read_config
-
-    config = read_config(place / "model")
-    with whole_folder(folder) as new:
-        writer = ModelWriter(new, config, "a test")
-        for block in tensor_shapes(config):
-            tensors = {k: np.array(x) for k, x in read_block(place / "model", block).items()}
-            if block == "embeddings":
-                tensors["tok_embeddings.weight"][ord("~")] = np.nan  # byte b is token b
-            writer.write_block(block, tensors)
-        writer.finish((place / "model" / "tokenizer.model").read_bytes())
-    return folder
-
-
 def test_rows_without_a_finite_gradient_at_the_end_leave_what_was_learned_before(
     place, tmp_path, capsys
 ):
     rows = json.loads((place / "rows.json").read_text())
     bad = [*rows[:8], *({"prompt": "~", "completion": "x"} for _ in range(8))]
     (tmp_path / "bad.json").write_text(json.dumps(bad))
-    more = {"model": bad_model(place, tmp_path / "model"), "no_shuffle": True, "epochs": 1}
+    more = {
+        "model": with_a_nan(place / "model", tmp_path / "model"),
+        "no_shuffle": True,
+        "epochs": 1,
+    }
     main(flags(place, tmp_path / "good", max_steps=2, **more))
     capsys.readouterr()
     main(flags(place, tmp_path / "run", data=tmp_path / "bad.json", **more))
@@ -358,7 +344,7 @@ def test_the_logged_learning_rate_after_a_skipped_step_is_the_one_applied(place,
     rows = json.loads((place / "rows.json").read_text())
     bad = [*rows[:4], *({"prompt": "~", "completion": "x"} for _ in range(4)), *rows[:8]]
     (tmp_path / "bad.json").write_text(json.dumps(bad))
-    model = bad_model(place, tmp_path / "model")
+    model = with_a_nan(place / "model", tmp_path / "model")
     main(flags(place, tmp_path / "run", model=model, data=tmp_path / "bad.json", epochs=1,
                no_shuffle=True, lr_scheduler="linear"))  # fmt: skip
     steps = [line for line in lines(tmp_path / "run") if "loss" in line]

@@ -22,16 +22,15 @@ import pytest
 import safetensors.numpy
 import yaml
 from flax import nnx
-from random_models import BASE, model_folder
+from random_models import BASE, model_folder, with_a_nan
 
 from eval.prompts import main as answer
 from jllama.config import tensor_shapes
 from jllama.errors import InputError
-from jllama.folders.files import whole_folder
 from jllama.folders.json_files import read_json
 from jllama.folders.load import load_model
 from jllama.folders.manifest import read_manifest, tensor_sha256
-from jllama.folders.model import ModelWriter, read_block
+from jllama.folders.model import read_block
 from jllama.folders.model import read_config as read_model_config
 from jllama.folders.run import RunFolder
 from jllama.model import named_arrays
@@ -445,15 +444,7 @@ def test_a_full_disk_keeps_the_last_state_and_exits_with_a_message(place, tmp_pa
 
 def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, capsys):
     """Reliability 7, lesson 23: the embedding of `~` is NaN, and only the last rows hold one."""
-    config = read_model_config(place / "model")
-    with whole_folder(tmp_path / "model") as folder:
-        writer = ModelWriter(folder, config, "a test")
-        for block in tensor_shapes(config):
-            tensors = {k: np.array(x) for k, x in read_block(place / "model", block).items()}
-            if block == "embeddings":
-                tensors["tok_embeddings.weight"][ord("~")] = np.nan  # byte b is token b
-            writer.write_block(block, tensors)
-        writer.finish((place / "model" / "tokenizer.model").read_bytes())
+    with_a_nan(place / "model", tmp_path / "model")
     rows = json.loads((place / "rows.json").read_text())
     bad = [*rows[:12], *({"prompt": "~", "completion": "x"} for _ in rows)]
     (tmp_path / "bad.json").write_text(json.dumps(bad))

@@ -253,7 +253,7 @@ def test_an_empty_yaml_file_says_nothing_and_a_pipe_is_none(tmp_path):
     (tmp_path / "a.yaml").write_text("# nothing\n")
     assert settings_from_yaml(TrainConfig, tmp_path / "a.yaml") == TrainConfig()
     os.mkfifo(tmp_path / "pipe")
-    assert "a pipe" in refusal(settings_from_yaml, TrainConfig, tmp_path / "pipe")
+    assert "a named pipe" in refusal(settings_from_yaml, TrainConfig, tmp_path / "pipe")
 
 
 @pytest.mark.real
