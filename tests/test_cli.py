@@ -107,6 +107,11 @@ def raising(error):
         (MemoryError("Unable to allocate 9 GiB"), 2, "out of memory: Unable to allocate 9 GiB; "),
         (MemoryError(), 2, "out of memory: this process may take no more; use a smaller model"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore"), 2, "RESOURCE_EXHAUSTED: 9 bytes; "),
+        (
+            UnicodeEncodeError("utf-8", "a\udcc3", 1, 2, "surrogates not allowed"),
+            2,
+            r"a\udcc3: a name that is no text in this locale (utf-8); rename it, or set LC_ALL",
+        ),
         (KeyboardInterrupt(), 130, "jllama train: interrupted\n"),
     ],
 )

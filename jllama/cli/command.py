@@ -82,6 +82,13 @@ def run_command(
     except (InputError, OSError) as error:
         complain(f"{prog}: {error}")
         sys.exit(2)
+    except UnicodeEncodeError as error:  # a library that takes only Unicode
+        name = error.object[:200].encode("utf-8", "backslashreplace").decode()
+        complain(
+            f"{prog}: {name}: a name that is no text in this locale ({error.encoding}); rename it, "
+            "or set LC_ALL=C.UTF-8"
+        )
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
