@@ -479,7 +479,7 @@ def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, caps
         ({"lora-targets": "wq,wx"}, "--lora-targets wq,wx, expected some of wq, wk"),
         ({"lora-dropout": 1.5}, "--lora-dropout 1.5, expected a number, at least 0 and below 1"),
         ({"init-adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
-        ({"config": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"val-size": 99}, "holds out all 30 rows"),
     ],
 )
