@@ -20,12 +20,11 @@ from random_models import GROUPED, TOKENIZER, model_folder
 from jllama.config import LoraConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.adapter import check_base, read_adapter, save_adapter
-from jllama.folders.json_files import read_values
 from jllama.folders.load import load_model
 from jllama.folders.manifest import manifest_sha256, read_manifest, write_sealed
 from jllama.folders.model import check_manifest, read_block, read_config
 from jllama.lora import attach
-from jllama.text.rows import read_rows
+from jllama.text.row_file import read_rows
 from jllama.text.tokenizer import load_tokenizer
 
 
@@ -175,9 +174,8 @@ def test_a_pipe_in_place_of_an_adapters_file_ends_in_one_message(name, good, tmp
 
 def test_a_pipe_in_place_of_data_ends_in_one_message(tmp_path):
     os.mkfifo(tmp_path / "rows.json")
-    for read in (read_rows, lambda path: read_values(path, "prompts")):
-        with pytest.raises(InputError, match=r"rows\.json: is a named pipe; expected"):
-            read(tmp_path / "rows.json")
+    with pytest.raises(InputError, match=r"rows\.json: is a named pipe; expected"):
+        read_rows(tmp_path / "rows.json")
 
 
 def test_verify_lists_every_kind_of_damage(model, capsys):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from random_models import BASE, model_folder, with_a_nan
+from step_runs import FACTS
 
 import train.loop
 import train.run.folder
 from jllama.errors import InputError
 from jllama.folders.json_files import as_line, read_json_lines
+from jllama.folders.manifest import write_sealed
 from jllama.folders.run import RunFolder
 from train.config import TrainConfig
 from train.lora import main
@@ -25,8 +27,6 @@ from train.run.state import Checkpoints
 
 pytestmark = pytest.mark.integration
 
-FACTS = {"parameters": {}, "model": {}, "steps": 8, "warmup_steps": 0, "device_memory_mib": 0,
-         "memory_bytes": {}, "data": {}}  # fmt: skip
 PARAMS = BASE | {"n_kv_heads": 2, "n_layers": 1}
 WORDS = ("red", "green", "blue", "seven", "eight", "nine")
 
@@ -522,6 +522,20 @@ def test_only_a_last_line_that_was_cut_is_passed_over(tmp_path):
     file.write_text(text[:-1] + "!")
     with pytest.raises(InputError, match="line 2 is damaged"):
         read_json_lines(file)
+
+
+def test_a_record_with_a_right_hash_and_wrong_fields_is_refused(finished, tmp_path):
+    for file in ("config.yaml", "run.json"):
+        shutil.copy(finished / file, tmp_path)
+    run = RunFolder(tmp_path)
+    right = dict(run.read_record())
+    for name, value in (("data", "x"), ("warmup_steps", None), ("versions", [1]), ("steps", True)):
+        write_sealed(run.record, right | {name: value})
+        with pytest.raises(InputError, match=f"run.json: {name} is .*; restore it"):
+            run.read_settings()
+    write_sealed(run.record, {k: v for k, v in right.items() if k != "warmup_steps"})
+    with pytest.raises(InputError, match=r"run.json: warmup_steps is .*: field required"):
+        run.read_settings()
 
 
 @pytest.mark.parametrize("lost", ["all", "a step", "an evaluation"])

@@ -23,6 +23,7 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 from random_models import BASE, model_folder, with_a_nan
+from step_runs import FACTS
 
 from eval.prompts import main as answer
 from jllama.config import tensor_shapes
@@ -419,13 +420,13 @@ def test_a_signal_saves_and_says_how_to_resume(place, tmp_path, number, code):  
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(place, tmp_path):  # reliability 6
     config = TrainConfig(str(place / "model"), str(place / "rows.json"), str(tmp_path / "run"))
-    with run_folder(config, {}) as run:
+    with run_folder(config, FACTS) as run:
         process = start(["--resume", str(run.path)], tmp_path)
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 2
         assert f"is in use by process {os.getpid()}" in said
     (tmp_path / "run" / ".lock").write_text("12345 on a machine that crashed")
-    with run_folder(TrainConfig(**vars(config) | {"resume": str(run.path)}), {}):
+    with run_folder(TrainConfig(**vars(config) | {"resume": str(run.path)}), FACTS):
         pass
 
 

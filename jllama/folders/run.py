@@ -13,13 +13,16 @@ score.json         how likely they find a data file's answers (jllama score)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from jllama.cli.settings import read_yaml
 from jllama.cli.terminal import command_line
 from jllama.errors import InputError
 from jllama.folders.json_files import JsonLines, read_json_lines
-from jllama.folders.manifest import file_sha256, read_sealed
+from jllama.folders.manifest import check_fields, file_sha256, read_sealed
 
 CONFIG, RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 GENERATIONS, SCORES = "generations.jsonl", "score.json"
@@ -97,6 +100,9 @@ class Record(TypedDict):
     warmup_steps: int
 
 
+_DECLARED: TypeAdapter[Any] = TypeAdapter(Record)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths of a run folder, and its readers."""
@@ -161,7 +167,9 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: no {RECORD}; the run ended before its first step, start it anew"
             )
-        record: Any = read_sealed(self.record, "restore it, or start a new run")
+        advice = "restore it, or start a new run"
+        record: Any = read_sealed(self.record, advice)
+        check_fields(record, _DECLARED, self.record, advice)
         if record.get("config_sha256") != file_sha256(self.config):
             others = command_line("train", "--config", self.config)
             raise InputError(
