@@ -23,9 +23,10 @@ from jllama.cli.terminal import console
 from jllama.decode.sampling import Likeliest, Likelihood
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Positive, checked
 from jllama.folders.adapter import read_passport
-from jllama.text.prompt import WITH_TURNS, Message, PromptStyle, encode, render
+from jllama.text.prompt import Message, PromptStyle, encode, render
 from jllama.text.tokenizer import Tokenizer
 
+WITH_TURNS = ("llama2-chat", "llama3-chat")  # made for conversations, however they were trained
 COMMANDS = {
     "/base": "the base model answers; /base TEXT asks it once",
     "/tuned": "the tuned model answers; /tuned TEXT asks it once",

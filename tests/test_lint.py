@@ -82,7 +82,6 @@ def test_what_rows_do_not_say_or_show_is_told_and_no_control_character_is_raw(tm
     for line in (
         "ignored: column 'id␛' of 2 rows",
         "warning: 1 rows spell out special tokens such as </s>, which are read as plain text: [1]",
-        "warning: 1 rows have several questions, each of which chat sends alone in the style plain",
         "warning: 1 rows end with a turn that nothing answers, which is dropped: [3]",
         "4 rows, no errors",
     ):

@@ -19,7 +19,6 @@ from jllama.text.messages import Message, row_messages
 from jllama.text.tokenizer import Tokenizer
 
 PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat"]
-WITH_TURNS = ("llama2-chat", "llama3-chat")  # the other styles know one question and its answer
 
 
 @dataclass(frozen=True)

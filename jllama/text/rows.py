@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32, Int64
 from jllama.errors import InputError
 from jllama.folders.json_files import listed
 from jllama.text.messages import Message, row_messages
-from jllama.text.prompt import WITH_TURNS, PromptStyle, encode, render
+from jllama.text.prompt import PromptStyle, encode, render
 from jllama.text.tokenizer import Tokenizer
 
 # What a tokenizer or a template somewhere would read as one token, or as a border.
@@ -124,7 +124,7 @@ def make_examples(
             except InputError as error:
                 problems.append(f"row {index}: {error}")
                 continue
-            for note in _notes(style, messages, dropped=len(said) > len(messages)):
+            for note in _notes(messages, dropped=len(said) > len(messages)):
                 notes.setdefault(note, array("i")).append(index)
             yield Example(index, ids, learned, cut=len(whole) > max_seq_len)
 
@@ -154,17 +154,15 @@ def answered(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[: answers[-1] + 1]
 
 
-def _notes(style: PromptStyle, messages: Sequence[Message], dropped: bool) -> Iterator[str]:
+def _notes(messages: Sequence[Message], dropped: bool) -> Iterator[str]:
     """What a person should know of rows that are learned all the same; reads after "3 rows"."""
-    questions = [message for message in messages if message.role == "user"]
     if dropped:
         yield "end with a turn that nothing answers, which is dropped"
     texts = [text for message in messages for text in (message.content, message.context)]
     if any(("<" in text or "[" in text) and _SPECIAL.search(text) for text in texts):
         yield "spell out special tokens such as </s>, which are read as plain text"
+    questions = [message for message in messages if message.role == "user"]
     if any(not message.content.strip() and not message.context.strip() for message in questions):
         yield "have an empty question"
-    if len(questions) > 1 and style not in WITH_TURNS:
-        yield f"have several questions, each of which chat sends alone in the style {style}"
     if any(message.learn is False for message in messages):
         yield "have messages that are marked as not to be learned"
