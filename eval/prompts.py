@@ -120,12 +120,15 @@ def answer_prompts(config: PromptsConfig) -> None:
         shown | references.get(shown["prompt"].strip(), {})
         for shown in described(prompts.rows, answers, tokenizer)
     ]
-    write_json_lines(output, generations)  # now, for scoring may hold two models
-    console.print(f"wrote {output}; scoring the answers")
+    # Scoring may hold two models and find no memory for them.
+    unscored = output.with_suffix(f".unscored{output.suffix}")
+    write_json_lines(unscored, generations)
+    console.print(f"wrote {unscored}; scoring the answers")
     scores = score_answers(voices or load_voices(config), prompts.ids, answers, config.batch_size)
     for index, generation in enumerate(generations):
         generation |= {f"{name}_score": scores[name][index] for name in names}
     write_json_lines(output, generations)
+    unscored.unlink()
     show(generations, names)
     console.print(f"wrote {output}")
 

@@ -18,7 +18,8 @@ from eval.ablate.cells import Children, Done, grid, out_of_memory
 from eval.ablate.command import AblateConfig, main
 from eval.ablate.store import CELLS, DESCRIPTION, opened
 from jllama.errors import InputError
-from jllama.folders.json_files import read_json, read_json_lines
+from jllama.folders.json_files import read_json_lines
+from jllama.folders.manifest import read_sealed
 from train.plan import planner
 from train.plan.cards import find_gpu
 from train.plan.command import PlanConfig, as_json
@@ -39,7 +40,7 @@ def device_asked_once(monkeypatch):
 
 def read_ablation(folder):
     """(ablation.json, cells)"""
-    return read_json(folder / DESCRIPTION), read_json_lines(folder / CELLS).values
+    return read_sealed(folder / DESCRIPTION, ""), read_json_lines(folder / CELLS).values
 
 
 def measured(change=None, axes=AXES):

@@ -533,6 +533,9 @@ def test_a_record_with_a_right_hash_and_wrong_fields_is_refused(finished, tmp_pa
         write_sealed(run.record, right | {name: value})
         with pytest.raises(InputError, match=f"run.json: {name} is .*; restore it"):
             run.read_settings()
+    run.metrics.write_text(as_line({"loss": 1.0}))
+    with pytest.raises(InputError, match=r"metrics.jsonl: 0, .* field required"):
+        run.read_metrics()
     write_sealed(run.record, {k: v for k, v in right.items() if k != "warmup_steps"})
     with pytest.raises(InputError, match=r"run.json: warmup_steps is .*: field required"):
         run.read_settings()

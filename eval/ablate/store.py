@@ -11,15 +11,11 @@ from typing import Any
 
 from jllama.errors import InputError
 from jllama.folders.files import held
-from jllama.folders.json_files import (
-    as_line,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_json_lines,
-)
+from jllama.folders.json_files import as_line, read_json_lines, write_json_lines
+from jllama.folders.manifest import read_sealed, write_sealed
 
 DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
+ADVICE = "restore it, or make the ablation anew"
 # What may differ between the calls that fill a folder.
 OF_A_CALL = ("date", "command")
 
@@ -41,9 +37,9 @@ def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[s
             raise InputError(f"{folder} holds something else; choose another --output")
         cells = read_json_lines(folder / CELLS).values  # what a kill has cut is measured again
         if described and cells:
-            refuse_another(folder, read_json(folder / DESCRIPTION), description)
+            refuse_another(folder, read_sealed(folder / DESCRIPTION, ADVICE), description)
         else:
-            write_json(folder / DESCRIPTION, description)
+            write_sealed(folder / DESCRIPTION, description)
         write_json_lines(folder / CELLS, cells)  # without a line that was cut
         yield cells
 

@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.ablate.store import ADVICE, DESCRIPTION
 from jllama.cli.settings import read_yaml
 from jllama.folders.json_files import read_json, read_json_lines
 from jllama.folders.manifest import read_sealed
 from jllama.folders.run import RECORD, SCORES
 
 # Files that carry their own hash, and what to do about a damaged one.
-SEALED = {RECORD: "its run cannot be vouched for", SCORES: "make it again with: jllama score"}
+SEALED = {
+    RECORD: "its run cannot be vouched for",
+    SCORES: "make it again with: jllama score",
+    DESCRIPTION: ADVICE,
+}
 EVERY = "*"  # in a path: all lines of a file that have the field
 
 

@@ -100,7 +100,9 @@ class Record(TypedDict):
     warmup_steps: int
 
 
-_DECLARED: TypeAdapter[Any] = TypeAdapter(Record)
+_RECORD: TypeAdapter[Any] = TypeAdapter(Record)
+_LINES: TypeAdapter[Any] = TypeAdapter(list[StepLine | EpochLine | EvaluationLine])
+_ADVICE = "restore it, or start a new run"
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,8 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: no {RECORD}; the run ended before its first step, start it anew"
             )
-        advice = "restore it, or start a new run"
-        record: Any = read_sealed(self.record, advice)
-        check_fields(record, _DECLARED, self.record, advice)
+        record: Any = read_sealed(self.record, _ADVICE)
+        check_fields(record, _RECORD, self.record, _ADVICE)
         if record.get("config_sha256") != file_sha256(self.config):
             others = command_line("train", "--config", self.config)
             raise InputError(
@@ -179,5 +180,11 @@ class RunFolder:
         return record
 
     def read_metrics(self) -> JsonLines:
-        """metrics.jsonl: each line is a StepLine, an EpochLine or an EvaluationLine."""
-        return read_json_lines(self.metrics)
+        """metrics.jsonl: each line is a StepLine, an EpochLine or an EvaluationLine.
+
+        Raises:
+            InputError: if a line is none of them, or not as it was written.
+        """
+        lines = read_json_lines(self.metrics)
+        check_fields(lines.values, _LINES, self.metrics, _ADVICE)
+        return lines
