@@ -159,15 +159,21 @@ class Watched:
 
     Args:
         function: gives a `Call` for a case.
-        limit: seconds for one case.
+        good: a case without a fault. Every process begins with it, for it compiles.
+        limit: seconds for one case, and ten times of it for the good one.
         lives: cases after which another process takes over; JAX keeps what it has compiled.
     """
 
-    def __init__(self, function: Callable[[Any], Call], limit: float, lives: int = 250):
-        self._function, self._limit, self._lives = function, limit, lives
+    def __init__(self, function: Callable[[Any], Call], good: Any, limit: float, lives: int = 250):
+        self._function, self._good, self._limit, self._lives = function, good, limit, lives
 
     def run(self, cases: Iterable[Any]) -> Iterator[tuple[Any, Call]]:
-        """Each case and its call; one that hung or died has no words."""
+        """The good case, then each case, and their calls; one that hung or died has no words.
+
+        Raises:
+            RuntimeError: if the good case fails.
+        """
+        first = True
         process, used = None, 0
         try:
             for case in cases:
@@ -177,6 +183,13 @@ class Watched:
                     process, used = FORK.Process(target=self._serve, args=(there,)), 0
                     process.start()
                     there.close()
+                    here.send(self._good)
+                    good = here.recv() if here.poll(10 * self._limit) else Call(1, "")
+                    if good.code or good.raised:
+                        raise RuntimeError(f"the command fails by itself: {good}")
+                    if first:
+                        yield self._good, good
+                    first = False
                 used += 1
                 started = time.monotonic()
                 here.send(case)
