@@ -2,7 +2,7 @@
 
     python -m tests.faults                                        # all of it: about half an hour
     python -m tests.faults --kills 10 --flips 50 --texts 20       # some of each
-    python -m tests.faults --only "train --resume" --verbose      # one command
+    python -m tests.faults --only "^train --resume" --verbose      # one command
 
 Survived means: the right result, if need be after --resume or the same command again; or exit
 code 2 and one message that names the file. Ends with 1 if anything was lost, ended in a traceback,
@@ -15,13 +15,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ from faults.place import Place
 from jllama.machine import measured_here
 
 PIECE = {"kills": 24, "flips": 250, "texts": 1000}  # faults that one process injects in one go
+COMMANDS: dict[str, Sequence[Any]] = {
+    "kills": kills.WRITERS, "flips": flips.READERS, "texts": readers.TEXTS,
+}  # fmt: skip
 Record = dict[str, Any]
+Unit = tuple[str, int, int, int]  # kind, index of the command, number of the piece, faults
 
 _place: Place | None = None  # of this process
 
@@ -48,52 +53,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow-kills", type=int, default=8, help="of commands that start others")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="WORDS", help="commands with these words")
+    parser.add_argument("--only", default="", metavar="REGEX", help="commands with such names")
     parser.add_argument("--verbose", action="store_true", help="tell of each fault at once")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the figures")
     return parser.parse_args(argv)
 
 
-def units(asked: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
-    """(kind, index of the command, number of the piece, faults), the long ones first."""
-    for index, writer in enumerate(kills.WRITERS):
-        count = asked.slow_kills if writer.slow else asked.kills
-        yield from _pieces("kills", index, count, writer.name, asked.only)
-    for index, reader in enumerate(flips.READERS):
-        yield from _pieces("flips", index, asked.flips, reader.name, asked.only)
-    for index, text in enumerate(readers.TEXTS):
-        yield from _pieces("texts", index, asked.texts, text.name, asked.only)
+def units(asked: argparse.Namespace) -> Iterator[Unit]:
+    """The slow ones first."""
+    for kind, commands in COMMANDS.items():
+        for index, command in enumerate(commands):
+            slow = kind == "kills" and command.slow
+            count = asked.slow_kills if slow else getattr(asked, kind)
+            if re.search(asked.only, command.name):
+                for number, start in enumerate(range(0, count, PIECE[kind])):
+                    yield kind, index, number, min(PIECE[kind], count - start)
 
 
-def _pieces(
-    kind: str, index: int, count: int, name: str, only: str
-) -> Iterator[tuple[str, int, int, int]]:
-    if only in name:
-        for number, start in enumerate(range(0, count, PIECE[kind])):
-            yield kind, index, number, min(PIECE[kind], count - start)
-
-
-def begin(root: str) -> None:
+def begin(root: Path, wanted: set[str]) -> None:
     """Once in every process of the campaign: good inputs of its own."""
     global _place
     call.end_with_parent()
     call.adopt_orphans()
-    place = Path(root) / str(os.getpid())
-    os.environ["XDG_CACHE_HOME"] = str(Path(root) / "cache")  # each compiles a program once
-    _place = Place(place)
+    os.environ.setdefault("XDG_CACHE_HOME", str(root / "cache"))  # programs are compiled once
+    _place = Place(root / str(os.getpid()), wanted)
 
 
-def inject(unit: tuple[str, int, int, int], seed: int, verbose: bool) -> list[Record]:
+def inject(unit: Unit, seed: int, verbose: bool) -> list[Record]:
     """The records of one unit."""
     kind, index, number, faults = unit
-    makers: dict[str, Callable[..., Any]] = {
-        "kills": lambda *rest: kills.Killing(kills.WRITERS[index], *rest),
-        "flips": lambda *rest: flips.Flipping(flips.READERS[index], *rest),
-        "texts": lambda *rest: readers.Reading(readers.TEXTS[index], *rest),
-    }
-    draw = random.Random(f"{seed} {kind} {index} {number}")
+    injectors: dict[str, Any] = {
+        "kills": kills.Killing, "flips": flips.Flipping, "texts": readers.Reading
+    }  # fmt: skip
+    command = COMMANDS[kind][index]
+    draw = random.Random(f"{seed} {kind} {command.name} {number}")
     records = []
-    for record in makers[kind](_place, draw).run(faults):
+    for record in injectors[kind](command, _place, draw).run(faults):
         records.append(record | {"kind": kind})
         if verbose:
             print(f"{time.strftime('%X')} {json.dumps(record)}", file=sys.stderr, flush=True)
@@ -102,13 +97,14 @@ def inject(unit: tuple[str, int, int, int], seed: int, verbose: bool) -> list[Re
 
 def run(asked: argparse.Namespace) -> list[Record]:
     """All records; what was begun in files is gone afterwards, however this ends."""
-    root = tempfile.mkdtemp(prefix="faults-")
+    root, chosen = Path(tempfile.mkdtemp(prefix="faults-")), list(units(asked))
+    wanted = {name for kind, index, _, _ in chosen for name in COMMANDS[kind][index].inputs}
     records: list[Record] = []
     pool = ProcessPoolExecutor(
-        asked.jobs, multiprocessing.get_context("fork"), initializer=begin, initargs=(root,)
+        asked.jobs, multiprocessing.get_context("fork"), initializer=begin, initargs=(root, wanted)
     )
     try:
-        todo = [pool.submit(inject, unit, asked.seed, asked.verbose) for unit in units(asked)]
+        todo = [pool.submit(inject, unit, asked.seed, asked.verbose) for unit in chosen]
         for done, future in enumerate(as_completed(todo), start=1):
             found = future.result()
             records += found

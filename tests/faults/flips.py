@@ -49,6 +49,10 @@ class Reader:
     given: str = ""
     must_refuse: bool = False
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.damaged.partition("/")[0], *self.needs)
+
 
 @dataclass(frozen=True)
 class Flip:
@@ -171,8 +175,7 @@ class Flipping:
 
     def call(self, flip: Flip | None) -> Call:
         reader = self.reader
-        folder = reader.damaged.partition("/")[0]
-        with self.place.fresh((folder, *reader.needs)) as case:
+        with self.place.fresh(reader.inputs) as case:
             if flip is not None:
                 file = case / reader.damaged / flip.file
                 content = bytearray(file.read_bytes())

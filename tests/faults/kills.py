@@ -39,7 +39,7 @@ class Writer:
     """A command that writes.
 
     Args:
-        needs: the good inputs it wants.
+        inputs: the good ones that it wants.
         start: its arguments, in a folder of such inputs.
         again: arguments that go on after a fault, the first of them that are accepted; the last
             ones are those of `start`.
@@ -50,7 +50,7 @@ class Writer:
     name: str
     command: str
     main: Callable[[list[str]], None]
-    needs: tuple[str, ...]
+    inputs: tuple[str, ...]
     start: Callable[[Path], list[str]]
     result: Callable[[Path], Any]
     resume: Callable[[Path], list[str]] | None = None
@@ -166,7 +166,7 @@ class Killing:
         """The uninterrupted command: once to compile, once to be measured."""
         for _ in range(1 if self.writer.slow else 2):
             here, there = FORK.Pipe(duplex=False)
-            with here, there, self.place.fresh(self.writer.needs) as case:
+            with here, there, self.place.fresh(self.writer.inputs) as case:
                 call = self.call(case, self.writer.start(case), None, there)
                 if call.code:
                     raise RuntimeError(f"{self.writer.name} fails by itself:\n{call.words[-3000:]}")
@@ -203,7 +203,7 @@ class Killing:
     def one_life(self, whole: Reference, number: int, faults: int) -> Iterator[dict[str, Any]]:
         """Faults one after the other, until the command has ended well; then what it made."""
         records: list[dict[str, Any]] = []
-        with self.place.fresh(self.writer.needs) as case:
+        with self.place.fresh(self.writer.inputs) as case:
             todo, tried = [self.writer.start(case)], []
             for life in range(LIVES + 1):
                 fault = None

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from random_models import BASE, model_folder
@@ -45,39 +45,17 @@ class Place:
     """A process's own folder of good inputs.
 
     Args:
-        root: an empty folder.
+        root: a folder to make.
+        wanted: the inputs that will be needed.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, wanted: Iterable[str]):
         self.good, self.case = root / "good", root / "case"
         self.case.mkdir(parents=True)
-        done = in_fork(self._make, self.case, limit=600)
+        done = in_fork(lambda: _make(self.case, set(wanted)), self.case, limit=600)
         if done.code:
             raise RuntimeError(f"the good inputs could not be made:\n{done.words[-3000:]}")
         self.case.rename(self.good)
-
-    def _make(self) -> None:
-        case = self.case
-        model_folder(case, PARAMS)
-        (case / "rows.json").write_text(json.dumps(ROWS))
-        (case / "prompts.json").write_text(json.dumps(ROWS[:2]))
-        recorded = [{"prompt": row["prompt"], "old_answer": "so"} for row in ROWS]
-        (case / "reference.json").write_text(json.dumps(recorded))
-        to_hf([str(case / "model"), str(case / "hf")])
-        to_meta([str(case / "model"), str(case / "meta")])
-        train(train_flags(case))
-        shutil.copytree(case / "run" / "adapter", case / "adapter")
-        (case / "adapter" / "jllama.json").unlink()  # as other tools write it
-        prompts(prompts_flags(case, "--run", case / "run"))
-        score(score_flags(case, "--run", case / "run"))
-        train(full_flags(case, output_dir=case / "full"))
-        for run, result in (("run", "adapter"), ("full", "model")):
-            begun = shutil.copytree(case / run, case / ("begun" if run == "run" else "begun-full"))
-            shutil.rmtree(begun / result)
-            newest = max((begun / "state").iterdir(), key=lambda path: int(path.name))
-            shutil.rmtree(newest)  # a step, an evaluation and the result are still to come
-        shutil.copytree(ABLATION, case / "ablation")
-        shutil.copytree(SAMPLE, case / "sample")
 
     @contextlib.contextmanager
     def fresh(self, names: Sequence[str]) -> Iterator[Path]:
@@ -113,3 +91,33 @@ def score_flags(case: Path, *subject: object) -> list[str]:
         *map(str, subject), "--data", str(case / "rows.json"), "--limit", "3", "--exact-tokens",
         "3", "--precision", "fp32",
     ]  # fmt: skip
+
+
+def _make(case: Path, wanted: set[str]) -> None:
+    model_folder(case, PARAMS)
+    (case / "rows.json").write_text(json.dumps(ROWS))
+    (case / "prompts.json").write_text(json.dumps(ROWS[:2]))
+    recorded = [{"prompt": row["prompt"], "old_answer": "so"} for row in ROWS]
+    (case / "reference.json").write_text(json.dumps(recorded))
+    shutil.copytree(SAMPLE, case / "sample")
+    shutil.copytree(ABLATION, case / "ablation")
+    to_hf([str(case / "model"), str(case / "hf")])
+    to_meta([str(case / "model"), str(case / "meta")])
+    if wanted & {"run", "begun", "adapter"}:
+        train(train_flags(case))
+        _begun(case / "run", case / "begun", "adapter")
+        shutil.copytree(case / "run" / "adapter", case / "adapter")
+        (case / "adapter" / "jllama.json").unlink()  # as other tools write it
+    if "run" in wanted:
+        prompts(prompts_flags(case, "--run", case / "run"))
+        score(score_flags(case, "--run", case / "run"))
+    if wanted & {"full", "begun-full"}:
+        train(full_flags(case, output_dir=case / "full"))
+        _begun(case / "full", case / "begun-full", "model")
+
+
+def _begun(run: Path, begun: Path, result: str) -> None:
+    """A copy of a run to which a step, an evaluation and the result are still to come."""
+    shutil.copytree(run, begun)
+    shutil.rmtree(begun / result)
+    shutil.rmtree(max((begun / "state").iterdir(), key=lambda path: int(path.name)))

@@ -46,7 +46,7 @@ class Text:
 
     Args:
         file: where it lies in a case.
-        needs: the good inputs, the file's folder among them.
+        inputs: the good ones that it wants, the file's folder among them.
         sealed: whether a valid hash of itself stands in it.
     """
 
@@ -54,7 +54,7 @@ class Text:
     form: Form
     command: str
     main: Callable[[list[str]], None]
-    needs: tuple[str, ...]
+    inputs: tuple[str, ...]
     argv: Callable[[Path], list[str]]
     sealed: bool = False
 
@@ -175,7 +175,7 @@ class Reading:
 
     def call(self, case: tuple[str, bytes | None]) -> Call:
         (name, content), text = case, self.text
-        with self.place.fresh(text.needs) as folder:
+        with self.place.fresh(text.inputs) as folder:
             file = folder / text.file
             if content is None:
                 file.unlink()
