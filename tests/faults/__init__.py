@@ -1,6 +1,7 @@
 """The fault campaign: `python -m tests.faults` injects faults into every command and counts.
 
 campaign.py  the command: what is injected, in how many processes, and the counted figures
+table.py     the figures as the tables of docs/reliability.md
 place.py     the tiny models, adapters and runs that faults are injected into
 call.py      a command called in a process of its own, watched: its end, its words, its orphans
 verdict.py   what counts as survived

@@ -5,6 +5,7 @@ import ctypes
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,7 +17,8 @@ from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux
 FORK = multiprocessing.get_context("fork")  # what is imported need not be imported again
-_REPOSITORY = str(Path(__file__).parents[2])
+MEMORY = 6 * 2**30  # bytes of addresses for a command that reads; an endless file takes all
+_HERE, _REPOSITORY = str(Path(__file__).parent), str(Path(__file__).parents[2])
 
 
 @dataclass
@@ -111,14 +113,14 @@ def _children() -> list[int]:
     return [int(number) for each in lists for number in each.read_text().split()]
 
 
-def in_process(main: Callable[[list[str]], None], argv: list[str], given: str = "") -> Call:
+def in_process(main: Callable[[list[str]], None], argv: list[str], given: bytes = b"") -> Call:
     """Calls a command's `main` here, its output and messages caught.
 
     Args:
         given: its standard input.
     """
     out, err = io.StringIO(), io.StringIO()
-    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(given.encode(errors="surrogatepass")))
+    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(given))
     code, raised, started = 0, "", time.monotonic()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -138,9 +140,9 @@ def _raised(error: BaseException) -> str:
     """ValueError: what was wrong (jllama/config.py:12)"""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(_REPOSITORY)]
-    place = ours[-1] if ours else frames[-1]
-    file = os.path.relpath(place.filename, _REPOSITORY)
-    return f"{type(error).__name__}: {str(error)[:150]!r} ({file}:{place.lineno})"
+    ours = [frame for frame in ours if not frame.filename.startswith(_HERE)] or frames
+    file = ours[-1].filename.removeprefix(f"{_REPOSITORY}/")
+    return f"{type(error).__name__}: {str(error)[:150]!r} ({file}:{ours[-1].lineno})"
 
 
 def _last_raised(words: str) -> str:
@@ -149,7 +151,7 @@ def _last_raised(words: str) -> str:
         return ""
     lines = words.rstrip().splitlines()
     places = [line for line in lines if line.lstrip().startswith(f'File "{_REPOSITORY}/')]
-    ours = [line for line in places if "/tests/" not in line]
+    ours = [line for line in places if _HERE not in line]
     place = (ours or [""])[-1].strip().replace(f"{_REPOSITORY}/", "")
     return f"{lines[-1][:150]} ({place})"
 
@@ -216,6 +218,7 @@ class Watched:
 
     def _serve(self, there: Any) -> None:
         end_with_parent()
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ libraries say
         with contextlib.suppress(EOFError):
             while True:

@@ -10,7 +10,6 @@ or left a process running. The seed makes it repeatable.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -29,6 +28,8 @@ from typing import Any
 
 from faults import call, flips, kills, readers
 from faults.place import Place
+from faults.table import tables
+from jllama.folders.json_files import write_json
 from jllama.machine import measured_here
 
 PIECE = {"kills": 24, "flips": 250, "texts": 1000}  # faults that one process injects in one go
@@ -177,13 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for record in failed:
         print(json.dumps(record))
-    for kind, found in result["figures"].items():
-        print(f"{kind}: " + ", ".join(
-            f"{found[name]} {name}" for name in
-            ("injected", "survived", "losses", "tracebacks", "orphans", "other_failures")
-        ))  # fmt: skip
+    print(tables(result))
     if asked.output:
-        with contextlib.suppress(FileNotFoundError):
-            asked.output.unlink()
-        asked.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(asked.output, result)
     sys.exit(bool(failed))

@@ -25,8 +25,8 @@ from faults.verdict import after_damage, contents, run_result
 from train.data.lint import main as lint
 from train.lora import main as train
 
-LIMIT = 60  # seconds of one command
-TALK = "Say 3.\n/base\nSay 4.\n"
+LIMIT = 30  # seconds of one command
+TALK = b"Say 3.\n/base\nSay 4.\n"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reader:
     needs: tuple[str, ...]
     argv: Callable[[Path], list[str]]
     result: Callable[[Path, Call], Any]
-    given: str = ""
+    given: bytes = b""
     must_refuse: bool = False
 
     @property

@@ -97,6 +97,7 @@ def _make(case: Path, wanted: set[str]) -> None:
     model_folder(case, PARAMS)
     (case / "rows.json").write_text(json.dumps(ROWS))
     (case / "prompts.json").write_text(json.dumps(ROWS[:2]))
+    (case / "talk.txt").write_text("Say 3.\n/set\n/set top_p 0.5\n/both\nSay 4.\n/clear\n/help\n")
     recorded = [{"prompt": row["prompt"], "old_answer": "so"} for row in ROWS]
     (case / "reference.json").write_text(json.dumps(recorded))
     shutil.copytree(SAMPLE, case / "sample")

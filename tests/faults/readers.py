@@ -28,7 +28,7 @@ from jllama.folders.manifest import write_sealed
 from train.data.lint import main as lint
 from train.lora import main as train
 
-LIMIT = 20  # seconds of one command
+LIMIT = 30  # seconds of one command
 # What may lie where a file is expected, besides a file.
 NO_FILES: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
@@ -48,6 +48,7 @@ class Text:
         file: where it lies in a case.
         inputs: the good ones that it wants, the file's folder among them.
         sealed: whether a valid hash of itself stands in it.
+        typed: whether it is what is typed into the command, which is nothing to end for.
     """
 
     file: str
@@ -57,6 +58,7 @@ class Text:
     inputs: tuple[str, ...]
     argv: Callable[[Path], list[str]]
     sealed: bool = False
+    typed: bool = False
 
     @property
     def name(self) -> str:
@@ -124,6 +126,9 @@ TEXTS = (
          ("model", "run", "prompts.json"), _of_run, sealed=True),
     Text("run/adapter/jllama.json", "json", "chat", chat, ("model", "run"),
          lambda case: ["--run", str(case / "run"), "--temperature", "0"], sealed=True),
+    Text("talk.txt", "binary", "chat", chat, ("model", "run", "talk.txt"),
+         lambda case: ["--run", str(case / "run"), "--temperature", "0", "--max-new-tokens", "2"],
+         typed=True),
     Text("adapter/adapter_config.json", "json", "to-hf", to_hf, ("model", "adapter"), _merged),
     Text("adapter/adapter_config.json", "json", "train --init-adapter", train, (*_DATA, "adapter"),
          lambda case: _short(case, init_adapter=case / "adapter", lora_rank=None)),
@@ -160,8 +165,10 @@ class Reading:
         """Each text as a record of it and what came of it."""
         text = self.text
         good = (self.place.good / text.file).read_bytes()
-        cases: list[tuple[str, bytes | None]] = [(name, None) for name in NO_FILES]
-        cases += hostile(good, text.form, max(0, faults - len(NO_FILES)), self.draw)
+        cases: list[tuple[str, bytes | None]] = []
+        if not text.typed:
+            cases += [(name, None) for name in NO_FILES]
+        cases += hostile(good, text.form, max(0, faults - len(cases)), self.draw)
         for (name, _), call in Watched(self.call, ("good", good), LIMIT).run(cases[:faults]):
             if name == "good":
                 continue
@@ -182,7 +189,8 @@ class Reading:
                 NO_FILES[name](file)
             else:
                 file.write_bytes(_sealed(content, file) if text.sealed else content)
-            call = in_process(text.main, text.argv(folder), "Say 3.\n")
+            given = file.read_bytes() if text.typed else b"Say 3.\n"
+            call = in_process(text.main, text.argv(folder), given)
             call.result = _not_finite(folder) if call.code == 0 else ""
             if (folder / "owned").exists():
                 call.result = "a command in the text was run"
