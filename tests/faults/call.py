@@ -49,9 +49,11 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that forked it ends."""
+def begin_child() -> None:
+    """Has the kernel kill this process when the thread that forked it ends; takes usual signals."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_fork(
@@ -85,7 +87,7 @@ def in_fork(
 
 
 def _child(function: Callable[[], None], log: Path) -> None:
-    end_with_parent()
+    begin_child()
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(number, 1)
@@ -97,7 +99,7 @@ def _child(function: Callable[[], None], log: Path) -> None:
 def _end_orphans() -> int:
     """Counts processes that a dead child has left, once they had a second to end; ends them."""
     deadline = time.monotonic() + 1
-    while (left := _children()) and time.monotonic() < deadline:
+    while (left := children()) and time.monotonic() < deadline:
         for process in left:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process, os.WNOHANG)
@@ -108,7 +110,8 @@ def _end_orphans() -> int:
     return len(left)
 
 
-def _children() -> list[int]:
+def children() -> list[int]:
+    """The processes that are this one's."""
     lists = Path("/proc/self/task").glob("*/children")
     return [int(number) for each in lists for number in each.read_text().split()]
 
@@ -217,7 +220,7 @@ class Watched:
             process.join()
 
     def _serve(self, there: Any) -> None:
-        end_with_parent()
+        begin_child()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ libraries say
         with contextlib.suppress(EOFError):

@@ -74,7 +74,7 @@ def units(asked: argparse.Namespace) -> Iterator[Unit]:
 def begin(root: Path, wanted: set[str]) -> None:
     """Once in every process of the campaign: good inputs of its own."""
     global _place
-    call.end_with_parent()
+    call.begin_child()
     call.adopt_orphans()
     os.environ.setdefault("XDG_CACHE_HOME", str(root / "cache"))  # programs are compiled once
     _place = Place(root / str(os.getpid()), wanted)
@@ -114,8 +114,8 @@ def run(asked: argparse.Namespace) -> list[Record]:
             print(f"{done}/{len(todo)}  {words}: {len(found)} faults, {failed} failures",
                   flush=True)  # fmt: skip
     finally:
-        for process in list((pool._processes or {}).values()):
-            process.kill()
+        for process in call.children():
+            os.kill(process, signal.SIGKILL)
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(root, ignore_errors=True)
     return records

@@ -163,16 +163,14 @@ class Killing:
             number += max(1, len(records))  # a moment that was never reached is no fault
 
     def reference(self) -> Reference:
-        """The uninterrupted command: once to compile, once to be measured."""
-        for _ in range(1 if self.writer.slow else 2):
-            here, there = FORK.Pipe(duplex=False)
-            with here, there, self.place.fresh(self.writer.inputs) as case:
-                call = self.call(case, self.writer.start(case), None, there)
-                if call.code:
-                    raise RuntimeError(f"{self.writer.name} fails by itself:\n{call.words[-3000:]}")
-                names = sorted(path.name for path in case.iterdir())
-                found = Reference(self.writer.result(case), names, here.recv(), call.seconds)
-        return found
+        """The uninterrupted command."""
+        here, there = FORK.Pipe(duplex=False)
+        with here, there, self.place.fresh(self.writer.inputs) as case:
+            call = self.call(case, self.writer.start(case), None, there)
+            if call.code:
+                raise RuntimeError(f"{self.writer.name} fails by itself:\n{call.words[-3000:]}")
+            names = sorted(path.name for path in case.iterdir())
+            return Reference(self.writer.result(case), names, here.recv(), call.seconds)
 
     def call(self, case: Path, argv: list[str], fault: Fault | None, tell: Any = None) -> Call:
         def function() -> None:
