@@ -28,6 +28,7 @@ from faults.verdict import contents, ended_well, run_result
 from train.lora import main as train
 
 LIMIT = 120  # seconds of one command
+FIRST_MOMENTS, LAST_MOMENTS = 20, 40  # changes of the file system
 LIVES = 3  # faults in a row, each in what goes on after the one before
 # Of ten faults eight are kills, the others take turns.
 KINDS = ("kill", "kill", "kill", "kill", "torn", "torn", "seconds", "seconds")
@@ -87,7 +88,7 @@ def _cells(case: Path) -> Any:
 
 
 _TRAINS = ("model", "rows.json")
-_ALSO_BAD = {"learning_rate": 0.3, "epochs": 20, "patience": 2, "val_size": 6}
+_WORSE = {"learning_rate": 0.5, "epochs": 20, "patience": 1, "eval_steps": 1}
 _ABLATION = [
     "--precision", "fp32", "--accumulation", "1", "--remat", "none", "--tune", "full,lora",
     "--sequences", "2", "--max-seq-len", "32", "--steps", "2", "--repeats", "1", "--val-size", "2",
@@ -96,7 +97,7 @@ _ABLATION = [
 WRITERS = (
     Writer("train", "train", train, _TRAINS, train_flags, _run, _resume),
     Writer("train, ended by patience", "train", train, _TRAINS,
-           lambda case: train_flags(case, **_ALSO_BAD), _run, _resume),
+           lambda case: train_flags(case, **_WORSE), _run, _resume),
     Writer("train, ended by --max-steps", "train", train, _TRAINS,
            lambda case: train_flags(case, max_steps=4, save_steps=2), _run, _resume),
     Writer("train --tune full", "train", train, _TRAINS, full_flags, _run, _resume),
@@ -184,7 +185,7 @@ class Killing:
         return in_fork(faulty, case.parent, limit=LIMIT, kill_after=kill_after)
 
     def draw_fault(self, whole: Reference, number: int, faults: int) -> Fault:
-        """Kills at moments spread over the whole command; between them other faults."""
+        """Kills spread over the command, two of three near its ends; and other faults."""
         kinds = (*KINDS, OTHER_KINDS[number // 10 % 4], OTHER_KINDS[(number // 10 + 1) % 4])
         kind: Any = kinds[number % 10]
         if self.writer.slow:
@@ -196,7 +197,12 @@ class Killing:
             return Fault(kind, int(whole.seen.largest * share))
         if kind == "torn":
             return Fault(kind, 1 + int(whole.seen.files * share))
-        return Fault(kind, 1 + int(whole.seen.changes * share))
+        first, last = 1, whole.seen.changes
+        if number % 3 == 1:
+            last = min(last, FIRST_MOMENTS)
+        elif number % 3 == 2:
+            first = max(first, last - LAST_MOMENTS)
+        return Fault(kind, first + int((last + 1 - first) * share))
 
     def one_life(self, whole: Reference, number: int, faults: int) -> Iterator[dict[str, Any]]:
         """Faults one after the other, until the command has ended well; then what it made."""
