@@ -84,8 +84,15 @@ def _to(case: Path, name: str = "out.json") -> list[str]:
     return ["--output", str(case / name)]
 
 
-def _run(name: str) -> Callable[[Path, Call], Any]:
-    return lambda case, call: run_result(case / name)
+def _resumed(name: str) -> Callable[[Path, Call], Any]:
+    """All but `best/`, which a resume does not read: whoever does is told of its damage."""
+
+    def result(case: Path, call: Call) -> Any:
+        whole = run_result(case / name)
+        kept = {file: x for file, x in whole["files"].items() if not file.startswith("best/")}
+        return whole | {"files": kept}
+
+    return result
 
 
 def _short(case: Path, **more: object) -> list[str]:
@@ -110,9 +117,9 @@ READERS = (
            lambda case: _short(case, init_adapter=case / "run" / "adapter", lora_rank=None),
            _weights),
     Reader("train --resume", "train", train, "begun", _DATA,
-           lambda case: ["--resume", str(case / "begun")], _run("begun")),
+           lambda case: ["--resume", str(case / "begun")], _resumed("begun")),
     Reader("train --resume, --tune full", "train", train, "begun-full", _DATA,
-           lambda case: ["--resume", str(case / "begun-full")], _run("begun-full")),
+           lambda case: ["--resume", str(case / "begun-full")], _resumed("begun-full")),
     Reader("prompts --run", "prompts", prompts, "run", ("model", "prompts.json"),
            lambda case: [*prompts_flags(case, "--run", case / "run"), *_to(case)], _file),
     Reader("prompts --model", "prompts", prompts, "model", ("adapter", "prompts.json"),
@@ -154,11 +161,9 @@ class Flipping:
 
     def run(self, faults: int) -> Iterator[dict[str, Any]]:
         """Each flip as a record of it and what came of it."""
-        cases: list[Flip | None] = [
-            *flips(self.place.good / self.reader.damaged, faults, self.draw)
-        ]  # fmt: skip
+        chosen = flips(self.place.good / self.reader.damaged, faults, self.draw)
         right = None
-        for flip, call in Watched(self.call, None, LIMIT).run(cases):
+        for flip, call in Watched(self.call, None, LIMIT).run(chosen):
             if flip is None:
                 right = call.result
                 continue

@@ -24,6 +24,7 @@ from faults.call import Call, Watched, in_process
 from faults.place import Place, prompts_flags, score_flags, train_flags
 from faults.texts import Form, hostile
 from faults.verdict import ended_well, readable, refused
+from jllama.folders.json_files import as_line
 from jllama.folders.manifest import write_sealed
 from train.data.lint import main as lint
 from train.lora import main as train
@@ -107,7 +108,7 @@ TEXTS = (
          lambda case: [*_report(case), "--reference", str(case / "reference.json")]),
     Text("run/config.yaml", "yaml", "train --config", train, ("model", "rows.json", "run"),
          lambda case: ["--config", str(case / "run" / "config.yaml"), "--output-dir",
-                       str(case / "out"), "--max-steps", "1"]),
+                       str(case / "out"), "--dry-run"]),
     Text("run/config.yaml", "yaml", "prompts --run", prompts, ("model", "run", "prompts.json"),
          _of_run),
     Text("begun/config.yaml", "yaml", "train --resume", train, (*_DATA, "begun"),
@@ -115,13 +116,13 @@ TEXTS = (
     Text("begun/run.json", "json", "train --resume", train, (*_DATA, "begun"),
          lambda case: ["--resume", str(case / "begun")], sealed=True),
     Text("begun/metrics.jsonl", "lines", "train --resume", train, (*_DATA, "begun"),
-         lambda case: ["--resume", str(case / "begun")]),
+         lambda case: ["--resume", str(case / "begun")], sealed=True),
     Text("run/run.json", "json", "report", report, _RUN, _report, sealed=True),
-    Text("run/metrics.jsonl", "lines", "report", report, _RUN, _report),
-    Text("run/generations.jsonl", "lines", "report", report, _RUN, _report),
+    Text("run/metrics.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
+    Text("run/generations.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
     Text("run/score.json", "json", "report", report, _RUN, _report),
     Text("ablation/ablation.json", "json", "report", report, _RUN, _report),
-    Text("ablation/cells.jsonl", "lines", "report", report, _RUN, _report),
+    Text("ablation/cells.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
     Text("run/adapter/jllama.json", "json", "prompts --run", prompts,
          ("model", "run", "prompts.json"), _of_run, sealed=True),
     Text("run/adapter/jllama.json", "json", "chat", chat, ("model", "run"),
@@ -198,13 +199,17 @@ class Reading:
 
 
 def _sealed(content: bytes, file: Path) -> bytes:
-    """The content with the hash of itself, where it is an object: somebody took the trouble."""
-    with contextlib.suppress(ValueError, RecursionError, TypeError):
+    """The content with the hashes of itself, where it is of objects: somebody took the trouble."""
+    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+        if file.suffix == ".jsonl":
+            values = [json.loads(line) for line in content.splitlines()]
+            for value in values:
+                value.pop("crc32", None)
+            return "".join(map(as_line, values)).encode(errors="surrogatepass")
         value = json.loads(content)
-        if isinstance(value, dict):
-            value.pop("sha256", None)
-            write_sealed(file, value)
-            return file.read_bytes()
+        value.pop("sha256", None)
+        write_sealed(file, value)
+        return file.read_bytes()
     return content
 
 

@@ -15,8 +15,8 @@ from faults.call import Call
 
 LONGEST_MESSAGE = 8000  # characters; what a terminal holds
 _RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Figures of metrics.jsonl that say how fast this machine was.
-_TIMES = ("step_seconds", "tokens_per_second", "peak_memory_mib", "compilations")
+# What metrics.jsonl says of how fast this machine was, and the check sum of that.
+_TIMES = ("step_seconds", "tokens_per_second", "peak_memory_mib", "compilations", "crc32")
 
 
 def ended_well(call: Call) -> str:
