@@ -120,7 +120,7 @@ TEXTS = (
     Text("run/run.json", "json", "report", report, _RUN, _report, sealed=True),
     Text("run/metrics.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
     Text("run/generations.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
-    Text("run/score.json", "json", "report", report, _RUN, _report),
+    Text("run/score.json", "json", "report", report, _RUN, _report, sealed=True),
     Text("ablation/ablation.json", "json", "report", report, _RUN, _report),
     Text("ablation/cells.jsonl", "lines", "report", report, _RUN, _report, sealed=True),
     Text("run/adapter/jllama.json", "json", "prompts --run", prompts,
