@@ -19,7 +19,7 @@ from typing import Any, Literal
 # What may be set off. Where the fault is:
 Kind = Literal[
     "kill",  # SIGKILL before the n-th change
-    "torn",  # SIGKILL when the n-th file that is written is there, and empty
+    "torn",  # SIGKILL when the n-th file is open to be written, and empty if it is new
     "seconds",  # SIGKILL after n seconds
     "SIGTERM",  # before the n-th change; a run finishes its step
     "SIGINT",
@@ -101,7 +101,7 @@ def _hook(inside: str, fault: Fault | None, seen: Changes) -> Callable[[str, Any
             seen.files += event == "open"
             if kind == "torn" and event == "open" and seen.files == at:
                 with contextlib.suppress(OSError):
-                    os.open(whole, arguments[2] | os.O_TRUNC)
+                    os.open(whole, arguments[2])
                 os.kill(os.getpid(), signal.SIGKILL)
             if seen.changes == at and kind in ("kill", "SIGTERM", "SIGINT"):
                 os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.Signals[kind])
