@@ -75,8 +75,7 @@ def make_optimizer(
 
     The accumulator is inside the `learned` label: around the whole tree it would be as large as
     the model. Gradients are added, not averaged, because each micro-batch's loss is already
-    divided by the tokens of the whole window. A sum, or an update of it, that is not finite
-    changes nothing.
+    divided by the tokens of the whole window. A sum that is not finite changes nothing.
 
     Args:
         max_grad_norm: clips the global norm of the window's gradient; 0 does not clip.
@@ -110,11 +109,11 @@ def make_optimizer(
 def accumulate(
     rule: optax.GradientTransformation, accumulation: int
 ) -> optax.GradientTransformation:
-    """MultiSteps that adds gradients, and passes over a sum, or an update, that is not finite."""
+    """MultiSteps that adds gradients, and passes over a sum that is not finite."""
 
     def guarded(gradient, state, parameters=None):
+        finite = jnp.isfinite(optax.tree.norm(gradient))
         updates, moved = rule.update(gradient, state, parameters)
-        finite = jnp.isfinite(optax.tree.norm(gradient)) & jnp.isfinite(optax.tree.norm(updates))
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
 

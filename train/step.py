@@ -37,8 +37,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """Of one window: summed cross-entropy (nats), supervised tokens, norm of the gradient.
 
-    `skipped` is True where the gradient, or the update that it would have made, was not finite and
-    the step changed nothing.
+    `skipped` is True where the gradient was not finite and the step changed nothing.
     """
 
     loss_sum: Float[Array, ""]
@@ -128,15 +127,19 @@ def train_step(
             {"learned": grads, "frozen": nothing}, moments, {"learned": learned, "frozen": frozen}
         )
         moved = optax.tree.norm(updates["learned"])
-        learned = optax.apply_updates(learned, updates["learned"])
+        # A weight that would overflow stays: what learns is finite, and can always be written.
+        learned = jax.tree.map(
+            lambda old, new: jnp.where(jnp.isfinite(new), new, old),
+            learned,
+            optax.apply_updates(learned, updates["learned"]),
+        )
         return (learned, moments, index + 1), (total, norm, moved)
 
     size = optax.tree.norm(state.learned)
     carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
     (learned, moments, _), (losses, norms, moves) = jax.lax.scan(micro_step, carry, window)
     # The last micro-step's norm is that of the whole window's gradient, and only it moves anything.
-    # An update of nothing from a gradient of something is one that was refused.
-    skipped = ~jnp.isfinite(norms[-1]) | ((norms[-1] > 0) & (moves[-1] == 0))
+    skipped = ~jnp.isfinite(norms[-1])
     metrics = StepMetrics(jnp.sum(losses), supervised, norms[-1], moves[-1] / size, skipped)
     return TrainState(state.step + 1, learned, moments), metrics
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -128,7 +128,7 @@ class Checkpoints:
 @functools.cache  # once in a process
 def _silence_what_is_told_once_more() -> None:
     """Orbax logs what it raises, and where one read or write fails others find its loop closed."""
-    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
