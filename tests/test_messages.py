@@ -211,7 +211,6 @@ def test_an_empty_answer_is_never_learned_but_may_be_context(tokenizer):
         (said("[INST] a [/INST]", "b"), "spell out special tokens"),
         ({"instruction": "a", "input": "<|eot_id|>", "output": "b"}, "spell out special tokens"),
         (said("", "Hi."), "have an empty question"),
-        (said("a", "b", "c", "d"), "chat sends alone in the style plain"),
         (
             {"messages": [{"role": "system", "content": "s", "train": False},
                           *said("a", "b")["messages"]]},
@@ -226,6 +225,7 @@ def test_what_one_should_know_of_a_row_is_noted(row, note, tokenizer):
     assert list(noted) == [1]
 
 
-def test_chat_styles_show_later_turns(tokenizer):
-    examples, _ = examples_of([said("a", "b", "c", "d")], tokenizer, "llama2-chat")
+@pytest.mark.parametrize("style", ["plain", "llama2-chat"])
+def test_later_turns_need_no_note_for_chat_shows_them(tokenizer, style):
+    examples, _ = examples_of([said("a", "b", "c", "d")], tokenizer, style)
     assert not examples.notes

@@ -62,6 +62,7 @@ def test_rows(name, cases, capsys):
     ],
 )
 def test_prompts(name, words, cases, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
     from convert.from_meta import FromMeta, convert
 
     convert(FromMeta(jllama.SAMPLE, tmp_path / "model"))

@@ -157,7 +157,7 @@ def test_the_conversion_of_csv_makes_rows(written, tmp_path):
 
 def test_pipes_and_folders_are_no_files_of_rows(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, message in ((tmp_path / "pipe", "a pipe or a device"), (tmp_path, "directory"),
-                          ("/dev/zero", "a pipe or a device"), ("a\0b", "null")):  # fmt: skip
+    for path, message in ((tmp_path / "pipe", "a named pipe"), (tmp_path, "a folder"),
+                          ("/dev/zero", "a device"), ("a\0b", "null")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read_rows(path)

@@ -85,7 +85,7 @@ def lint(config: LintConfig) -> None:
     console.print(f"duplicates: {len(copies)} rows occur more than once")
     console.print(f"truncated: {examples.cut.sum()} rows lose their end at {config.max_seq_len}")
     for name, count in ignored_columns(rows).items():
-        console.print(f"ignored: column {name!r} of {count:,} rows")
+        console.print(f"ignored: column '{name}' of {count:,} rows")
     for note, noted in examples.notes.items():
         console.print(f"warning: {len(noted):,} rows {note}: {list(noted[:10])}")
     for error in errors:
