@@ -304,7 +304,7 @@ def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys,
 def test_another_failure_ends_the_command_with_its_words(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Children, "run", lambda self, *_: Done(2, "", "no such file: rows.json"))
     said = refused(capsys, flags(place, tmp_path / "ablation", remat="none"))
-    assert "the cell fp32 lora none 2 x 1 failed (code 2):\nno such file: rows.json" in said
+    assert "the cell fp32 lora none 2 x 1 failed (code 2):\n  no such file: rows.json" in said
     assert read_ablation(tmp_path / "ablation")[1] == []
 
 

@@ -14,6 +14,7 @@ from random_models import BASE, model_folder
 
 import jllama
 from eval.chat import main
+from jllama.folders.manifest import file_sha256, read_sealed, write_sealed
 from jllama.text.prompt import Message, encode, prompt_ids, render
 from train.lora import main as train
 
@@ -256,6 +257,8 @@ def test_a_run_on_the_sample_answers_greedily(place, tmp_path, heard, talk, data
     if data == "sample":
         config["data"] = str(jllama.SAMPLE / "train.json")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    record = read_sealed(run / "run.json", "")
+    write_sealed(run / "run.json", record | {"config_sha256": file_sha256(run / "config.yaml")})
     out = talk("/set", "Say 3.", arguments=["--max-new-tokens", "2", *flags], of=run)
     assert f"temperature {expected}, " in out
     assert heard[0]["sampling"].temperature == expected

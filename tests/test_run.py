@@ -496,25 +496,25 @@ def test_wrong_arguments_end_in_one_message_and_code_2(place, tmp_path, capsys, 
 
 GOOD = {"prompt": "Say red.", "completion": "red"}
 LONG = {"prompt": "x" * 99, "completion": "never reached"}
-BAD_ROWS = [GOOD, {"text": "?"}, {"prompt": "a", "completion": " "}, LONG, GOOD]
+BAD_ROWS = [GOOD, {"texts": "?"}, {"prompt": "a", "completion": " "}, LONG, GOOD]
 
 
 @pytest.mark.parametrize(
     ("content", "messages"),
     [
-        ("[\n  {\n]", ["line 3: invalid JSON"]),
+        ("[\n  {\n]", ["row 0 (line 2): invalid JSON"]),
         (
             '{"prompt": "a"}\n{"prompt"\n{}\n{bad\n',
-            ["line 2: invalid JSON", "line 4: invalid JSON"],
+            ["row 1 (line 2): invalid JSON"],
         ),
-        ("", ["empty; expected a JSON list or one JSON object a line"]),
+        ("", ["empty; expected rows: a JSON list, or one JSON object a line"]),
         (b'[{"prompt": "\xff"}]', ["byte 13 is not UTF-8"]),
         (
             json.dumps(BAD_ROWS),
             [
                 "3 unusable of 5 rows",
                 "--skip-bad-rows 3",
-                "row 1: keys ['text']; expected instruction/input/output",
+                "row 1: columns 'texts'",
                 "row 2: the answer is empty",
                 "row 3: its prompt fills all 64 tokens",
             ],
@@ -541,7 +541,11 @@ def test_tolerated_rows_are_named_and_not_trained_on(place, tmp_path, capsys):
     data.write_text(json.dumps([*BAD_ROWS, {"prompt": "Count.", "completion": "1 2 " * 99}]))
     main(flags(place, tmp_path / "run", data=data, skip_bad_rows=3, val_size=0))
     said = capsys.readouterr().out
-    for row, reason in ((1, "keys ['text']"), (2, "the answer is empty"), (3, "its prompt fills")):
+    for row, reason in (
+        (1, "columns 'texts'"),
+        (2, "the answer is empty"),
+        (3, "its prompt fills"),
+    ):
         assert f"left out: row {row}: {reason}" in said
     assert "1 rows are longer than 64 tokens and lose their end" in said
     assert [sorted(line["rows"]) for line in steps(tmp_path / "run")] == [[0, 4, 5]] * 2

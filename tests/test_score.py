@@ -22,6 +22,7 @@ from eval.likelihood import compare, hidden, score_sequences
 from eval.score import NEUTRAL, main
 from jllama.config import LoraConfig
 from jllama.folders.adapter import save_adapter
+from jllama.folders.manifest import read_sealed
 from jllama.lora import attach
 from jllama.text.rows import make_examples
 from jllama.text.tokenizer import load_tokenizer
@@ -270,7 +271,7 @@ def test_a_run_is_scored_whole_and_its_rows_are_known_by_heart(place, capsys):
     assert result["tuned"]["neutral"]["nll_per_token"] > result["base"]["neutral"]["nll_per_token"]
 
     again = scored(capsys, "--run", place / "run", "--output", place / "again.json")
-    assert again == json.loads((place / "again.json").read_text())
+    assert again == read_sealed(place / "again.json", "")
     for name in ("base", "tuned", "per_row"):
         assert again[name] == result[name]
 
@@ -332,8 +333,14 @@ def test_bf16_is_near_fp32(pair, sequences, result):
         (["--run", "nowhere"], "nowhere: no config.yaml; expected a run folder"),
         (["--model", "{place}/model"], "--model without --data; give the rows"),
         (["--model", "{place}/model", "--data", "no.json"], "no.json: no such file"),
-        (["--model", "{place}/model", "--data", "{place}/text"], "text: line 2: invalid JSON"),
-        (["--model", "{place}/model", "--data", "{place}/list"], "expected a list of objects"),
+        (
+            ["--model", "{place}/model", "--data", "{place}/text"],
+            "text: row 1 (line 2): invalid JSON",
+        ),
+        (
+            ["--model", "{place}/model", "--data", "{place}/list"],
+            "row 1 (line 1): a number, expected an object",
+        ),
         (["--model", "{place}/model", "--data", "{place}/bad"], "--skip-bad-rows 1\n  row 1: no"),
         (["--run", "{place}/run", "--max-seq-len", "5"], "its prompt fills all 5 tokens"),
         (
