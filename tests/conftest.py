@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's: models this small only wait for 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from random_models import GROUPED  # noqa: E402
+from random_models import GROUPED, TOKENIZER  # noqa: E402
 
 from jllama.errors import InputError  # noqa: E402
 
@@ -43,6 +43,16 @@ def original(tmp_path_factory):
     return write_meta(
         tmp_path_factory.mktemp("meta") / "a", random_tensors(GROUPED), GROUPED, shards=2
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """Of bytes: byte b is token b."""
+    from jllama.text.tokenizer import load_tokenizer
+
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(TOKENIZER)
+    return load_tokenizer(file)
 
 
 @pytest.fixture

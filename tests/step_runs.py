@@ -61,10 +61,3 @@ def build_full(folder, *, precision="fp32", k=1):
         max_grad_norm=0.0, accumulation=k,
     )  # fmt: skip
     return graphdef, frozen, optimizer, initial_state(learned, frozen, optimizer)
-
-
-# What run.json says of a run before its first step, beside what `provenance` finds.
-FACTS = {"parameters": {}, "model": {}, "steps": 8, "warmup_steps": 0, "device_memory_mib": 0,
-         "memory_bytes": {},
-         "data": {"rows": 16, "held_out_rows": 0, "tokens": 99, "learned_tokens": 9, "longest": 9,
-                  "cut_rows": 0, "padding_share": 0.5, "turns": 1}}  # fmt: skip

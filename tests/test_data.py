@@ -3,26 +3,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from random_models import TOKENIZER
+from row_examples import examples_of
 
 from jllama.errors import InputError
 from jllama.text.prompt import Message, prompt_ids, render
 from jllama.text.row_file import read_rows
-from jllama.text.rows import make_examples
-from jllama.text.tokenizer import _parts, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    file.write_bytes(TOKENIZER)
-    return load_tokenizer(file)
-
-
-def examples_of(rows, tokenizer, style="plain", **more):
-    settings = {"max_seq_len": 512, "train_on_prompt": False, "skip_bad_rows": 0} | more
-    return make_examples(rows, tokenizer, style, source="rows.json", **settings)
-
+from jllama.text.tokenizer import _parts
 
 ROW = {"instruction": "Add.", "input": "2 3", "output": "5"}
 

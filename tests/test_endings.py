@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from random_models import BASE, model_folder, with_a_nan
-from step_runs import FACTS
+from train_runs import FACTS, Killed, adapter, after_step, as_flags, lines
 
 import train.loop
 import train.run.folder
@@ -43,23 +43,12 @@ def place(tmp_path_factory):
 
 def flags(place, output, **more):
     settings = {
-        "model": place / "model", "data": place / "rows.json", "output-dir": output,
-        "precision": "fp32", "max-seq-len": 32, "micro-batch-size": 4,
-        "gradient-accumulation-steps": 1, "learning-rate": 1e-2, "epochs": 2, "lora-rank": 2,
-        "lr-scheduler": "constant", "warmup-ratio": 0, "remat": "none",
-    } | {name.replace("_", "-"): value for name, value in more.items()}  # fmt: skip
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
-
-
-def adapter(run, name="adapter"):
-    return (run / name / "adapter_model.safetensors").read_bytes()
-
-
-def lines(run):
-    return RunFolder(run).read_metrics().values
+        "model": place / "model", "data": place / "rows.json", "output_dir": output,
+        "precision": "fp32", "max_seq_len": 32, "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "epochs": 2, "lora_rank": 2,
+        "lr_scheduler": "constant", "warmup_ratio": 0, "remat": "none",
+    }  # fmt: skip
+    return as_flags(settings | more)
 
 
 def history(run):
@@ -83,26 +72,6 @@ def finished(place, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     main(flags(place, run, val_size=4, warmup_ratio=0.4))
     return run
-
-
-class Killed(BaseException):
-    """A power cut: no handler of the run gets to save anything."""
-
-
-def killed(*_, **__):
-    raise Killed
-
-
-def after_step(monkeypatch, step, happens):
-    record = Metrics.step
-
-    def wrapped(self, number, *args, **more):
-        line = record(self, number, *args, **more)
-        if number == step:
-            happens()
-        return line
-
-    monkeypatch.setattr(Metrics, "step", wrapped)
 
 
 PATIENCE = {"learning_rate": 0.3, "epochs": 30, "eval_steps": 2, "patience": 3, "val_size": 4}
@@ -376,7 +345,7 @@ def test_a_run_whose_files_moved_is_resumed_where_they_are(
     shutil.copytree(place, old)
     shutil.copytree(finished / "adapter", old / "initial")
     monkeypatch.chdir(old)
-    after_step(monkeypatch, 5, killed)
+    after_step(monkeypatch, 5)
     with pytest.raises(Killed):
         main(flags(old, run, init_adapter="initial"))
     monkeypatch.undo()
@@ -416,7 +385,7 @@ def test_more_epochs_continue_a_finished_run_to_the_bytes_of_a_longer_one(
     run = tmp_path / "run"
     main(flags(place, run, **more))
     first = adapter(run)
-    after_step(monkeypatch, 8, killed)
+    after_step(monkeypatch, 8)
     with pytest.raises(Killed):
         main(["--resume", str(run), "--epochs", "3"])
     monkeypatch.undo()

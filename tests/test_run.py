@@ -23,7 +23,7 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 from random_models import BASE, model_folder, with_a_nan
-from step_runs import FACTS
+from train_runs import FACTS, Killed, adapter, after_step, as_flags, lines
 
 from eval.prompts import main as answer
 from jllama.config import tensor_shapes
@@ -33,7 +33,6 @@ from jllama.folders.load import load_model
 from jllama.folders.manifest import read_manifest, tensor_sha256
 from jllama.folders.model import read_block
 from jllama.folders.model import read_config as read_model_config
-from jllama.folders.run import RunFolder
 from jllama.model import named_arrays
 from train.config import TrainConfig, read_defaults
 from train.lora import main, train
@@ -69,15 +68,12 @@ def forks():
 
 def flags(place, output, **more):
     settings = {
-        "model": place / "model", "data": place / "rows.json", "output-dir": output,
-        "precision": "fp32", "max-seq-len": 64, "micro-batch-size": 2,
-        "gradient-accumulation-steps": 2, "learning-rate": 1e-2, "epochs": 2, "val-size": 2,
-        "lora-rank": 4,
-    } | {name.replace("_", "-"): value for name, value in more.items()}  # fmt: skip
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+        "model": place / "model", "data": place / "rows.json", "output_dir": output,
+        "precision": "fp32", "max_seq_len": 64, "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "epochs": 2, "val_size": 2,
+        "lora_rank": 4,
+    }  # fmt: skip
+    return as_flags(settings | more)
 
 
 def start(arguments, cwd, **more):
@@ -87,14 +83,6 @@ def start(arguments, cwd, **more):
         [sys.executable, "-m", "train.lora", *arguments], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
     )  # fmt: skip
-
-
-def adapter(run):
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def lines(run):
-    return RunFolder(run).read_metrics().values
 
 
 def steps(run):
@@ -224,23 +212,6 @@ def test_peak_memory_is_the_processs_own_and_not_its_parents():
     assert 50 < float(done.stdout) < 1200  # MiB; the parent held 1,526
 
 
-class Killed(BaseException):
-    pass
-
-
-def die_after(monkeypatch, step):
-    """A power cut: no exception handler of the run gets to save anything."""
-    wait = Metrics.step
-
-    def record(self, number, *args, **more):
-        line = wait(self, number, *args, **more)
-        if number == step:
-            raise Killed
-        return line
-
-    monkeypatch.setattr(Metrics, "step", record)
-
-
 def record(run):
     """All that two equal runs have in common, to the bit."""
     found = lines(run)
@@ -255,7 +226,7 @@ def test_resumed_runs_equal_the_whole_one_bit_by_bit(place, tmp_path, monkeypatc
     total = len(steps(tmp_path / "whole"))
     for number, cut in enumerate((1, 3, total // 2 + 1, total - 1)):  # 1: before any save
         again = ["--resume", str(tmp_path / "cut")]
-        die_after(monkeypatch, cut)
+        after_step(monkeypatch, cut)
         with pytest.raises(Killed):
             main(again if number else flags(place, tmp_path / "cut", **more))
         monkeypatch.undo()
@@ -278,7 +249,7 @@ def test_100_steps_are_50_and_50_are_10_times_10_bit_by_bit(place, tmp_path, mon
         run = tmp_path / str(part)
         arguments = flags(place, run, **more)
         for cut in range(part, 100, part):
-            die_after(monkeypatch, cut + 1)  # the state after step `cut` is the newest
+            after_step(monkeypatch, cut + 1)  # the state after step `cut` is the newest
             with pytest.raises(Killed):
                 main(arguments)
             monkeypatch.undo()
@@ -477,11 +448,11 @@ def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, caps
         ({"model": "nowhere"}, "nowhere: no config.json here; expected a model folder"),
         ({"data": "nowhere.json"}, "nowhere.json: no such file"),
         ({"epochs": 0}, "--epochs 0, expected a whole number, at least 1"),
-        ({"lora-targets": "wq,wx"}, "--lora-targets wq,wx, expected some of wq, wk"),
-        ({"lora-dropout": 1.5}, "--lora-dropout 1.5, expected a number, at least 0 and below 1"),
-        ({"init-adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
+        ({"lora_targets": "wq,wx"}, "--lora-targets wq,wx, expected some of wq, wk"),
+        ({"lora_dropout": 1.5}, "--lora-dropout 1.5, expected a number, at least 0 and below 1"),
+        ({"init_adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
-        ({"val-size": 99}, "holds out all 30 rows"),
+        ({"val_size": 99}, "holds out all 30 rows"),
     ],
 )
 def test_wrong_arguments_end_in_one_message_and_code_2(place, tmp_path, capsys, change, message):
@@ -563,7 +534,7 @@ def test_a_run_is_never_overwritten(place, tmp_path):
 def test_changed_data_is_refused_at_resume(place, tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text((place / "rows.json").read_text())
-    die_after(monkeypatch, 2)
+    after_step(monkeypatch, 2)
     with pytest.raises(Killed):
         main(flags(place, tmp_path / "run", data=rows, save_steps=1))
     rows.write_text(rows.read_text().replace("red", "pink"))
@@ -577,7 +548,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
 ):  # lesson 24
     more = {"save_steps": 1}
     main(flags(place, tmp_path / "whole", **more))
-    die_after(monkeypatch, 9)
+    after_step(monkeypatch, 9)
     with pytest.raises(Killed):
         main(flags(place, tmp_path / "run", **more))
     monkeypatch.undo()
