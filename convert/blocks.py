@@ -19,12 +19,12 @@ from jllama.cli.terminal import Progress, console
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.files import bytes_begun, room_for, whole_folder
+from jllama.folders.json_files import SHOWN
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
 from jllama.text.tokenizer import LLAMA3_SPECIALS, TiktokenTokenizer, Tokenizer, make_tokenizer
 
 LLAMA3_TOKENS = 128_000 + len(LLAMA3_SPECIALS)  # of every release
-_SHOWN = 20  # problems of one kind of mistake repeat in every layer
 
 
 class Weights(Protocol):
@@ -59,8 +59,8 @@ class Weights(Protocol):
 def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
     """Raises one InputError that lists the problems of a folder, if there are any."""
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        lines = "\n  ".join([*problems[:_SHOWN], *more])
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = "\n  ".join([*problems[:SHOWN], *more])
         raise InputError(f"{folder}: {advice}\n  {lines}")
 
 

@@ -20,6 +20,7 @@ from jllama.folders.adapter import (
     save_adapter,
     write_passport,
 )
+from jllama.folders.json_files import NEW
 from jllama.folders.load import load_model, save_model
 from jllama.folders.model import model_sizes, read_config, transformers_name
 from jllama.lora import attach
@@ -100,7 +101,7 @@ def run_steps(
         warmup = record["warmup_steps"]  # of a run that got more epochs, as it was
 
         def save(folder: Path) -> None:
-            new = folder.with_name(f"{folder.name}.new")
+            new = folder.with_name(folder.name + NEW)
             shutil.rmtree(new, ignore_errors=True)
             if lora:
                 save_adapter(new, model, lora, transformers_name(config.model), passport)

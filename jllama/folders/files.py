@@ -182,17 +182,6 @@ def room_for(size: int, folder: Path) -> Iterator[None]:
         InputError: if they do not, or no longer did when writing failed; says how many are missing.
     """
     _refuse_if_short(size, folder)
-    with shortage_named(size, folder):
-        yield
-
-
-@contextlib.contextmanager
-def shortage_named(size: int, folder: Path) -> Iterator[None]:
-    """Where the body fails to write `size` bytes and there is no room for them: says so.
-
-    Raises:
-        InputError: in that case; says how many bytes are missing.
-    """
     try:
         yield
     except Exception:  # a full disk has a different face in each library

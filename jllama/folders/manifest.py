@@ -71,9 +71,7 @@ def write_manifest(
     """
     hashes = {name: file_sha256(folder / name) for name in files}
     content = {**origin, "files": hashes, "tensors": tensors}
-    new = folder / f"{MANIFEST}.new"
-    write_sealed(new, content)
-    new.replace(folder / MANIFEST)
+    write_sealed(folder / MANIFEST, content)
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -24,6 +24,7 @@ import safetensors
 
 from jllama.errors import InputError
 from jllama.folders.inputs import check_readable, unreadable
+from jllama.folders.json_files import NEW, SHOWN
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -39,7 +40,6 @@ _EXPONENTS: Mapping[np.dtype, int] = {
     DTYPES["BF16"]: 0x7F80,
     DTYPES["F32"]: 0x7F800000,
 }
-_SHOWN = 20  # tensors of one mistake
 _PIECE = 2**22  # bytes hashed and written at a time, while they are in the processor's cache
 
 
@@ -71,7 +71,7 @@ def save_tensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    new = file.with_name(file.name + ".new")
+    new = file.with_name(file.name + NEW)
     with new.open("wb") as content, ThreadPoolExecutor() as threads:
         number = content.fileno()
         write_at(number, len(text).to_bytes(8, "little") + text, 0)
@@ -113,9 +113,9 @@ def is_finite(array: np.ndarray) -> bool:
 def refuse_not_finite(names: Sequence[str], place: object) -> None:
     """Raises an InputError that names the tensors with NaN or infinity, if there are any."""
     if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise InputError(
-            f"{place}: {', '.join(names[:_SHOWN])}{more} would hold NaN or infinity; nothing was "
+            f"{place}: {', '.join(names[:SHOWN])}{more} would hold NaN or infinity; nothing was "
             "written. If the weights are finite, they overflow in this dtype: choose bf16 or fp32"
         )
 

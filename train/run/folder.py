@@ -18,7 +18,7 @@ from jllama.folders.json_files import NEW
 from jllama.folders.manifest import file_sha256, write_sealed
 from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
 from train.config import CHANGEABLE, TrainConfig, write_config
-from train.run.provenance import IDENTITY, provenance
+from train.run.provenance import identity, provenance
 
 _LOCK = ".lock"
 
@@ -33,11 +33,10 @@ def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[RunFol
     Raises:
         InputError: as for `check_folder`, or if another process holds the folder.
     """
-    check_folder(config)
     run = RunFolder(Path(config.resume or config.output_dir or _new_folder(config)))
     run.path.mkdir(parents=True, exist_ok=True)
     with _locked(run.path):
-        check_folder(config)  # another process may have had it since
+        check_folder(config)
         if config.resume:
             _write_changes(run, config)
         else:
@@ -148,8 +147,8 @@ def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
         raise InputError(
             f"{run.path} is finished; its result is in {result}. To train on from it: {onward}"
         )
-    saved, found = run.read_record(), provenance(config)
-    changed = [name for name in IDENTITY if saved.get(name) != found.get(name)]
+    saved = run.read_record()
+    changed = [name for name, found in identity(config).items() if saved.get(name) != found]
     if changed:
         raise InputError(
             f"{run.path} was trained on other files: {', '.join(changed)} differ from "

@@ -15,19 +15,24 @@ from jllama.machine import versions
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 from train.config import TrainConfig
 
-# What a resume must find unchanged.
-IDENTITY = ("base_manifest_sha256", "data_sha256", "init_adapter_sha256")
 OF_PASSPORT = ("base_manifest_sha256", "data_sha256", "tokenizer_sha256", "versions")
 
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """The part of run.json that says what the run is made of."""
-    found = {
+    return {
         "command": [sys.executable, *sys.argv],
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
-        "base_manifest_sha256": manifest_sha256(config.model),
         "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],
+        **identity(config),
+    }
+
+
+def identity(config: TrainConfig) -> dict[str, str]:
+    """The files that a resume must find unchanged, wherever they are: their hashes."""
+    found = {
+        "base_manifest_sha256": manifest_sha256(config.model),
         "data_sha256": hashlib.sha256(read_bytes(config.data, "the rows of the run")).hexdigest(),
     }
     if config.init_adapter:
