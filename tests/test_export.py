@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import zipfile
@@ -361,3 +362,24 @@ def test_the_config_survives_both_ways(tmp_path):
         to_hf.export(ToHf(place / "m", place / "hf"))
         from_hf.convert(FromHf(place / "hf", place / "m2"))
         assert read_config(place / "m2") == read_config(place / "m")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.9999])
+def test_a_limit_on_the_size_of_a_file_is_one_message_that_names_it(tmp_path, share, capsys):
+    """torch has another error for each place at which it may no longer write."""
+    convert(FromMeta(write_meta(tmp_path / "meta", random_tensors(BASE), BASE), tmp_path / "model"))
+    out = tmp_path / "out"
+    to_meta.main([str(tmp_path / "model"), str(tmp_path / "whole")])
+    size = (tmp_path / "whole/consolidated.00.pth").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            to_meta.main([str(tmp_path / "model"), str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.value.code == 2
+    assert "out.partial/consolidated.00" in capsys.readouterr().err
+    assert not out.exists()
+    to_meta.main([str(tmp_path / "model"), str(out)])
+    assert contents(out) == contents(tmp_path / "whole")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jllama.errors import InputError
 from jllama.folders.tensors import is_finite, refuse_not_finite, write_at
 
 _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<28xHHH12x")
@@ -89,5 +90,12 @@ def _lay_out(
     # Never touched, so they take address space and no memory.
     tensors = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
-    with torch.serialization.skip_data():
-        torch.save(tensors, file)
+    try:
+        with torch.serialization.skip_data():
+            torch.save(tensors, file)
+    except RuntimeError as error:  # torch's only one, whatever stopped it from writing
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{file}: torch could not write it ({reason}); is there room, and no limit on the size "
+            "of a file?"
+        ) from error
