@@ -379,7 +379,7 @@ def test_a_limit_on_the_size_of_a_file_is_one_message_that_names_it(tmp_path, sh
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ended.value.code == 2
-    assert "out.partial/consolidated.00" in capsys.readouterr().err
+    assert "/.out.partial/" in capsys.readouterr().err
     assert not out.exists()
     to_meta.main([str(tmp_path / "model"), str(out)])
     assert contents(out) == contents(tmp_path / "whole")

@@ -24,7 +24,7 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from jllama.errors import InputError
-from jllama.folders.json_files import read_bytes, read_json, write_json
+from jllama.folders.json_files import read_bytes, read_json, write_json, write_whole
 from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, make_tokenizer
 from jllama.text.tokenizer_file import FILE_NAME, read_ranks
 
@@ -172,11 +172,11 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
     ranks = read_ranks(content, Path(FILE_NAME))
     file = folder / (ORIGINAL if ranks else FILE_NAME)
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(content)
+    write_whole(file, content)
     tokenizer = _llama3(ranks) if ranks else _sentencepiece(file)
     # In one line: indented, the merges of Llama 3 alone would be a million lines.
     text = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
-    (folder / TOKENIZER_JSON).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / TOKENIZER_JSON, text + "\n")
     begin, end = LLAMA3_SPECIALS[:2] if ranks else ("<s>", "</s>")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from jllama.errors import InputError
+from jllama.folders.json_files import naming
 from jllama.folders.tensors import is_finite, refuse_not_finite, write_at
 
 _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<28xHHH12x")
@@ -34,7 +35,7 @@ class Archive:
         dtypes: Mapping[str, torch.dtype],
         aliases: Mapping[str, str],
     ):
-        self._begun, self._name = file.exists(), file.name
+        self._begun, self._path = file.exists(), file
         if not self._begun:
             new = file.with_suffix(".new")
             _lay_out(new, shapes, dtypes, aliases)
@@ -54,12 +55,13 @@ class Archive:
             InputError: if the tensor holds NaN or infinity.
         """
         array = np.ascontiguousarray(array)
-        refuse_not_finite([] if is_finite(array) else [name], self._name)
+        refuse_not_finite([] if is_finite(array) else [name], self._path.name)
         content = array.view(np.uint8).reshape(-1).data
         entry = self._places[name]
         start = self._start(entry)
         if not (self._begun and os.pread(self._file, len(content), start) == content):
-            write_at(self._file, content, start)
+            with naming(self._path):
+                write_at(self._file, content, start)
         entry.CRC = zlib.crc32(content)
 
     def close(self) -> None:

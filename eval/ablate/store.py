@@ -11,7 +11,7 @@ from typing import Any
 
 from jllama.errors import InputError
 from jllama.folders.files import held
-from jllama.folders.json_files import as_line, read_json_lines, write_json_lines
+from jllama.folders.json_files import as_line, naming, read_json_lines, write_json_lines
 from jllama.folders.manifest import read_sealed, write_sealed
 
 DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
@@ -46,7 +46,7 @@ def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[s
 
 def append_cell(folder: Path, cell: Mapping[str, Any]) -> None:
     """Adds a whole line."""
-    with (folder / CELLS).open("a", encoding="utf-8") as file:
+    with naming(folder / CELLS), (folder / CELLS).open("a", encoding="utf-8") as file:
         file.write(as_line(cell))
 
 

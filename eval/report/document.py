@@ -14,6 +14,7 @@ import jinja2
 
 from eval.report.evidence import Figure
 from jllama.cli.terminal import visible
+from jllama.folders.json_files import naming
 
 Text = str | Figure
 Words = Sequence[Text]  # one after the other: ["of ", Figure, " parameters"]
@@ -120,7 +121,8 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[
     try:
         for name, text in texts.items():
             # Names of files may be no Unicode.
-            (folder / f"{name}.new").write_bytes(text.encode("utf-8", "backslashreplace"))
+            with naming(folder / name):
+                (folder / f"{name}.new").write_bytes(text.encode("utf-8", "backslashreplace"))
         for name in texts:
             (folder / f"{name}.new").replace(folder / name)
     finally:

@@ -1,10 +1,11 @@
 """JSON and JSON lines, read and written: the one place that turns their mistakes into messages."""
 
+import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,11 +159,22 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(map(as_line, lines)))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a UTF-8 text that takes its name when all of it is on the disk."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is written in the body is this file, and so says an error: the system's names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes bytes, or a text as UTF-8, that take their name when all is on the disk."""
     new = path.with_name(path.name + NEW)
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with naming(path), new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

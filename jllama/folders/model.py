@@ -21,7 +21,7 @@ from jllama.cli.terminal import command_line
 from jllama.config import PRESETS, LlamaConfig, RopeScaling, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.inputs import unreadable
-from jllama.folders.json_files import read_json, write_json
+from jllama.folders.json_files import read_json, write_json, write_whole
 from jllama.folders.manifest import (
     MANIFEST,
     check_file,
@@ -93,7 +93,7 @@ class ModelWriter:
             raise ValueError(f"blocks never written: {', '.join(missing)}")
         write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
         if tokenizer is not None:
-            (self._folder / FILE_NAME).write_bytes(tokenizer)
+            write_whole(self._folder / FILE_NAME, tokenizer)
         files = (CONFIG,) if tokenizer is None else (CONFIG, FILE_NAME)
         write_manifest(self._folder, self._tensors, self._origin, files)
 

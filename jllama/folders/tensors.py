@@ -24,7 +24,7 @@ import safetensors
 
 from jllama.errors import InputError
 from jllama.folders.inputs import check_readable, unreadable
-from jllama.folders.json_files import NEW, SHOWN
+from jllama.folders.json_files import NEW, SHOWN, naming
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -72,7 +72,7 @@ def save_tensors(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     new = file.with_name(file.name + NEW)
-    with new.open("wb") as content, ThreadPoolExecutor() as threads:
+    with naming(file), new.open("wb") as content, ThreadPoolExecutor() as threads:
         number = content.fileno()
         write_at(number, len(text).to_bytes(8, "little") + text, 0)
         jobs = {

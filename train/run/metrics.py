@@ -9,7 +9,7 @@ from typing import Any
 
 from jllama.cli.terminal import console
 from jllama.errors import InputError
-from jllama.folders.json_files import as_line, write_json_lines
+from jllama.folders.json_files import as_line, naming, write_json_lines
 from jllama.folders.run import EpochLine, EvaluationLine, RunFolder, StepLine
 from jllama.machine import peak_memory_mib
 from train.run.events import Events
@@ -43,6 +43,7 @@ class Metrics:
         kept = [line for line in old if line["step"] <= resumed_step]
         _check_history(run.metrics, kept, resumed_step, evaluated)
         write_json_lines(run.metrics, kept)
+        self._path = run.metrics
         self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
         self._events = Events(run.tensorboard, resumed_step + 1 if resumed_step else 0)
         self._wandb = _wandb_run(wandb_project, run.path)
@@ -134,7 +135,8 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def _write(self, line: StepLine | EpochLine | EvaluationLine) -> None:
-        self._file.write(as_line(line))
+        with naming(self._path):
+            self._file.write(as_line(line))
         figures = {
             name: value
             for name, value in line.items()
