@@ -448,6 +448,14 @@ def test_a_folder_without_cells_takes_other_settings(place, tmp_path, monkeypatc
     assert read_ablation(tmp_path / "ablation")[0]["settings"]["steps"] == 3
 
 
+def test_a_kill_before_the_description_had_its_name_is_gone_on_from(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"{DESCRIPTION}.new").write_text('{"kind": "mea')
+    with opened(tmp_path / "a", {"kind": "measured"}) as cells:
+        assert cells == []
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [DESCRIPTION, CELLS]
+
+
 def test_the_defaults_are_24_cells():
     plain = [cell for cell in grid(AblateConfig().axes, 8) if not cell.reference]
     assert len(plain) == 24

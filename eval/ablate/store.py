@@ -11,7 +11,7 @@ from typing import Any
 
 from jllama.errors import InputError
 from jllama.folders.files import held
-from jllama.folders.json_files import as_line, naming, read_json_lines, write_json_lines
+from jllama.folders.json_files import NEW, as_line, naming, read_json_lines, write_json_lines
 from jllama.folders.manifest import read_sealed, write_sealed
 
 DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
@@ -33,7 +33,8 @@ def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[s
     busy = f"{folder} is being filled by another process; wait for it, or choose another --output"
     with held(folder, busy):
         described = (folder / DESCRIPTION).is_file()
-        if not described and any(folder.iterdir()):
+        begun = folder / (DESCRIPTION + NEW)  # which a kill may leave
+        if not described and any(path != begun for path in folder.iterdir()):
             raise InputError(f"{folder} holds something else; choose another --output")
         cells = read_json_lines(folder / CELLS).values  # what a kill has cut is measured again
         if described and cells:
