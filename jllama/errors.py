@@ -36,6 +36,7 @@ AtLeast1 = Annotated[int, Field(ge=1, le=LARGEST)]
 AtLeast2 = Annotated[int, Field(ge=2, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(gt=0)]
+NotEmpty = Annotated[str, Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -183,4 +184,5 @@ def in_words(declared: Any, largest: bool = False) -> str:
 _KINDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"
 }  # fmt: skip
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below",
+           "min_length": "of a length of at least"}  # fmt: skip

@@ -83,8 +83,8 @@ def linear_names(text: str) -> tuple[str, ...]:
     named |= {meta.get(name, name) for name in asked - {"all"}}
     unknown = sorted(named - set(HF_LINEARS))
     if unknown or not named:
+        shown = ", ".join(unknown)[:80] or "(none given)"
         raise InputError(
-            f"unknown linear {', '.join(unknown) or '(none given)'}; choose from "
-            f"{', '.join(HF_LINEARS)} (or q_proj, ..., or all)"
+            f"unknown linear {shown}; choose from {', '.join(HF_LINEARS)} (or q_proj, ..., or all)"
         )
     return tuple(name for name in HF_LINEARS if name in named)

@@ -389,6 +389,7 @@ DAMAGE = {
             ("target_modules", [7], "target_modules is [7], expected names"),
             ("target_modules", "(q_proj", "target_modules '(q_proj' is no regular expression"),
             ("target_modules", "a{9999999999999}", "is no regular expression"),
+            ("target_modules", ["q" * 10**4], f"unknown linear {'q' * 80}; choose from"),
             ("target_modules", "(" * 9000, "is no regular expression"),
             ("target_modules", "q" * 10**6, "or a regular expression of at most 10,000"),
             ("target_parameters", ["experts"], "not supported here: target_parameters"),

@@ -76,7 +76,7 @@ def test_training_starts_from_an_adapter_and_not_from_another_bases(place, tmp_p
         main(flags(place, tmp_path / "other", *still, model="other"))
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "was trained on org/tiny (manifest" in said
+    assert "jllama.json: this adapter was trained on org/tiny (manifest" in said
     assert not (tmp_path / "other").exists()
     main(flags(place, tmp_path / "other", *still, "--force", model="other"))
 
@@ -87,7 +87,7 @@ def test_answering_wants_the_adapters_own_base(place, tmp_path, capsys):
                "--precision", "fp32"]  # fmt: skip
     with pytest.raises(SystemExit):
         answer(command)
-    assert "was trained on org/tiny (manifest" in capsys.readouterr().err
+    assert "jllama.json: this adapter was trained on org/tiny (manifest" in capsys.readouterr().err
     answer([*command, "--force"])
     assert (tmp_path / "g.jsonl").exists()
 

@@ -18,6 +18,8 @@ from eval.report.command import main as report
 from eval.report.document import Code, Heading, Paragraph, Picture, Section, Table, write_report
 from eval.report.evidence import repetition
 from jllama.cli.terminal import command_line
+from jllama.folders.json_files import read_json_lines, write_json_lines
+from jllama.folders.run import GENERATIONS
 from train.lora import main as train
 
 pytestmark = pytest.mark.integration
@@ -268,6 +270,18 @@ def test_a_damaged_file_is_refused_or_said_to_be_wrong(name, damage, made, tmp_p
         value = follow(place / "run", json.loads(attributes["data-source"]))
         assert math.isclose(float(attributes["value"]), value, rel_tol=1e-9)
     assert "Missing: " in (place / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("field", ["prompt", "base", "base_ids", "base_stopped"])
+def test_a_generation_of_another_type_is_named(field, made, tmp_path, capsys):
+    place = copied(made, tmp_path)
+    file = place / "run" / GENERATIONS
+    lines = [line | {field: 1.5} for line in read_json_lines(file).values]
+    write_json_lines(file, lines)  # with right check sums
+    with pytest.raises(SystemExit) as ended:
+        report(flags(place, "--only-read"))
+    assert ended.value.code == 2
+    assert f"{file}: 0, {field} is 1.5" in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_is_reported_as_far_as_it_came(made, tmp_path):

@@ -15,6 +15,7 @@ from jllama.errors import (
     AtLeast0,
     AtLeast1,
     InputError,
+    NotEmpty,
     NotNegative,
     Positive,
     Seed,
@@ -46,7 +47,7 @@ class TrainConfig:
     --data and --init-adapter beside it say where moved files are now, --epochs adds epochs.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
+    model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
     """Model folder; with --dry-run also a preset such as llama-2-7b."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Rows: JSON or JSONL with instruction/input/output, prompt/completion, messages,

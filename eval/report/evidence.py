@@ -18,7 +18,7 @@ from eval.ablate.store import ADVICE, DESCRIPTION
 from jllama.cli.settings import read_yaml
 from jllama.folders.json_files import read_json, read_json_lines
 from jllama.folders.manifest import read_sealed
-from jllama.folders.run import RECORD, SCORES
+from jllama.folders.run import GENERATIONS, RECORD, SCORES, read_generations
 
 # Files that carry their own hash, and what to do about a damaged one.
 SEALED = {
@@ -172,6 +172,8 @@ def _load(path: Path) -> tuple[Any, bool]:
         return read_sealed(path, SEALED[path.name]), False
     if path.suffix == ".json":
         return read_json(path), False
+    if path.name == GENERATIONS:
+        return read_generations(path)
     if path.suffix == ".jsonl":
         return read_json_lines(path)
     return read_yaml(path), False

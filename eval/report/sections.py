@@ -232,7 +232,7 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         rows = [_answer(run, number, who) for who in models]
         if "expected" in line:
             rows.append(["expected", line["expected"], "", "", "", ""])
-        known = {k: v for k, v in line.items() if k.endswith("answer")}
+        known = {k: str(v) for k, v in line.items() if k.endswith("answer")}
         known |= reference.answers.get(line["prompt"].strip(), {})
         for name, text in known.items():
             rows.append([name.removesuffix("_answer").replace("_", ", "), text, "", "", "", ""])

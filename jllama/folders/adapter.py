@@ -40,6 +40,7 @@ from jllama.layers import Linear, to_half_rotated, to_interleaved
 from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named, named_arrays
 from jllama.names import HF_LINEARS, peft_name
+from jllama.text.prompt import PromptStyle
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
@@ -48,7 +49,7 @@ WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.js
 class Passport(TypedDict, total=False):
     """jllama.json, without its own hash. One beside a tuned model has neither lora nor files."""
 
-    prompt_style: str
+    prompt_style: PromptStyle
     seed: int
     epochs: int
     turns: int  # most questions in a row
@@ -134,8 +135,9 @@ def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -
         if wanted != sha256 and not force:
             name = read_json(Path(adapter) / PEFT_CONFIG).get("base_model_name_or_path")
             raise InputError(
-                f"{adapter} was trained on {name} ({what} {str(wanted)[:12]}), but the {what} of "
-                f"{model} is {str(sha256)[:12]}; give the right --model, or --force"
+                f"{Path(adapter) / PASSPORT}: this adapter was trained on {name} ({what} "
+                f"{str(wanted)[:12]}), but the {what} of {model} is {str(sha256)[:12]}; give the "
+                "right --model, or --force"
             )
 
 

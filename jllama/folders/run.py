@@ -100,9 +100,36 @@ class Record(TypedDict):
     warmup_steps: int
 
 
+class Generation(TypedDict):
+    """generations.jsonl: a prompt and its answers; those of a reference end in `_answer`."""
+
+    prompt: str
+    base: NotRequired[str]
+    tuned: NotRequired[str]
+    expected: NotRequired[str]
+    base_ids: NotRequired[list[int]]
+    tuned_ids: NotRequired[list[int]]
+    base_stopped: NotRequired[bool]  # by itself, not at its budget
+    tuned_stopped: NotRequired[bool]
+    base_score: NotRequired[dict[str, Any]]
+    tuned_score: NotRequired[dict[str, Any]]
+
+
 _RECORD: TypeAdapter[Any] = TypeAdapter(Record)
+_GENERATIONS: TypeAdapter[Any] = TypeAdapter(list[Generation])
 _LINES: TypeAdapter[Any] = TypeAdapter(list[StepLine | EpochLine | EvaluationLine])
 _ADVICE = "restore it, or start a new run"
+
+
+def read_generations(file: Path) -> JsonLines:
+    """The lines of a generations.jsonl.
+
+    Raises:
+        InputError: if one of them is no Generation, or not as it was written.
+    """
+    lines = read_json_lines(file)
+    check_fields(lines.values, _GENERATIONS, file, "make it again with: jllama prompts")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,9 @@ class Reading:
                 continue
             wrong = ended_well(call) or readable(call) or call.result
             if not wrong and call.code != 0 and not (text.command == "lint" and call.code == 1):
-                wrong = refused(call, text.command.split()[0], _names(text.file))
+                # A field may be the name of a file, which is then what a message is about.
+                given = re.findall(r" is '(.{2,29})'$", name)
+                wrong = refused(call, text.command.split()[0], [*_names(text.file), *given])
             yield {
                 "command": text.name, "fault": "hostile text", "at": name,
                 "refused": call.code == 2, "verdict": wrong or "", "seconds": call.seconds,
