@@ -263,7 +263,7 @@ def _met(fault: Fault, call: Call) -> bool:
     if fault.kind in ("SIGTERM", "SIGINT"):
         number = signal.Signals[fault.kind]
         return call.code in (-number, 128 + number)
-    full = ("No space left", "File too large", "missing on this")
+    full = ("No space left", "File too large", "missing on this", "torch could not write")
     return any(words in call.words for words in full)
 
 
