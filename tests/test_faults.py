@@ -118,7 +118,11 @@ def test_the_campaign_notices_losses_tracebacks_orphans_and_hanging(tmp_path):
 def test_the_page_shows_the_figures_that_were_counted():
     result = json.loads(FIGURES.read_text())
     assert tables(result) in PAGE.read_text()
-    assert all(found["survived"] == found["injected"] for found in result["figures"].values())
+    figures = result["figures"]
+    assert all(found["survived"] == found["injected"] for found in figures.values())
+    assert figures["kills"]["injected"] >= 300
+    assert figures["flips"]["injected"] >= 1000
+    assert all(found["injected"] >= 100 for found in figures["texts"]["commands"].values())
 
 
 @pytest.mark.slow
