@@ -8,6 +8,7 @@ import os
 import platform
 import pwd
 import resource
+import subprocess
 import sys
 import time
 import warnings
@@ -45,17 +46,45 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def measured_here(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """How every file of results begins: date, command, device and versions.
+    """How every file of results begins: date, command, device, versions, and flags of JAX and XLA.
+
+    Where there is a GPU that JAX may use, `gpu` has its name, memory and driver.
 
     Args:
         command: as the `jllama` script knows it.
     """
+    flags = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "XLA_"))}
+    card = {} if os.environ.get("JAX_PLATFORMS") == "cpu" else ask_driver(*GPU_FACTS)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": ["jllama", command, *sys.argv[1:]],
         "device": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
+        **({"gpu": {GPU_FACTS[name]: value for name, value in card.items()}} if card else {}),
         "versions": versions(packages),
+        "flags": flags,
     }
+
+
+# What is written down of a card: NVIDIA's name of each fact, and ours.
+GPU_FACTS = {"name": "name", "memory.total": "memory", "driver_version": "driver"}
+
+
+def ask_driver(*fields: str) -> dict[str, str]:
+    """What NVIDIA's driver says of the first GPU that this process may see; {} without one.
+
+        ask_driver("name", "memory.total")  ->  {"name": "NVIDIA H200", "memory.total": "143771 MiB"}
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip(", "):
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    command += [f"--id={visible.split(',')[0]}"] if visible else []
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = [part.strip() for part in said.partition("\n")[0].split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def available_cores() -> int:
@@ -63,6 +92,12 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def use_cores(count: int) -> None:
+    """Ties this process, and every thread it starts from now on, to so many cores."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 @functools.cache

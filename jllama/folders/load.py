@@ -1,6 +1,8 @@
 """From a model folder to a `Llama`, and back."""
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,31 @@ def abstract_model(
         return model
 
     return nnx.eval_shape(build)
+
+
+def random_model(
+    config: LlamaConfig, precision: Precision, *, remat: Remat = "none", seed: int = 0
+) -> Llama:
+    """A model of random weights with logits of order one, made on the device, tensor by tensor.
+
+    For measuring: a model of any size is there in seconds, and never on the disk.
+    """
+    model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
+    key, draws = jax.random.key(seed), iter(range(len(jax.tree.leaves(nnx.state(model)))))
+
+    def fill(name, shape):
+        if len(shape.shape) == 1:
+            return jnp.full(shape.shape, not name.endswith(".bias"), shape.dtype)
+        return _random_matrix(jax.random.fold_in(key, next(draws)), shape.shape, shape.dtype)
+
+    nnx.update(model, map_named(fill, nnx.state(model)))
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_matrix(key, shape: tuple[int, int], dtype: Any):
+    """`[out, in]`; one fused kernel, which needs no memory but for its result."""
+    return jax.random.normal(key, shape, dtype) / jnp.asarray(math.sqrt(shape[1]), dtype)
 
 
 def load_model(

@@ -1,0 +1,211 @@
+"""`python -m train.speed`: how fast the training step is, on weights that need not exist.
+
+    python -m train.speed --model llama-2-7b --micro-batch-size 4 --max-seq-len 4096 --remat none
+
+A preset's name is a model of random weights, made on the device; a folder is loaded. The step is
+the one that `train.lora` runs, fed as there: the metrics of a step are fetched while the next runs.
+Every row is full and all of it is learned; with `--packing` a row holds documents of 300 tokens.
+"""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from jllama import bundled
+from jllama.cli.command import run_command
+from jllama.cli.terminal import console, show_table
+from jllama.config import PRESETS, LoraConfig, Precision, Remat
+from jllama.errors import AtLeast0, AtLeast1, InputError, Positive, Share, SomeOf, checked
+from jllama.folders.json_files import write_json
+from jllama.folders.load import load_model, random_model
+from jllama.lora import attach
+from jllama.machine import measured_here, peak_memory_mib, use_cores
+from jllama.model import Llama
+from jllama.names import LINEAR_CHOICES
+from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
+from train.step import Programs, StepMetrics, Window, initial_state
+
+DOCUMENT = 300  # tokens of each in a packed row
+
+
+@checked
+class StepSpeed:
+    """Measure the training step: tokens per second, memory, time to the first step."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
+    """Model folder, or a preset such as llama-2-7b, whose weights are then random."""
+    precision: Precision = "bf16"
+    """Of frozen weights and activations."""
+    remat: Remat = "none"
+    """What the backward pass recomputes, as in train.lora."""
+    micro_batch_size: AtLeast1 = 4
+    """Sequences in one forward pass."""
+    max_seq_len: AtLeast1 = 512
+    """Tokens of a sequence."""
+    gradient_accumulation_steps: AtLeast1 = 1
+    """Micro-batches in one optimizer step."""
+    packing: bool = False
+    """Rows of documents that do not see each other."""
+    lora_rank: AtLeast1 = 16
+    """Rank R of the adapters."""
+    lora_targets: Annotated[str, SomeOf(LINEAR_CHOICES)] = "wq,wv"
+    """Linears that get an adapter: wq,wk,wv,wo,w1,w2,w3 (or q_proj, ...), or all."""
+    lora_dropout: Share = 0.05
+    """Dropout of the adapter's input."""
+    learning_rate: Positive = 2e-4
+    """Constant."""
+    steps: AtLeast1 = 10
+    """Optimizer steps that count."""
+    warmup_steps: AtLeast1 = 2
+    """First steps, the first of which compiles; they do not count."""
+    threads: AtLeast0 = 0
+    """Cores to run on; 0 takes all."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """JSON file for the figures."""
+
+
+def measure(config: StepSpeed) -> None:
+    """Trains for some steps and shows, and if asked writes, the figures."""
+    if config.threads:
+        use_cores(config.threads)
+    started = time.perf_counter()
+    model = made_or_loaded(config)
+    targets = tuple(config.lora_targets.split(","))
+    lora = LoraConfig(config.lora_rank, dropout=config.lora_dropout, targets=targets)
+    attach(model, lora, jax.random.key(0))
+    jax.block_until_ready(jax.tree.leaves(split_learned(model, "lora")[1:]))
+    figures = {"seconds_to_load": time.perf_counter() - started, **train(config, model)}
+    show(figures)
+    if config.output:
+        content = {**measured_here("speed-step"), "settings": asdict(config), "figures": figures}
+        write_json(Path(config.output), content)
+        console.print(f"wrote {config.output}")
+
+
+def made_or_loaded(config: StepSpeed) -> Llama:
+    """The model without adapters.
+
+    Raises:
+        InputError: if it is no folder and no preset, or if its context is too short.
+    """
+    if config.model in PRESETS:
+        model = random_model(PRESETS[config.model], config.precision, remat=config.remat)
+    else:
+        model = load_model(config.model, config.precision, remat=config.remat)
+    if config.max_seq_len > model.config.max_seq_len:
+        raise InputError(
+            f"--max-seq-len {config.max_seq_len}, but the context of {config.model} is "
+            f"{model.config.max_seq_len}"
+        )
+    return model
+
+
+def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
+    """The figures: medians over the steps that count."""
+    graphdef, learned, frozen = split_learned(model, "lora")
+    optimizer = make_optimizer(
+        {"learned": learned, "frozen": frozen},
+        learning_rate_schedule("constant", config.learning_rate, 0, 1),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        accumulation=config.gradient_accumulation_steps,
+    )
+    programs = Programs(graphdef, optimizer)
+    state = initial_state(learned, frozen, optimizer)
+    window, key = random_window(config, model.config.vocab_size), jax.random.key(0)
+
+    def step() -> StepMetrics:
+        nonlocal state
+        state, metrics = programs(state, frozen, window, key)
+        return metrics
+
+    losses: list[float] = []
+
+    def fetch(metrics: StepMetrics) -> float:
+        """Waits for a step; the time of its end."""
+        losses.append(float(metrics.loss_sum) / int(metrics.tokens))
+        return time.perf_counter()
+
+    end = fetch(step())
+    first_step_at = time.time()
+    for _ in range(config.warmup_steps - 1):
+        end = fetch(step())
+    seconds, cpu, running = [], time.process_time(), step()
+    for _ in range(config.steps - 1):
+        following = step()
+        before, end = end, fetch(running)
+        seconds.append(end - before)
+        running = following
+    before, end = end, fetch(running)
+    seconds.append(end - before)
+    cpu = time.process_time() - cpu
+    median = statistics.median(seconds)
+    return {
+        "tokens_per_second": window.tokens.size / median,
+        "step_seconds": median,
+        "seconds_of_each_step": seconds,
+        "cpu_seconds_per_step": cpu / config.steps,
+        "compile_seconds": programs.compile_seconds,
+        "first_step_at": first_step_at,  # seconds since the epoch
+        "planned_mib": programs.planned_bytes / 2**20,
+        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_of": "process" if jax.default_backend() == "cpu" else "device",
+        "platform": jax.default_backend(),
+        "losses": losses,
+        "learned_sha256": fingerprint(state.learned),
+    }
+
+
+def random_window(config: StepSpeed, vocab_size: int) -> Window:
+    """Full rows of the ids that NumPy draws with seed 0; the same for whoever is compared."""
+    k, B, T = config.gradient_accumulation_steps, config.micro_batch_size, config.max_seq_len
+    ids = np.random.default_rng(0).integers(0, vocab_size, (k, B, T + 1), np.int32)
+    mask = np.ones((k, B, T), bool)
+    if not config.packing:
+        return Window(ids[..., :-1], ids[..., 1:], mask)
+    place = np.arange(T, dtype=np.int32)
+    mask[..., place % DOCUMENT == DOCUMENT - 1] = False  # what follows is another document's
+    segments, positions = (
+        np.ascontiguousarray(np.broadcast_to(x, mask.shape))
+        for x in (place // DOCUMENT + 1, place % DOCUMENT)
+    )
+    return Window(ids[..., :-1], ids[..., 1:], mask, segments, positions)
+
+
+def fingerprint(tree: Any) -> str:
+    """A hash of arrays, bit by bit."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def show(figures: dict[str, Any]) -> None:
+    show_table(
+        ("", ""),
+        [
+            ("tokens/s", f"{figures['tokens_per_second']:,.0f}"),
+            ("step", f"{1000 * figures['step_seconds']:,.1f} ms"),
+            ("CPU time of a step", f"{1000 * figures['cpu_seconds_per_step']:,.1f} ms"),
+            ("compiling", f"{figures['compile_seconds']:,.1f} s"),
+            ("planned memory", f"{figures['planned_mib']:,.0f} MiB"),
+            (f"peak of the {figures['peak_memory_of']}", f"{figures['peak_memory_mib']:,.0f} MiB"),
+            ("loss", f"{figures['losses'][0]:.4f} -> {figures['losses'][-1]:.4f}"),
+        ],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(measure, StepSpeed, argv, name="speed-step")
+
+
+if __name__ == "__main__":
+    main()
