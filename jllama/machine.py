@@ -29,6 +29,8 @@ AnyCase = BeforeValidator(lambda name: name.lower() if isinstance(name, str) els
 
 ADDRESS_SPACE_MIB = 2560  # of the smallest run: what JAX and its threads map, hardly any of it used
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# What is written down of a card: NVIDIA's name of each fact, and ours.
+GPU_FACTS = {"name": "name", "memory.total": "memory", "driver_version": "driver"}
 
 
 def installed_version(distribution: str) -> str:
@@ -65,14 +67,10 @@ def measured_here(command: str, packages: Sequence[str] = PACKAGES) -> dict[str,
     }
 
 
-# What is written down of a card: NVIDIA's name of each fact, and ours.
-GPU_FACTS = {"name": "name", "memory.total": "memory", "driver_version": "driver"}
-
-
 def ask_driver(*fields: str) -> dict[str, str]:
     """What NVIDIA's driver says of the first GPU that this process may see; {} without one.
 
-        ask_driver("name", "memory.total")  ->  {"name": "NVIDIA H200", "memory.total": "143771 MiB"}
+    "name", "memory.total"  ->  {"name": "NVIDIA H200", "memory.total": "143771 MiB"}
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip(", "):

@@ -1,47 +1,55 @@
 """One side of `python -m eval.speed generate`, alone in its process: a job in, figures out.
 
-    python -m eval.speed.side JOB.json     {"side": "jllama", "folder": "models/sample", ...}
+    python -m eval.speed.side JOB.json     {"side": "jllama", "model": "models/sample", ...}
 
 What only one side needs is imported by that side: its process holds nothing of the other.
 """
 
 import functools
-import importlib
-import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jllama.machine import process_memory_mib
+from eval.speed import torch_models
+from eval.speed.torch_models import Device
+from jllama.folders.json_files import read_json, write_json
+from jllama.machine import use_cores
 
-STREAMED = 2**26  # numbers negated in place to measure bandwidth: 256 MiB, more than any cache
+# fp32 numbers negated in place to measure bandwidth, and how often in a row: 256 MiB, more than
+# any cache; on a card 1 GiB ten times, for one pass is over before it can be timed.
+STREAMED: dict[Device, tuple[int, int]] = {"cpu": (2**26, 1), "gpu": (2**28, 10)}
+Adapters = Literal["none", "unmerged", "merged"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one side has to do; every side gets the same but for its name and folder.
+    """What one side has to do; every side gets the same but for its name and model.
 
     Attributes:
-        folder: of the model, in the form that this side reads.
+        model: folder in the form that this side reads, or a preset, whose weights are then random.
         prompts: ids `[B, T]`, all of one length.
+        threads: cores to run on; 0 takes all.
+        device: that JAX runs on, and the peer too.
         output: JSON file for the figures.
+        adapters: of rank 16 on wq and wv, beside the weights or folded into them.
     """
 
     side: str
-    folder: str
+    model: str
     precision: str
     prompts: list[list[int]]
     new_tokens: int
     threads: int
     repeats: int
+    device: Device
     output: str
+    adapters: Adapters = "none"
 
 
 class Opened(NamedTuple):
@@ -49,22 +57,18 @@ class Opened(NamedTuple):
 
     Attributes:
         generate: new tokens asked for -> the new ids of every prompt, greedy.
-        streamer: makes a call that reads and writes `STREAMED` fp32 numbers on the model's device.
+        streamer: makes a call that reads and writes what `STREAMED` says on the model's device.
+        peak: MiB of the card's memory, on a CPU of the process, used so far at most.
         weights: bytes that a decoded token reads: all but the table of embeddings, of which it
             reads one row (a tied table is read whole, as the head).
         facts: what else to write down.
     """
 
     generate: Callable[[int], list[list[int]]]
-    streamer: Callable[[], Callable[[], Any]]
+    streamer: Callable[[int, int], Callable[[], Any]]
+    peak: Callable[[], float]
     weights: int
     facts: dict[str, Any]
-
-
-def limit_threads(threads: int) -> None:
-    """Ties this process, and every thread it starts from now on, to so many cores."""
-    if hasattr(os, "sched_setaffinity"):  # Linux
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def measure(job: Job, opened: Opened) -> dict[str, Any]:
@@ -76,10 +80,12 @@ def measure(job: Job, opened: Opened) -> dict[str, Any]:
     for _ in range(job.repeats):
         firsts.append(seconds(opened.generate, 1))
         rests.append(seconds(opened.generate, job.new_tokens) - firsts[-1])
-    peak = process_memory_mib()
-    stream = opened.streamer()
+    peak = opened.peak()
+    numbers, passes = STREAMED[job.device]
+    stream = opened.streamer(numbers, passes)
     stream()
-    bandwidth = 2 * 4 * STREAMED / statistics.median(seconds(stream) for _ in range(5))
+    streaming = statistics.median(seconds(stream) for _ in range(5))
+    bandwidth = 2 * 4 * numbers * passes / streaming
     first, rest, rows = statistics.median(firsts), statistics.median(rests), len(job.prompts)
     return {
         "decode_tokens_per_second": rows * (job.new_tokens - 1) / rest,
@@ -101,20 +107,33 @@ def open_jllama(job: Job) -> Opened:
     import jax.numpy as jnp
 
     import jllama
-    from jllama.machine import use_private_compilation_cache
+    from eval.speed.ceilings import streamer
+    from jllama.config import PRECISIONS, PRESETS, LoraConfig
+    from jllama.folders.load import random_model
+    from jllama.lora import adapted_linears, attach, merge
+    from jllama.machine import (
+        pass_over_absent_gpu,
+        peak_memory_mib,
+        use_private_compilation_cache,
+    )
 
+    pass_over_absent_gpu()
     use_private_compilation_cache()
-    model = jllama.load_model(job.folder, job.precision)  # type: ignore[arg-type]
+    precision: Any = job.precision
+    if job.model in PRESETS:
+        model = random_model(PRESETS[job.model], precision)
+    else:
+        model = jllama.load_model(job.model, precision)
+    if job.adapters != "none":
+        attach(model, LoraConfig(), jax.random.key(0))
+        for linear in adapted_linears(model).values():
+            linear.lora.b[...] = jnp.full_like(linear.lora.b[...], 1e-3)  # B = 0 adds nothing
+    if job.adapters == "merged":
+        merge(model)
     greedy = jllama.Sampling(temperature=0.0)
 
     def generate(new_tokens: int) -> list[list[int]]:
         return jllama.generate(model, job.prompts, new_tokens, greedy)
-
-    def streamer() -> Callable[[], Any]:
-        # In place, or the time would be that of the system's handing out new memory.
-        negative = jax.jit(jnp.negative, donate_argnums=0)
-        held = [jnp.ones(STREAMED, jnp.float32)]
-        return lambda: held.append(negative(held.pop()).block_until_ready())
 
     warm_up(generate, job)
     config = model.config
@@ -122,26 +141,25 @@ def open_jllama(job: Job) -> Opened:
     return Opened(
         generate,
         streamer,
-        read * jnp.dtype(jllama.config.PRECISIONS[job.precision]).itemsize,  # type: ignore[index]
+        peak_memory_mib,
+        read * jnp.dtype(PRECISIONS[precision]).itemsize,
         {
             "platform": jax.default_backend(),
+            "adapters": job.adapters,
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
         },
     )
 
 
 def open_transformers(job: Job) -> Opened:
-    """`LlamaForCausalLM.generate`, with the cache that is the faster here."""
-    # By name, for torch is imported nowhere outside convert/ (tests/test_layout.py).
-    torch = importlib.import_module("torch")
-    transformers = importlib.import_module("transformers")
-    torch.set_num_threads(job.threads)
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        job.folder, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[job.precision]
-    ).eval()
+    """`LlamaForCausalLM.generate`, with the cache that is the faster here.
+
+    On a card `generate` compiles the step by itself where the cache is static.
+    """
+    torch, _ = torch_models.open_torch(job.device, job.threads)
+    model = torch_models.load(job.model, job.precision, job.device).eval()
     model.generation_config.eos_token_id = None  # neither side stops early
-    prompts = torch.tensor(job.prompts)
+    prompts = torch.tensor(job.prompts, device=torch_models.place(job.device))
 
     def generate_with(cache: str, new_tokens: int) -> list[list[int]]:
         with torch.inference_mode():
@@ -163,22 +181,17 @@ def open_transformers(job: Job) -> Opened:
         tried[cache] = min(seconds(generate, job.new_tokens) for _ in range(2))
     cache = min(tried, key=lambda name: tried[name])
 
-    def streamer() -> Callable[[], Any]:
-        return torch.ones(STREAMED).neg_
-
     tables = () if model.config.tie_word_embeddings else ("model.embed_tokens.weight",)
     return Opened(
         functools.partial(generate_with, cache),
-        streamer,
+        functools.partial(torch_models.streamer, job.device),
+        functools.partial(torch_models.peak_memory_mib, job.device),
         sum(x.nbytes for name, x in model.named_parameters() if name not in tables),
         {
-            "platform": "cpu",
+            "platform": job.device,
             "cache": cache,
             "seconds_of_each_cache": tried,
-            "versions": {
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-            },
+            "versions": torch_models.versions(),
         },
     )
 
@@ -199,11 +212,12 @@ def seconds(call: Callable[..., Any], *arguments: Any) -> float:
 
 
 def main(path: str) -> None:
-    job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
-    limit_threads(job.threads)
+    job = Job(**read_json(Path(path)))
+    if job.threads:
+        use_cores(job.threads)
     figures = measure(job, SIDES[job.side](job))
     figures["versions"] |= {"python": sys.version.split()[0], "numpy": np.__version__}
-    Path(job.output).write_text(json.dumps(figures), encoding="utf-8")
+    write_json(Path(job.output), figures)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ COMMANDS = {
         "eval.ablate.command", "measure or plan what each memory technique saves and costs"
     ),
     "speed": Command("eval.speed.command", "measure the speed of training and of generation"),
+    "speed-step": Command("train.speed", "measure the training step of a model of any size"),
     "speed-convert": Command("convert.speed", "measure the speed and memory of conversions"),
     "speed-rows": Command("train.data.speed", "measure reading, tokenising and ordering of rows"),
     "sample": Command("train.sample.make", "make the bundled sample model anew"),
