@@ -1,4 +1,4 @@
-"""`python -m eval.speed train|generate`: how fast, as ratios from one call."""
+"""`python -m eval.speed train|generate|suite`: how fast, as ratios from one call."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -6,19 +6,23 @@ from typing import Annotated
 import tyro
 
 from eval.speed.generate import GenerateSpeed, measure_generation
+from eval.speed.suite.run import SuiteSpeed, measure_suite
 from eval.speed.train import TrainSpeed, measure_training
 from jllama.cli.command import run_command
 
 What = (
     Annotated[TrainSpeed, tyro.conf.subcommand("train")]
     | Annotated[GenerateSpeed, tyro.conf.subcommand("generate")]
+    | Annotated[SuiteSpeed, tyro.conf.subcommand("suite")]
 )
 
 
-def measure(config: TrainSpeed | GenerateSpeed) -> None:
+def measure(config: TrainSpeed | GenerateSpeed | SuiteSpeed) -> None:
     """What the first argument names."""
     if isinstance(config, GenerateSpeed):
         measure_generation(config)
+    elif isinstance(config, SuiteSpeed):
+        measure_suite(config)
     else:
         measure_training(config)
 
