@@ -91,3 +91,38 @@ def test_where_the_system_tells_nothing_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(machine, "_CONTAINER_LIMITS", ())
     assert machine.host_memory_mib() == 0
     assert Path("/proc").is_dir() <= (machine.process_memory_mib() > 0)
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A program `nvidia-smi` that tells of a card, and writes down how it was called."""
+    program, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    program.write_text(f"#!/bin/sh\necho $* > {asked}\necho 'NVIDIA H200, 143771 MiB, 580.1'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    return asked
+
+
+def test_results_name_the_card_its_driver_and_the_flags(driver, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    found = machine.measured_here("speed")
+    assert found["gpu"] == {"name": "NVIDIA H200", "memory": "143771 MiB", "driver": "580.1"}
+    assert found["flags"]["XLA_FLAGS"] == "--xla_x=1"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "gpu" not in machine.measured_here("speed")
+
+
+def test_the_driver_is_asked_for_the_card_that_is_visible(driver, monkeypatch):
+    assert machine.ask_driver("name", "memory.total", "driver_version")
+    assert "--id" not in driver.read_text()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    machine.ask_driver("name", "memory.total", "driver_version")
+    assert "--id=3" in driver.read_text()
+    for hidden in ("", " "):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert machine.ask_driver("name") == {}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.ask_driver("name") == {}

@@ -114,3 +114,39 @@ def test_what_cannot_be_measured_is_refused(place, capsys, flags, message):
         main(["generate", *model, *threads, *flags])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_training_beside_transformers_and_peft_begins_with_the_same_loss(tmp_path, capsys, place):
+    output = tmp_path / "speed.json"
+    main(["train", "--peer", "transformers-peft", "--model", str(place / "model"), "--steps", "4",
+          "--warmup-steps", "1", "--max-seq-len", "24", "--micro-batch-size", "2", "--threads", "1",
+          "--repeats", "1", "--output", str(output)])  # fmt: skip
+    said = json.loads(output.read_text())
+    ours, theirs = said["figures"]["jllama"], said["figures"]["transformers-peft"]
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
+    for side, figures in said["figures"].items():
+        (turn,) = said["turns"][side]
+        assert len(turn["seconds_of_each_step"]) == 3
+        assert turn["losses"][-1] < turn["losses"][0]  # the same rows again and again
+        median = statistics.median(turn["seconds_of_each_step"])
+        assert figures["tokens_per_second"] == pytest.approx(2 * 24 / median)
+        assert (
+            said["ratio"]["peak_memory_mib"] == ours["peak_memory_mib"] / theirs["peak_memory_mib"]
+        )
+    assert f"{said['ratio']['tokens_per_second']:.2f}x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peer", "transformers-peft", "--compare", "remat"], "drop --compare and --data"),
+        (["--random", "60m"], "--random is for a comparison with a --peer"),
+        (["--peer", "transformers-peft", "--threads", "4096"], "but this process may use"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else "",
+)
+def test_flags_of_a_peer_are_not_mixed_with_others(capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -19,13 +19,13 @@ import jax
 import numpy as np
 import tyro
 
-from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console, show_table
 from jllama.config import PRESETS, LoraConfig, Precision, Remat
 from jllama.errors import AtLeast0, AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.json_files import write_json
 from jllama.folders.load import load_model, random_model
+from jllama.folders.model import model_sizes
 from jllama.lora import attach
 from jllama.machine import measured_here, peak_memory_mib, use_cores
 from jllama.model import Llama
@@ -40,7 +40,7 @@ DOCUMENT = 300  # tokens of each in a packed row
 class StepSpeed:
     """Measure the training step: tokens per second, memory, time to the first step."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
+    model: str = "sample"
     """Model folder, or a preset such as llama-2-7b, whose weights are then random."""
     precision: Precision = "bf16"
     """Of frozen weights and activations."""
@@ -96,16 +96,14 @@ def made_or_loaded(config: StepSpeed) -> Llama:
     Raises:
         InputError: if it is no folder and no preset, or if its context is too short.
     """
-    if config.model in PRESETS:
-        model = random_model(PRESETS[config.model], config.precision, remat=config.remat)
-    else:
-        model = load_model(config.model, config.precision, remat=config.remat)
-    if config.max_seq_len > model.config.max_seq_len:
+    context = model_sizes(config.model).max_seq_len
+    if config.max_seq_len > context:
         raise InputError(
-            f"--max-seq-len {config.max_seq_len}, but the context of {config.model} is "
-            f"{model.config.max_seq_len}"
+            f"--max-seq-len {config.max_seq_len}, but the context of {config.model} is {context}"
         )
-    return model
+    if config.model in PRESETS:
+        return random_model(PRESETS[config.model], config.precision, remat=config.remat)
+    return load_model(config.model, config.precision, remat=config.remat)
 
 
 def train(config: StepSpeed, model: Llama) -> dict[str, Any]:

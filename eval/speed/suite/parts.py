@@ -32,7 +32,6 @@ from jllama.machine import available_cores
 from jllama.names import linear_names
 
 PEER = ("torch", "transformers", "peft")
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Measure(Protocol):
@@ -87,13 +86,12 @@ def parts(sizes: Sizes) -> Iterator[Part]:
             partial(generate, sizes, batch, "transformers", "none"),
             PEER[:2],
         )
-    words = "20 steps in two processes: bit-equal or not; to the first step, cold and warm"
-    yield Part("repeat", words, partial(repeat, sizes, ""))
-    yield Part(
-        "repeat-deterministic",
-        f"the same with {DETERMINISTIC}",
-        partial(repeat, sizes, DETERMINISTIC),
-    )
+    for flags in sizes.repeated_with:
+        yield Part(
+            "repeat-deterministic" if flags else "repeat",
+            f"20 steps in two processes: bit-equal? start cold and warm {flags}".rstrip(),
+            partial(repeat, sizes, flags),
+        )
     words = "`jllama train` on the bundled sample to its first step, cold and warm"
     yield Part("start", words, start, PEER[:1])
     words = "memory and speed that are planned for all of these"

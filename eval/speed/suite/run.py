@@ -37,7 +37,7 @@ QUICK = {
 class SuiteSpeed:
     """Measure everything on a GPU, beside its plan and beside transformers and peft."""
 
-    json: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    json: Annotated[str, tyro.conf.arg(metavar="DIR")] = "speed-suite"
     """Folder for a JSON file of each part, and the tables made from them."""
     only: Annotated[str, tyro.conf.arg(metavar="NAME,...")] = ""
     """Parts to run, by name or by the words that it begins with (train, peer-train)."""
@@ -49,10 +49,6 @@ class SuiteSpeed:
     """The card to plan for; any, if only plans are made."""
     minutes: AtLeast1 = 600
     """Parts that are left when so much time is over are not started."""
-
-    def __post_init__(self):
-        if not self.json and not self.list:
-            raise InputError("--json DIR is missing: the folder for the results")
 
 
 def measure_suite(config: SuiteSpeed) -> None:

@@ -1,0 +1,88 @@
+"""The measured training step: random weights, its rows, and what is written down."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jllama.config import LlamaConfig
+from jllama.folders.load import random_model
+from jllama.model import named_arrays
+from train.speed import DOCUMENT, StepSpeed, main, random_window
+
+CONFIG = LlamaConfig(64, 2, 4, 2, 96, 128)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_random_weights_have_their_dtype_and_give_logits_of_order_one(precision, dtype):
+    model = random_model(CONFIG, precision)
+    arrays = named_arrays(nnx.state(model))
+    assert {x.dtype for x in arrays.values()} == {
+        jnp.dtype({"fp32": "f4"}.get(precision, "bfloat16"))
+    }
+    assert sum(x.size for x in arrays.values()) == CONFIG.parameter_count
+    assert all(np.all(np.asarray(x) == 1) for x in arrays.values() if x.ndim == 1)
+    logits = model(jnp.arange(64)[None])
+    assert 0.5 < float(logits.std()) < 2
+    again, other = random_model(CONFIG, precision), random_model(CONFIG, precision, seed=1)
+    assert jnp.array_equal(again(jnp.arange(64)[None]), logits)
+    assert not jnp.array_equal(other(jnp.arange(64)[None]), logits)
+
+
+def test_two_weights_of_one_shape_are_not_the_same():
+    layer = random_model(CONFIG, "fp32").layers[0]
+    one, other = layer.attention.wq.weight[...], layer.attention.wo.weight[...]
+    assert abs(float(jnp.corrcoef(one.ravel(), other.ravel())[0, 1])) < 0.1
+
+
+def test_packed_rows_hold_documents_that_end_where_nothing_is_learned():
+    T = 2 * DOCUMENT + 50
+    shape = {"micro_batch_size": 2, "max_seq_len": T}
+    config = StepSpeed(**shape, gradient_accumulation_steps=3, packing=True)
+    window = random_window(config, vocab_size=99)
+    assert window.tokens.shape == (3, 2, T)
+    row = window.segments[1, 0]
+    assert [np.count_nonzero(row == n) for n in (1, 2, 3)] == [DOCUMENT, DOCUMENT, 50]
+    assert np.array_equal(window.positions[2, 1][DOCUMENT:], np.arange(T - DOCUMENT) % DOCUMENT)
+    ends = np.flatnonzero(~window.mask[0, 0])
+    assert ends.tolist() == [DOCUMENT - 1, 2 * DOCUMENT - 1]
+    plain = random_window(StepSpeed(**shape), vocab_size=99)
+    assert plain.segments is None
+    assert plain.mask.all()
+    assert np.array_equal(plain.tokens[..., 1:], plain.targets[..., :-1])
+
+
+@pytest.mark.integration
+def test_the_steps_of_two_processes_are_bit_equal_and_counted(tmp_path):
+    shape = ["--micro-batch-size", "1", "--max-seq-len", "16", "--gradient-accumulation-steps", "2"]
+    flags = [*shape, "--precision", "fp32", "--steps", "3", "--warmup-steps", "2"]
+    found = []
+    for name in ("a.json", "b.json"):
+        main([*flags, "--output", str(tmp_path / name)])
+        found.append(json.loads((tmp_path / name).read_text())["figures"])
+    one, other = found
+    assert one["learned_sha256"] == other["learned_sha256"]
+    assert one["losses"] == other["losses"]
+    assert len(one["losses"]) == 5
+    assert one["losses"][-1] < one["losses"][0]
+    assert len(one["seconds_of_each_step"]) == 3
+    assert one["tokens_per_second"] == 2 * 16 / one["step_seconds"]
+    assert one["platform"] == jax.default_backend()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "llama-9b"], "presets"),
+        (["--model", "sample", "--max-seq-len", "99999"], "context"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
