@@ -32,6 +32,7 @@ from jllama.machine import available_cores
 from jllama.names import linear_names
 
 PEER = ("torch", "transformers", "peft")
+COMPILER = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")  # for a GPU
 
 
 class Measure(Protocol):
@@ -95,7 +96,7 @@ def parts(sizes: Sizes) -> Iterator[Part]:
     words = "`jllama train` on the bundled sample to its first step, cold and warm"
     yield Part("start", words, start, PEER[:1])
     words = "memory and speed that are planned for all of these"
-    yield Part("plans", words, partial(plans, sizes), device=False)
+    yield Part("plans", words, partial(plans, sizes), COMPILER, device=False)
 
 
 def shapes(sizes: Sizes) -> Iterator[Setting]:
