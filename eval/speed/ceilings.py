@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama.folders.json_files import read_json, write_json
+from jllama.machine import pass_over_absent_gpu
 
 IN_A_ROW = 10  # calls between two looks at the clock: dispatching one is not measured
 REPEATS = 5
@@ -74,6 +75,7 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def main(path: str) -> None:
+    pass_over_absent_gpu()
     job = read_json(Path(path))
     figures = {
         "platform": jax.default_backend(),

@@ -174,11 +174,17 @@ def open_transformers(job: Job) -> Opened:
             )
         return ids[:, prompts.shape[1] :].tolist()
 
-    tried = {}
+    tried: dict[str, float] = {}
+    failed: dict[str, str] = {}
     for cache in ("dynamic", "static"):
         generate = functools.partial(generate_with, cache)
-        warm_up(generate, job)
-        tried[cache] = min(seconds(generate, job.new_tokens) for _ in range(2))
+        try:
+            warm_up(generate, job)
+            tried[cache] = min(seconds(generate, job.new_tokens) for _ in range(2))
+        except Exception as error:  # of whatever compiles it: the other cache may do
+            failed[cache] = f"{type(error).__name__}: {error}"[:500]
+    if not tried:
+        raise RuntimeError(f"no cache works: {failed}")
     cache = min(tried, key=lambda name: tried[name])
 
     tables = () if model.config.tie_word_embeddings else ("model.embed_tokens.weight",)
@@ -191,6 +197,7 @@ def open_transformers(job: Job) -> Opened:
             "platform": job.device,
             "cache": cache,
             "seconds_of_each_cache": tried,
+            "caches_that_failed": failed,
             "versions": torch_models.versions(),
         },
     )

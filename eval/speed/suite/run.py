@@ -79,7 +79,7 @@ def measure_suite(config: SuiteSpeed) -> None:
         write_json(folder / f"{part.name}.json", found)
         console.print(f"    {found['state']} in {found['seconds']:.0f} s")
         if "reason" in found:
-            complain(f"    {found['reason']}")
+            complain(f"    {found['reason'].strip().splitlines()[-1]}")  # the file has all of it
     write_whole(folder / "tables.md", tables(folder))
     console.print(f"wrote {len(states)} parts and tables.md to {folder}")
     unstarted = [part.name for part in chosen if part.name not in states]
