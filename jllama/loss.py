@@ -31,6 +31,7 @@ def cross_entropy(
     return _forward(x, head, targets, mask, head_learns, chunk)[0]
 
 
+@jax.named_scope("loss")
 def _forward(x, head, targets, mask, head_learns, chunk):
     D = x.shape[-1]
     stored, head = head, head.astype(x.dtype)
@@ -73,9 +74,9 @@ def supervised_chunks(
     filled up with positions that are not supervised, or behind the end.
 
     Args:
-        chunk: positions in a chunk; by default so many that `[chunk, V]` in fp32 takes CHUNK_BYTES.
+        chunk: positions in a chunk; by default `chunk_size`.
     """
-    size = chunk or min(mask.size, max(64, CHUNK_BYTES // (4 * vocab_size)))
+    size = chunk or chunk_size(mask.size, vocab_size)
     mask = jnp.ravel(mask)
     supervised = jnp.sum(mask)
     order = jnp.argsort(~mask, stable=True)  # supervised positions first
@@ -86,6 +87,11 @@ def supervised_chunks(
         return at, index * size + jnp.arange(size) < supervised
 
     return (supervised + size - 1) // size, positions
+
+
+def chunk_size(positions: int, vocab_size: int) -> int:
+    """So many positions that `[chunk, V]` in fp32 takes CHUNK_BYTES."""
+    return min(positions, max(64, CHUNK_BYTES // (4 * vocab_size)))
 
 
 def chunk_logits(x: Float[Array, "C D"], head: Float[Array, "V D"]) -> Float[Array, "C V"]:

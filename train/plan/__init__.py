@@ -3,4 +3,5 @@
 command.py     the command; its --fit is ladder.py      auto.py      choices for `train.lora`
 planner.py     plans: asked for, remembered             compiled.py  the child that compiles a step
 arithmetic.py  closed formulas                          cards.py     the GPUs
+roofline.py    the time of a compiled program           hlo.py       its text, read
 """

@@ -4,7 +4,8 @@ The terms of a token's operations, with N the parameters in matmuls, T the lengt
 size, and one multiply-add as two operations:
 
     forward 2N + 2TqL    gradients of activations 2N + 5TqL (scores are computed again)
-    adapters 6 per parameter    remat: what is recomputed, once more    full tuning: 2N more
+    adapters 6 per parameter    full tuning: 2N more
+    remat: what is recomputed, once more, but w2, whose product no gradient wants
 
 Causal attention is counted once: half of T x T.
 """
@@ -56,12 +57,13 @@ def flops_per_token(step: Step) -> float:
     attended = step.max_seq_len * step.model.dim * step.model.n_layers  # T q L
     forward = 2 * weights + 2 * attended
     backward = 2 * weights + 5 * attended
+    down = step.model.n_layers * step.model.hidden_dim * step.model.dim  # w2
     again = {
         "none": 0.0,
         "dots": 0.0,
         "offload": 2 * attended,
-        "ffn": 2.0 * feed,
-        "block": 2 * (weights - head) + 2 * attended,
+        "ffn": 2.0 * (feed - down),
+        "block": 2 * (weights - head - down) + 2 * attended,
     }[step.remat]
     learning = 6 * step.learned if step.lora else 2 * weights
     return forward + backward + again + learning
@@ -108,13 +110,22 @@ def working_memory(step: Step) -> int:
 def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float:
     """Tokens a second that no step can pass on a card with these rates.
 
-    A micro-batch takes at least the time of its operations, and of reading every weight once
-    forward and once backward (and once more where a remat runs the block again).
+    A micro-batch takes at least the time of its operations, and of reading the weights of its
+    blocks once forward, once backward, and once more where a remat runs the block again. Left out
+    is what some steps are spared: the head, where few tokens are supervised, and behind frozen
+    embeddings the first block's backward pass.
     """
-    tokens = step.micro_batch_size * step.max_seq_len * step.gpus
-    passes = 3 if step.remat == "block" else 2
-    size = step.model.parameter_count * BYTES[step.precision]
     if not flops or not bandwidth:
         return 0.0  # a card whose rates are not known
-    computing = tokens / step.gpus * flops_per_token(step) / flops
-    return tokens / max(computing, passes * size / step.gpus / bandwidth)
+    model = step.model
+    weights, head, _ = matmul_parameters(model)
+    block = (weights - head) / model.n_layers
+    spared: float = 4 * head
+    if step.lora:
+        spared += 2 * block + 5 * step.max_seq_len * model.dim
+    tokens = step.micro_batch_size * step.max_seq_len
+    computing = tokens * (flops_per_token(step) - spared) / flops
+    again = {"block": block - model.hidden_dim * model.dim}.get(step.remat, 0.0)
+    read = model.n_layers * (2 * block + again) - (block if step.lora else 0)
+    reading = read * BYTES[step.precision] / step.gpus / bandwidth
+    return tokens * step.gpus / max(computing, reading)

@@ -10,7 +10,7 @@ from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.machine import host_memory_mib
 from train.config import TrainConfig
-from train.plan.arithmetic import Step, memory_classes
+from train.plan.arithmetic import Step, bound_tokens_per_second, memory_classes
 from train.plan.cards import GPUS, Gpu, cpu, present_gpu
 from train.plan.compiled import Request
 from train.plan.planner import Plan, estimate, fastest_first, make_plans, remats
@@ -110,7 +110,7 @@ def warning_if_short(step: Step) -> str:
 def choose(
     config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, length: int
 ) -> tuple[TrainConfig, str]:
-    """The settings without `auto`, and why: the fastest by the bound that fits this device.
+    """The settings without `auto`, and why: the fastest by its prediction that fits this device.
 
     A step's sequences stay as many as they are: `--gradient-accumulation-steps` of them with an
     automatic micro-batch, so that what is learned does not depend on the card.
@@ -130,25 +130,42 @@ def choose(
             for batch in range(1, sequences + 1)
             if sequences % batch == 0
         ]
+    best: Plan | None = None
     tried: list[Plan] = []
     for step in fastest_first(steps, gpu):
+        if best and not _may_be_faster(step, best):
+            continue
         if estimate(step, gpu).peak > ROUGH * gpu.memory_mib * MIB:
             continue
         (plan,) = make_plans([Request(step)], gpu, present=True)
-        if plan.free >= 0:
-            chosen = replace(
-                config,
-                remat=step.remat,
-                micro_batch_size=step.micro_batch_size,
-                gradient_accumulation_steps=step.accumulation,
-            )
-            return chosen, _reason(plan, tried)
-        tried.append(plan)
+        if plan.free < 0:
+            tried.append(plan)
+        elif best is None or plan.speed > best.speed:
+            best = plan
+    if best:
+        chosen = replace(
+            config,
+            remat=best.step.remat,
+            micro_batch_size=best.step.micro_batch_size,
+            gradient_accumulation_steps=best.step.accumulation,
+        )
+        return chosen, _reason(best, tried)
     least = min(tried, key=lambda plan: plan.peak) if tried else estimate(asked, gpu)
     raise InputError(
         f"no setting fits {gpu.name} ({gpu.memory_mib:,} MiB): the least, {_name(least)}; "
         "lower --max-seq-len, or use --precision bf16"
     )
+
+
+def _may_be_faster(step: Step, best: Plan) -> bool:
+    """Whether a step's operations alone leave it time to be predicted faster than another.
+
+    Of one remat, fewer sequences at a time are never faster.
+    """
+    rates = best.gpu.rates(step.precision)
+    if rates is None or step.remat == best.step.remat:
+        return False
+    return bound_tokens_per_second(step, rates.matmul, rates.bandwidth) > best.speed
 
 
 def _name(plan: Plan) -> str:
@@ -166,10 +183,11 @@ def _reason(plan: Plan, tried: Sequence[Plan]) -> str:
         f"{-other.free / MIB:,.0f} MiB"
         for other in tried[-2:]
     )
+    speed = f", {plan.predicted:,.0f} tokens/s predicted" if plan.predicted else ""
     return (
         f"chosen for {plan.gpu.name}: {step.remat} remat, {step.micro_batch_size} sequences x "
         f"{step.accumulation} micro-batches; {plan.peak / MIB:,.0f} MiB planned, "
-        f"{plan.free / MIB:,.0f} free" + (f" ({faster})" if faster else "")
+        f"{plan.free / MIB:,.0f} free{speed}" + (f" ({faster})" if faster else "")
     )
 
 

@@ -1,7 +1,8 @@
 """The GPUs that can be planned for: their sizes, and their description as XLA reads it.
 
 Figures are the makers' data sheets: memory as the driver shows it, dense tensor-core rates with
-fp32 accumulation, fp32 without tensor cores. Rates and bandwidth give bounds, not predictions.
+fp32 accumulation, fp32 without tensor cores. They bound the speed; what of them is sustained, which
+a prediction goes by, is in roofline.py.
 """
 
 import re
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
 from jllama.machine import free_memory_mib
+from train.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, MATMUL_SHARE, Rates
 
 
 @checked
@@ -40,6 +42,18 @@ class Gpu:
     def flops(self, precision: Precision) -> float:
         """Operations a second that the data sheet promises."""
         return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+    def rates(self, precision: Precision) -> Rates | None:
+        """What of the data sheet is sustained; None for a card whose sheet is not known."""
+        if not self.flops(precision) or not self.bandwidth_gb:
+            return None
+        matmul = MATMUL_SHARE * self.flops(precision)
+        return Rates(
+            matmul=matmul,
+            attention=ATTENTION_SHARE * matmul,
+            vector=1e12 * self.fp32_tflops / 2,  # the sheet counts a multiply-add as two
+            bandwidth=BANDWIDTH_SHARE * 1e9 * self.bandwidth_gb,
+        )
 
 
 _KNOWN = (

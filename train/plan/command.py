@@ -16,6 +16,7 @@ import tyro
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
 from jllama.config import LoraConfig, Precision, Remat
+from jllama.decode.generate import CHUNK
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import model_sizes
 from jllama.machine import AnyCase, GpuName
@@ -156,6 +157,10 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
         "program": plan.program,
         "flops_per_token": arithmetic.flops_per_token(plan.step),
         "bound_tokens_per_second": plan.bound,
+        "predicted_tokens_per_second": plan.predicted or None,
+        "time_us_by_class": dict(plan.time_us),
+        "kernels": plan.kernels,
+        "kernels_per_layer": plan.layer_kernels,
         "compile_seconds": plan.compile_seconds,
         "gpu": asdict(plan.gpu),
         "settings": asdict(config),
@@ -187,6 +192,8 @@ def show(plan: Plan, config: PlanConfig) -> None:
         console.print(f"{flops / 1e9:.2f} GFLOP per token")
         if plan.bound:
             console.print(f"upper bound: {plan.bound:,.0f} tokens/s, by the card's data sheet")
+    if plan.predicted:
+        show_time(plan)
     if plan.compiled:
         console.print(f"compiled in {plan.compile_seconds:.0f} s")
     console.print(
@@ -198,6 +205,20 @@ def show(plan: Plan, config: PlanConfig) -> None:
         console.print(f"next: {ladder}")
     elif plan.program == "train":
         console.print(f"next: {train_command(step)}")
+
+
+def show_time(plan: Plan) -> None:
+    """The predicted time by class, and the speed that it comes to."""
+    whole = sum(plan.time_us.values())
+    rows = sorted(plan.time_us.items(), key=lambda item: -item[1])
+    shown = [(name, f"{us / 1e3:,.1f}", f"{100 * us / whole:.1f}") for name, us in rows if us]
+    call = {"train": "a step", "prefill": "a prompt", "decode": f"{CHUNK} tokens"}[plan.program]
+    show_table(("predicted time", f"ms for {call}", "%"), shown)
+    share = f", {100 * plan.predicted / plan.bound:.0f} % of the bound" if plan.bound else ""
+    console.print(
+        f"predicted: {plan.predicted:,.0f} tokens/s{share if plan.program == 'train' else ''}; "
+        f"{plan.kernels:,} kernels, {whole / 1e3:,.0f} ms"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

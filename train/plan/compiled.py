@@ -25,10 +25,13 @@ from jllama.decode.generate import decode, prefill
 from jllama.decode.sampling import Sampling, make_choice
 from jllama.folders.load import abstract_model
 from jllama.lora import split
+from jllama.loss import chunk_size
 from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
 from train.optimizer import make_optimizer, split_learned
 from train.plan.arithmetic import Step
 from train.plan.cards import Gpu, target_config
+from train.plan.hlo import read_program
+from train.plan.roofline import Prediction, Rates, predict
 from train.step import Window, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
@@ -49,51 +52,83 @@ class Request:
     program: Program = "train"
     whole: bool = True
     text: str = ""  # file for the compiled program's HLO
+    rates: Rates | None = None  # what the time is predicted by; without them it is not
 
 
 class Weight(NamedTuple):
-    """Bytes of a compiled program beside its arguments, by XLA's buffer assignment."""
+    """Bytes of a compiled program beside its arguments, by XLA's buffer assignment; its time."""
 
     own: int  # on the device
     host: int
+    prediction: Prediction
 
 
 def answer(request: Request) -> dict[str, Any]:
-    """Bytes on one device by class."""
+    """Bytes on one device by class, and microseconds by class."""
     mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
     started = time.monotonic()
-    step, saved = request.step, {}
-    host = 0
+    step, saved, layer_kernels = request.step, {}, 0.0
     if request.program != "train":
         lowered, classes = lower_generation(step, mesh, request.program)
-        own, host = compile_and_weigh(lowered, request.text)
-        own -= classes["cache"] if request.program == "prefill" else 0  # it makes one
+        whole = compile_and_weigh(lowered, request)
+        own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
     else:
         arguments, static, classes = training_arguments(step, mesh)
+        small = replace(request, text="")
         few, more = (
-            compile_and_weigh(lower_training(with_layers(step, n), mesh)).own for n in SMALL
+            compile_and_weigh(lower_training(with_layers(step, n), mesh), small) for n in SMALL
         )
-        layer = max(0, more - few) / (SMALL[1] - SMALL[0])
-        if request.whole:
-            own, host = compile_and_weigh(train_step.lower(*arguments, **static), request.text)
-        else:
-            own = round(few + layer * (step.model.n_layers - SMALL[0]))
+        whole = (
+            compile_and_weigh(train_step.lower(*arguments, **static), request)
+            if request.whole
+            else extended(few, more, step.model.n_layers)
+        )
+        own = whole.own
+        layer = max(0, more.own - few.own) / (SMALL[1] - SMALL[0])
         saved = {"saved_activations": min(own, round(layer * step.model.n_layers))}
+        launched = more.prediction.kernels - few.prediction.kernels
+        layer_kernels = launched / (SMALL[1] - SMALL[0]) / step.accumulation
     return {
         "classes": classes | saved | {"temporaries": own - sum(saved.values())},
-        "host": host,
+        "host": whole.host,
+        "time_us": {kind: 1e6 * some for kind, some in whole.prediction.seconds.items()},
+        "kernels": whole.prediction.kernels,
+        "layer_kernels": layer_kernels,
         "compile_seconds": time.monotonic() - started,
     }
 
 
-def compile_and_weigh(lowered: Any, text: str = "") -> Weight:
-    """Compiles a program, and writes its HLO if `text` names a file."""
+def extended(few: Weight, more: Weight, layers: int) -> Weight:
+    """What a model of so many layers would weigh, by two small ones."""
+    times = (layers - SMALL[0]) / (SMALL[1] - SMALL[0])
+    seconds = {
+        kind: some + times * (more.prediction.seconds[kind] - some)
+        for kind, some in few.prediction.seconds.items()
+    }
+    kernels = few.prediction.kernels + times * (more.prediction.kernels - few.prediction.kernels)
+    own = round(few.own + times * max(0, more.own - few.own))
+    return Weight(own, few.host, Prediction(seconds, round(kernels)))
+
+
+def compile_and_weigh(lowered: Any, request: Request) -> Weight:
+    """Compiles a program, predicts its time, and writes its HLO if the request names a file."""
     compiled = lowered.compile()
-    if text:
-        Path(text).write_text(compiled.as_text(), encoding="utf-8")
+    prediction = Prediction()
+    if request.rates or request.text:
+        text = compiled.as_text()
+        if request.text:
+            Path(request.text).write_text(text, encoding="utf-8")
+        if request.rates:
+            prediction = predict(read_program(text), request.rates, loss_chunks(request.step))
     memory = compiled.memory_analysis()
     own = planned_bytes(memory) - memory.argument_size_in_bytes
-    return Weight(own, memory.host_temp_size_in_bytes)
+    return Weight(own, memory.host_temp_size_in_bytes, prediction)
+
+
+def loss_chunks(step: Step) -> int:
+    """How often the loop of the loss runs, whose turns depend on the rows: all tokens learned."""
+    positions = step.micro_batch_size * step.max_seq_len
+    return -(-positions // chunk_size(positions, step.model.vocab_size))
 
 
 def with_layers(step: Step, layers: int) -> Step:

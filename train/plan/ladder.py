@@ -4,7 +4,7 @@ A few small steps are compiled; memory is then linear in the layers and in the t
 micro-batch. The recommended step is compiled whole before it is named.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from jllama.attention import choose_implementation
@@ -65,9 +65,9 @@ class Ladder:
             cells: list[str] = [remat]
             for length in lengths:
                 plan = self.fitting(remat, length)
-                bound = f"  {plan.bound:,.0f}/s" if plan and plan.bound else ""
+                speed = f"  {plan.speed:,.0f}/s" if plan and plan.speed else ""
                 cells.append(
-                    f"{plan.step.micro_batch_size} x  {plan.peak / MIB:,.0f}{bound}"
+                    f"{plan.step.micro_batch_size} x  {plan.peak / MIB:,.0f}{speed}"
                     if plan
                     else "does not fit"
                 )
@@ -76,7 +76,7 @@ class Ladder:
             ["remat", *(f"{length} tokens" for length in lengths)],
             rows,
             f"{model} {self.asked.precision} on {self.gpu.name}: largest micro-batch, peak MiB, "
-            f"tokens/s at most ({how})",
+            f"tokens/s {self.plans[0].speed_is} ({how})",
         )
         if not self.plans[0].compiled:
             console.print(NO_EXTRA)
@@ -90,7 +90,7 @@ class Ladder:
             return
         best = self.best
         console.print(
-            f"fastest by the bound at {best.step.max_seq_len} tokens"
+            f"fastest at {best.step.max_seq_len} tokens ({best.speed:,.0f}/s {best.speed_is})"
             f"{', compiled whole' if best.compiled else ''}: {best.step.remat} remat, "
             f"{best.step.micro_batch_size} sequences; peak {best.peak / MIB:,.0f} MiB, "
             f"{best.free / MIB:,.0f} MiB free beyond a margin of {best.margin / MIB:,.0f}"
@@ -119,6 +119,7 @@ def summary(plan: Plan) -> dict:
         "free_mib": plan.free / MIB,
         "classes_mib": {name: size / MIB for name, size in plan.classes.items()},
         "bound_tokens_per_second": plan.bound,
+        "predicted_tokens_per_second": plan.predicted or None,
     }
 
 
@@ -145,7 +146,7 @@ def fit_card(asked: Step, gpu: Gpu, *, present: bool = False) -> Ladder:
         plan for plan in plans if plan.step.max_seq_len == asked.max_seq_len and plan.free >= 0
     ]
     # Of equally fast ones the larger micro-batch: fewer, larger kernels.
-    candidates.sort(key=lambda plan: (round(plan.bound), plan.step.micro_batch_size), reverse=True)
+    candidates.sort(key=lambda plan: (round(plan.speed), plan.step.micro_batch_size), reverse=True)
     for plan in candidates:
         if not plan.compiled:
             return Ladder(gpu, asked, plans, plan)
@@ -174,14 +175,25 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
 
     wanted = list(dict.fromkeys(point for cell in cells for point in measured(cell)))
     plans = make_plans([Request(step, whole=False) for step in wanted], gpu, present=present)
-    known = {plan.step: plan.classes for plan in plans}
+    known = {plan.step: plan for plan in plans}
     for cell in cells:
         points = measured(cell)
         batch = cell.micro_batch_size * cell.max_seq_len / points[0].max_seq_len
         few, many = points[:2] if batch <= MEASURED_BATCHES[1] else points[1:]
         share = (batch - few.micro_batch_size) / (many.micro_batch_size - few.micro_batch_size)
-        classes = {
-            name: max(0, round(size + share * (known[many][name] - size)))
-            for name, size in known[few].items()
-        }
-        yield Plan(cell, gpu, classes, compiled=True)
+        classes = between(known[few].classes, known[many].classes, share)
+        times = between(known[few].time_us, known[many].time_us, share)
+        # Every token attends to as many as the sequence has.
+        times |= {"attention": times.get("attention", 0) * cell.max_seq_len / few.max_seq_len}
+        yield Plan(
+            cell, gpu, {name: round(size) for name, size in classes.items()}, compiled=True,
+            time_us=times if sum(times.values()) else {}, kernels=known[few].kernels,
+        )  # fmt: skip
+
+
+def between(few: Mapping[str, float], many: Mapping[str, float], share: float) -> dict[str, float]:
+    """On the line through two points, entry by entry; never below 0."""
+    return {
+        name: max(0.0, few.get(name, 0) + share * (many.get(name, 0) - few.get(name, 0)))
+        for name in {**few, **many}
+    }

@@ -6,15 +6,16 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from jllama.cli.children import Children
 from jllama.cli.terminal import Progress, command_line
 from jllama.config import Remat
+from jllama.decode.generate import CHUNK
 from jllama.errors import InputError
 from jllama.folders.json_files import write_json
 from jllama.machine import installed_version, user_cache
@@ -46,6 +47,9 @@ class Plan:
     program: Program = "train"
     compile_seconds: float = 0.0
     host: int = 0  # bytes in the host's memory
+    time_us: Mapping[str, float] = field(default_factory=dict)  # by class; empty if not predicted
+    kernels: int = 0  # launches of one call of the program
+    layer_kernels: float = 0.0  # of training: those of one layer in one micro-batch
 
     @property
     def peak(self) -> int:
@@ -60,6 +64,31 @@ class Plan:
     def free(self) -> int:
         """Bytes of the card beyond peak and margin; negative if it does not fit."""
         return self.gpu.memory_mib * 2**20 - self.margin - self.peak
+
+    @property
+    def tokens(self) -> int:
+        """That one call of the program works on."""
+        step = self.step
+        return {
+            "train": step.accumulation * step.micro_batch_size * step.max_seq_len,
+            "prefill": step.micro_batch_size * (step.max_seq_len // 2),
+            "decode": step.micro_batch_size * CHUNK,
+        }[self.program]
+
+    @property
+    def predicted(self) -> float:
+        """Tokens a second by the roofline of the compiled program; 0 if it is not predicted."""
+        seconds = sum(self.time_us.values()) / 1e6
+        return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second by which plans are compared: predicted, else at most."""
+        return self.predicted or self.bound
+
+    @property
+    def speed_is(self) -> str:
+        return "predicted" if self.predicted else "at most"
 
     @property
     def bound(self) -> float:
@@ -83,7 +112,15 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
         InputError: if a step cannot be compiled.
     """
     gpu.check_precision(requests[0].step.precision)
-    requests = [replace(request, gpu=None if present else gpu) for request in requests]
+    requests = [
+        replace(
+            request,
+            gpu=None if present else gpu,
+            # What several cards say to each other is not in the roofline.
+            rates=gpu.rates(request.step.precision) if request.step.gpus == 1 else None,
+        )
+        for request in requests
+    ]
     if not present and not can_compile():
         return [estimate(request.step, gpu) for request in requests]
     answers = [_remembered(request) for request in requests]
@@ -94,7 +131,8 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
     return [
         Plan(
             request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
-            found["host"],
+            found["host"], found["time_us"], found["kernels"],
+            found["layer_kernels"],
         )
         for request, found in zip(requests, answers, strict=True)
         if found is not None
