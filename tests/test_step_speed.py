@@ -1,6 +1,7 @@
 """The measured training step: random weights, its rows, and what is written down."""
 
 import json
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from jllama.config import LlamaConfig
 from jllama.folders.load import random_model
 from jllama.model import named_arrays
+from train.profile import launched
 from train.speed import DOCUMENT, StepSpeed, main, random_window
 
 CONFIG = LlamaConfig(64, 2, 4, 2, 96, 128)
@@ -56,10 +58,52 @@ def test_packed_rows_hold_documents_that_end_where_nothing_is_learned():
     assert np.array_equal(plain.tokens[..., 1:], plain.targets[..., :-1])
 
 
+# What `jax.profiler.ProfileData` is made of.
+Plane = namedtuple("Plane", ["name", "lines"])
+Line = namedtuple("Line", ["name", "events"])
+Event = namedtuple("Event", ["name", "duration_ns", "stats"])
+KINDS = {"loop_add_fusion.3": "norms", "dot.1": "matmuls", "cublas-gemm.2": "adapters"}
+
+
+def event(name, instruction="", nanoseconds=10.0):
+    return Event(name, nanoseconds, [("hlo_op", instruction)] if instruction else [])
+
+
+def test_kernels_of_a_card_are_those_of_its_streams_by_instruction_or_by_name():
+    streams = [
+        event("loop_add_fusion_3", "loop_add_fusion.3"),
+        event("loop_add_fusion_3"),  # in a graph, which carries no names of instructions
+        event("nvjet_tst_128x256", "cublas-gemm.2"),
+        event("nvjet_tst_128x256"),
+        event("cudnn_generated_fort_native_sdpa_sm90_flash_bprop"),
+        event("MemcpyD2D"),
+        event("what_is_this"),
+    ]
+    planes = [
+        Plane("/host:CPU", [Line("python", [event("dot.1", "dot.1")])]),
+        Plane("/device:GPU:0", [Line("Stream #13(Compute)", streams),
+                                Line("XLA Modules", [event("jit_train_step")])]),
+    ]  # fmt: skip
+    assert [kind for kind, _ in launched(planes, KINDS)] == [
+        "norms", "norms", "adapters", "matmuls", "attention", "copies", "other"
+    ]  # fmt: skip
+
+
+def test_kernels_of_a_cpu_are_the_instructions_of_the_program():
+    events = [
+        event("dot.1", "dot.1", 7.0),
+        event("end: dot.1", "dot.1"),
+        event("ParseArguments"),
+        event("while.2", "while.2"),
+    ]
+    planes = [Plane("/host:CPU", [Line("tf_XLAPjRtCpuClient/1", events)])]
+    assert list(launched(planes, KINDS)) == [("matmuls", 7.0)]
+
+
 @pytest.mark.integration
 def test_the_steps_of_two_processes_are_bit_equal_and_counted(tmp_path):
     shape = ["--micro-batch-size", "1", "--max-seq-len", "16", "--gradient-accumulation-steps", "2"]
-    flags = [*shape, "--precision", "fp32", "--steps", "3", "--warmup-steps", "2"]
+    flags = [*shape, "--precision", "fp32", "--steps", "3", "--warmup-steps", "2", "--profile"]
     found = []
     for name in ("a.json", "b.json"):
         main([*flags, "--output", str(tmp_path / name)])
@@ -67,7 +111,9 @@ def test_the_steps_of_two_processes_are_bit_equal_and_counted(tmp_path):
     one, other = found
     assert one["learned_sha256"] == other["learned_sha256"]
     assert one["losses"] == other["losses"]
-    assert len(one["losses"]) == 5
+    assert len(one["losses"]) == 5  # those of the profile are not among them
+    assert one["time_us_by_class"]["matmuls"] > 0
+    assert one["kernels"] > 50
     assert one["losses"][-1] < one["losses"][0]
     assert len(one["seconds_of_each_step"]) == 3
     assert one["tokens_per_second"] == 2 * 16 / one["step_seconds"]

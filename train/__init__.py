@@ -6,5 +6,5 @@ step.py       one optimizer step, compiled            optimizer.py  who learns, 
 data/         examples -> windows                     run/          the run folder while it lives
 plan/         memory and speed in advance             sample/       the bundled sample, made
 recipes/      settings for --config
-speed.py      `python -m train.speed`: the step timed
+speed.py      `python -m train.speed`: the step timed   profile.py   by class of kernel
 """

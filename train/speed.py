@@ -31,6 +31,7 @@ from jllama.machine import measured_here, peak_memory_mib, use_cores
 from jllama.model import Llama
 from jllama.names import LINEAR_CHOICES
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
+from train.profile import profile
 from train.step import Programs, StepMetrics, Window, initial_state
 
 DOCUMENT = 300  # tokens of each in a packed row
@@ -66,6 +67,8 @@ class StepSpeed:
     """Optimizer steps that count."""
     warmup_steps: AtLeast1 = 2
     """First steps, the first of which compiles; they do not count."""
+    profile: bool = False
+    """Also the time of a step by class of kernel, from two more steps."""
     threads: AtLeast0 = 0
     """Cores to run on; 0 takes all."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
@@ -146,6 +149,9 @@ def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
     seconds.append(end - before)
     cpu = time.process_time() - cpu
     median = statistics.median(seconds)
+    peak = peak_memory_mib()
+    counted, learned_sha256 = list(losses), fingerprint(state.learned)
+    profiled = profile(lambda: fetch(step()), programs.text(window)) if config.profile else {}
     return {
         "tokens_per_second": window.tokens.size / median,
         "step_seconds": median,
@@ -154,11 +160,12 @@ def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
         "compile_seconds": programs.compile_seconds,
         "first_step_at": first_step_at,  # seconds since the epoch
         "planned_mib": programs.planned_bytes / 2**20,
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak,
         "peak_memory_of": "process" if jax.default_backend() == "cpu" else "device",
         "platform": jax.default_backend(),
-        "losses": losses,
-        "learned_sha256": fingerprint(state.learned),
+        "losses": counted,
+        "learned_sha256": learned_sha256,
+        **profiled,
     }
 
 

@@ -194,6 +194,10 @@ class Programs:
             self.planned_bytes = max(self.planned_bytes, size)
         return self._compiled[shape](state, frozen, window, key)
 
+    def text(self, window: Window) -> str:
+        """The compiled step of such a window, as XLA prints it."""
+        return self._compiled[window.tokens.shape].as_text()
+
     @property
     def compilations(self) -> int:
         """Of steps by these programs, and of `eval_step` in this process; a run needs one of it."""

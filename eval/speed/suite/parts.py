@@ -111,7 +111,7 @@ def ceilings(sizes: Sizes, bench: Bench) -> dict[str, Any]:
 
 
 def train(sizes: Sizes, setting: Setting, bench: Bench) -> dict[str, Any]:
-    flags = [*setting.flags, "--steps", sizes.steps]
+    flags = [*setting.flags, "--steps", sizes.steps, *(["--profile"] if setting.profile else [])]
     return bench.figures("train.speed", flags)
 
 
