@@ -1,5 +1,6 @@
 """Linear, embedding, norm and rotary embedding. Shapes use the alphabet of `model.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,12 +70,55 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None = None):
         """`[B, T, in]` -> `[B, T, out]`; with a key, the adapter's input is dropped out."""
+        return together((self,), x, key)[0]
+
+    def _with_low_rank(self, x: Float[Array, "B T I"], low: Float[Array, "B T R"] | None):
+        """y, where the adapter has made `low` of x."""
         y = self.weight.product(x)
-        if self.lora is not None:
-            y = self.lora(x, y, self.weight, key)
+        if low is not None:
+            y = self.lora.added(y, low, self.weight)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None, :]
         return y
+
+
+def together(
+    linears: Sequence[Linear], x: Float[Array, "B T I"], key: Key[Array, ""] | None = None
+) -> list[Float[Array, "B T ..."]]:
+    """What several linears make of one input.
+
+    Their adapters read it as one: x, of which all drop the same, is multiplied with all A at once,
+    and in the backward pass once with the gradients of all.
+    """
+    loras = [linear.lora for linear in linears if linear.lora is not None]
+    lows = iter(loras[0].low_ranks(loras, x, key) if loras else ())
+    return [
+        linear._with_low_rank(x, None if linear.lora is None else next(lows)) for linear in linears
+    ]
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """silu(gate) * up, whose gradients are made of the inputs in one pass."""
+    return _swiglu(gate, up)[0]
+
+
+@jax.named_scope("swiglu")
+def _swiglu(gate, up):
+    return jax.nn.silu(gate) * up, (gate, up)
+
+
+@jax.named_scope("swiglu")
+def _swiglu_backward(inputs, slope):
+    gate, up, slope = (x.astype(jnp.float32) for x in (*inputs, slope))
+    opened = jax.nn.sigmoid(gate)
+    let_through = slope * opened
+    of_up = (gate * let_through).astype(inputs[1].dtype)
+    of_gate = up * (let_through + of_up.astype(jnp.float32) * (1 - opened))
+    return of_gate.astype(inputs[0].dtype), of_up
+
+
+swiglu.defvjp(_swiglu, _swiglu_backward)
 
 
 class Embedding(nnx.Module):
@@ -96,6 +140,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((dim,), dtype))
         self.eps = eps
 
+    @jax.named_scope("norms")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = x.astype(jnp.float32)  # the mean of squares needs more than 8 bits
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -118,12 +163,14 @@ def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
 Rotation = tuple[Float[Array, "B T 1 P"], Float[Array, "B T 1 P"]]
 
 
+@jax.named_scope("rotary")
 def rotation(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Rotation:
     """Cosine and sine of every position's angle, fp32, ready to broadcast over heads."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope("rotary")
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     """Turns the interleaved pairs (x[2i], x[2i+1]) of every head, in fp32."""
     cos, sin = by

@@ -12,13 +12,14 @@ which adds `layers.0.attention.wq.lora.a`, `.b` and, for DoRA, `.magnitude`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt
 
 from jllama.config import LoraConfig
 from jllama.layers import Linear, Weight
@@ -45,23 +46,26 @@ class Lora(nnx.Module):
         self.scale = config.scale
         self.dropout = config.dropout
 
-    def __call__(
-        self,
-        x: Float[Array, "B T I"],
-        y: Float[Array, "B T O"],
-        weight: Weight,
-        key: Key[Array, ""] | None,
-    ) -> Float[Array, "B T O"]:
-        """`y = x W^T` with the adapter's part added, in the network's dtype; no key, no dropout."""
+    @jax.named_scope("adapters")
+    def low_ranks(
+        self, loras: Sequence["Lora"], x: Float[Array, "B T I"], key: Key[Array, ""] | None
+    ) -> list[Float[Array, "B T R"]]:
+        """x A^T of adapters with this one's settings, in x's dtype; no key, no dropout."""
         if key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
+            x = dropped_out(x, self.dropout, key)
         # fp32 adapters are cast here, or they would promote the whole network.
-        low = jnp.einsum("BTi,Ri->BTR", x, self.a[...].astype(x.dtype))
-        y = y + jnp.einsum("BTR,oR->BTo", low, self.b[...].astype(x.dtype)) * self.scale
+        a = jnp.concatenate([lora.a[...] for lora in loras]).astype(x.dtype)
+        return jnp.split(jnp.einsum("BTi,Ri->BTR", x, a), len(loras), axis=-1)
+
+    @jax.named_scope("adapters")
+    def added(
+        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], weight: Weight
+    ) -> Float[Array, "B T O"]:
+        """`y = x W^T` with the adapter's part added, where `low` is x A^T."""
+        y = y + jnp.einsum("BTR,oR->BTo", low * self.scale, self.b[...].astype(y.dtype))
         if self.magnitude is None:
             return y
-        gain = self.gain(weight, x.dtype)[None, None, :]
+        gain = self.gain(weight, y.dtype)[None, None, :]
         return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
 
     def gain(self, weight: Weight, dtype: DTypeLike) -> Float[Array, " O"]:
@@ -79,6 +83,25 @@ class Lora(nnx.Module):
         length = jax.lax.stop_gradient(jnp.sqrt(base + added))
         # Written as 1 + ..., it is exactly 1 for an adapter of scale 0.
         return 1 + (self.magnitude[...] + (jnp.sqrt(base) - length)) / length
+
+
+@jax.named_scope("dropout")
+def dropped_out(
+    x: Float[Array, "B T I"], rate: float, key: Key[Array, ""]
+) -> Float[Array, "B T I"]:
+    """x with a share `rate` of its elements 0 and the others stretched."""
+    B, T, width = x.shape
+    rows = jax.random.bits(key, (B, T, 1), jnp.uint32)
+    columns = jnp.arange(width, dtype=jnp.uint32)[None, None, :]
+    kept = mixed(rows + columns * jnp.uint32(0x9E3779B9)) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def mixed(bits: UInt[Array, "..."]) -> UInt[Array, "..."]:
+    """Murmur3's finaliser (Appleby): each bit of the result hangs on all 32 bits."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def adapted_linears(model: Llama) -> dict[str, Linear]:

@@ -34,13 +34,24 @@ from jllama.layers import (
     rotary_frequencies,
     rotate,
     rotation,
+    swiglu,
+    together,
 )
 
 _ATTENTION = "attention"  # the name under which a policy knows attention's result
+
+
+def _saves_attention(primitive, *shapes: Any, **parameters: Any) -> bool:
+    """XLA's result by its name; cuDNN's with the statistics that its backward pass wants."""
+    return primitive.name.startswith("dot_product_attention_fwd") or (
+        jax.checkpoint_policies.save_only_these_names(_ATTENTION)(primitive, *shapes, **parameters)
+    )
+
+
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+        _saves_attention,
     ),
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "block": None,
@@ -84,9 +95,8 @@ class Attention(nnx.Module):
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
-        key = _at(key, 0)  # adapters that read the same x drop the same of it
-        query = rotate(heads(self.wq(x, key)), rotary)
-        return query, rotate(heads(self.wk(x, key)), rotary), heads(self.wv(x, key))
+        query, keys, values = map(heads, together((self.wq, self.wk, self.wv), x, _at(key, 0)))
+        return rotate(query, rotary), rotate(keys, rotary), values
 
 
 class FeedForward(nnx.Module):
@@ -99,8 +109,8 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(shapes["w3"], bias=config.ffn_bias, **init)
 
     def __call__(self, x: Float[Array, "B T D"], key: Key[Array, "4"] | None = None):
-        gate = jax.nn.silu(self.w1(x, _at(key, 2)))
-        return self.w2(gate * self.w3(x, _at(key, 2)), _at(key, 3))
+        gate, up = together((self.w1, self.w3), x, _at(key, 2))
+        return self.w2(swiglu(gate, up), _at(key, 3))
 
 
 class Block(nnx.Module):
@@ -180,7 +190,8 @@ class Llama(nnx.Module):
         x = self.tok_embeddings(tokens)
         rotary = rotation(positions, rotary_frequencies(self.config))
         # One draw of all keys, [L, 4]: the inputs of wq wk wv, of wo, of w1 w3 and of w2.
-        keys = None if key is None else jax.random.split(key, (len(self.layers), 4))
+        with jax.named_scope("dropout"):
+            keys = None if key is None else jax.random.split(key, (len(self.layers), 4))
         with jax.default_matmul_precision(matmul_precision(x.dtype)):
             for index, block in enumerate(self.layers):
                 run = Block.__call__

@@ -13,9 +13,16 @@ from step_runs import LENGTH, LORA, PARAMS, build, build_full, run, windows
 
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.folders.load import abstract_model, load_model
-from jllama.lora import attach, split
+from jllama.lora import attach, dropped_out, split
 from train.config import TrainConfig
-from train.optimizer import count, learning_rate_schedule, make_optimizer
+from train.optimizer import (
+    accumulate,
+    count,
+    last_norms,
+    learning_rate_schedule,
+    make_optimizer,
+    tree_norm,
+)
 from train.step import Window, eval_step, initial_state, train_step
 
 pytestmark = pytest.mark.promotes
@@ -109,8 +116,56 @@ def test_remat_changes_memory_and_not_the_result(folder, remat):
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)
     for x, y in zip(named(state.learned).values(), named(plain.learned).values(), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    assert none == 0  # the configs really differ: one barrier for each recomputed part
-    assert barriers == PARAMS["n_layers"]
+    # The configs really differ: one barrier for each recomputed part.
+    assert barriers == none + PARAMS["n_layers"]
+
+
+def test_what_dropout_drops_is_as_if_tossed():
+    """Shares of zeros in all, by row and by column, of neighbours, and of two draws together."""
+    shape, rate = (2, 512, 256), 0.1
+    ones = jnp.ones(shape)
+    first, second = (
+        np.asarray(dropped_out(ones, rate, jax.random.key(seed))) == 0 for seed in (0, 1)
+    )
+    kept = np.asarray(dropped_out(ones, rate, jax.random.key(0)))
+    assert set(np.unique(kept)) == {np.float32(0), np.float32(1) / np.float32(1 - rate)}
+
+    def near(tossed, chance):  # within five standard deviations, each of many
+        trials = tossed.size
+        assert abs(tossed.mean() - chance) < 5 * (chance * (1 - chance) / trials) ** 0.5
+
+    near(first, rate)
+    for row in first.reshape(-1, shape[-1]):
+        near(row, rate)
+    for column in first.reshape(-1, shape[-1]).T:
+        near(column, rate)
+    near(first[..., 1:] & first[..., :-1], rate**2)
+    near(first[:, 1:] & first[:, :-1], rate**2)
+    near(first[0] & first[1], rate**2)
+    near(first & second, rate**2)
+
+
+def test_the_norm_of_a_tree_is_that_of_one_vector():
+    draw = np.random.default_rng(0)
+    shapes = [(3, 50), (40, 2), (7,), (1, 1)]
+    tree = [draw.standard_normal(shape, np.float32) for shape in shapes]
+    whole = np.linalg.norm(np.concatenate([x.ravel() for x in tree]).astype(np.float64))
+    np.testing.assert_allclose(tree_norm(tree), whole, rtol=1e-6)
+
+
+def test_the_sum_of_gradients_is_clipped_as_optax_clips():
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    for most in (2.5, 7.0):
+        rule = accumulate(optax.sgd(1.0), 2, most)
+        state = rule.init(gradient)
+        _, state = rule.update(gradient, state, gradient)
+        updates, state = rule.update(gradient, state, gradient)
+        twice = jax.tree.map(lambda x: 2 * x, gradient)
+        clip = optax.clip_by_global_norm(most)
+        expected = clip.update(twice, clip.init(twice))[0]
+        for name in gradient:
+            np.testing.assert_allclose(updates[name], -expected[name], rtol=1e-6)
+        np.testing.assert_allclose(last_norms(state), (10.0, min(most, 10.0)), rtol=1e-6)
 
 
 def test_dropout_is_a_function_of_seed_and_step(folder):

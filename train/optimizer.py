@@ -1,9 +1,12 @@
 """Who learns, and by which rule. Nothing else in the project knows."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jllama.lora import split
 from jllama.model import Llama
@@ -98,27 +101,47 @@ def make_optimizer(
     if b_rate_ratio != 1:
         faster = rule_with(lambda step: b_rate_ratio * schedule(step))
         rule = optax.multi_transform({"a": rule, "b": faster}, adapter_labels)
-    if max_grad_norm > 0:
-        rule = optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
+    learned = accumulate(rule, accumulation, max_grad_norm)
     return optax.multi_transform(
-        {"learned": accumulate(rule, accumulation), "frozen": optax.set_to_zero()},
+        {"learned": learned, "frozen": optax.set_to_zero()},
         labels(parameters),
     )
 
 
-def accumulate(
-    rule: optax.GradientTransformation, accumulation: int
-) -> optax.GradientTransformation:
-    """MultiSteps that adds gradients, and passes over a sum that is not finite."""
+class Guarded(NamedTuple):
+    """The state of a rule, and of its last window the norms of the gradient and of the update."""
 
-    def guarded(gradient, state, parameters=None):
-        finite = jnp.isfinite(optax.tree.norm(gradient))
-        updates, moved = rule.update(gradient, state, parameters)
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
-        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    rule: optax.OptState
+    grad_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+
+
+def accumulate(
+    rule: optax.GradientTransformation, accumulation: int, max_grad_norm: float = 0
+) -> optax.GradientTransformation:
+    """MultiSteps that adds gradients, clips their sum, and passes over one that is not finite."""
+
+    def start(parameters):
+        return Guarded(rule.init(parameters), jnp.zeros(()), jnp.zeros(()))
+
+    def guarded(gradient, state, parameters):
+        norm = tree_norm(gradient)
+        finite = jnp.isfinite(norm)
+        if max_grad_norm > 0:
+            share = jnp.minimum(1, max_grad_norm / norm)
+            gradient = jax.tree.map(lambda x: share * x, gradient)
+
+        def kept(update, parameter):
+            # A weight that would overflow stays: what learns is finite, and can always be written.
+            return jnp.where(finite & jnp.isfinite(parameter + update), update, 0)
+
+        updates, moved = rule.update(gradient, state.rule, parameters)
+        updates = jax.tree.map(kept, updates, parameters)
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.rule)
+        return updates, Guarded(moved, norm, tree_norm(updates))
 
     multi = optax.MultiSteps(
-        optax.GradientTransformation(rule.init, guarded), accumulation, use_grad_mean=False
+        optax.GradientTransformation(start, guarded), accumulation, use_grad_mean=False
     )
 
     def update(gradient, state, parameters=None):
@@ -130,6 +153,18 @@ def accumulate(
     return optax.GradientTransformation(multi.init, update)
 
 
-def accumulated(state: optax.OptState) -> nnx.State:
-    """The sum of gradients that `make_optimizer`'s rule holds so far."""
-    return optax.tree.get(state, "acc_grads")["learned"]
+def tree_norm(tree: Any) -> Float[Array, ""]:
+    """The norm of all arrays as one vector.
+
+    Each is summed along its longest axis first, and what is left of all of them together: reduced
+    one by one, hundreds of adapters would take two kernels each.
+    """
+    squares = [jnp.square(leaf) for leaf in jax.tree.leaves(tree)]
+    sums = [jnp.ravel(jnp.sum(x, axis=x.shape.index(max(x.shape)))) for x in squares]
+    together = jax.lax.optimization_barrier(jnp.concatenate(sums))  # or XLA takes them apart
+    return jnp.sqrt(jnp.sum(together))
+
+
+def last_norms(state: optax.OptState) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Norms of the last window's gradient and of what it changed, of `make_optimizer`'s rule."""
+    return optax.tree.get(state, "grad_norm"), optax.tree.get(state, "update_norm")

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jllama.loss import cross_entropy
-from train.optimizer import accumulated
+from train.optimizer import last_norms, tree_norm
 
 
 class Window(NamedTuple):
@@ -120,27 +120,23 @@ def train_step(
         learned, moments, index = carry
         micro_key = jax.random.fold_in(step_key, index)
         grads, total = jax.grad(loss, has_aux=True)(learned, rows, micro_key)
-        norm = optax.tree.norm(jax.tree.map(jnp.add, accumulated(moments), grads))
-        # multi_transform takes a whole model; the frozen part is dead code in the compiled step.
-        nothing = jax.tree.map(jnp.zeros_like, frozen)
-        updates, moments = optimizer.update(
-            {"learned": grads, "frozen": nothing}, moments, {"learned": learned, "frozen": frozen}
-        )
-        moved = optax.tree.norm(updates["learned"])
-        # A weight that would overflow stays: what learns is finite, and can always be written.
-        learned = jax.tree.map(
-            lambda old, new: jnp.where(jnp.isfinite(new), new, old),
-            learned,
-            optax.apply_updates(learned, updates["learned"]),
-        )
-        return (learned, moments, index + 1), (total, norm, moved)
+        with jax.named_scope("optimizer"):
+            # multi_transform takes a whole model; the frozen part is dead in the compiled step.
+            nothing = jax.tree.map(jnp.zeros_like, frozen)
+            updates, moments = optimizer.update(
+                {"learned": grads, "frozen": nothing},
+                moments,
+                {"learned": learned, "frozen": frozen},
+            )
+            learned = optax.apply_updates(learned, updates["learned"])
+        return (learned, moments, index + 1), total
 
-    size = optax.tree.norm(state.learned)
+    with jax.named_scope("optimizer"):
+        size = tree_norm(state.learned)
     carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
-    (learned, moments, _), (losses, norms, moves) = jax.lax.scan(micro_step, carry, window)
-    # The last micro-step's norm is that of the whole window's gradient, and only it moves anything.
-    skipped = ~jnp.isfinite(norms[-1])
-    metrics = StepMetrics(jnp.sum(losses), supervised, norms[-1], moves[-1] / size, skipped)
+    (learned, moments, _), losses = jax.lax.scan(micro_step, carry, window)
+    norm, moved = last_norms(moments)
+    metrics = StepMetrics(jnp.sum(losses), supervised, norm, moved / size, ~jnp.isfinite(norm))
     return TrainState(state.step + 1, learned, moments), metrics
 
 
