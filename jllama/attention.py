@@ -81,16 +81,20 @@ def cached_attention(
 def _cached_xla(query, key, value, positions, cache: LayerCache):
     """Two batched products over `[B, K, S, H]`, fp32 between them."""
     B, K, S, H = cache[0].shape
+    dtype = cache[0].dtype  # fp32 also for bf16, where a CPU is to read it
     at = jnp.arange(B)[:, None], jnp.arange(K)[None], positions
-    keys, values = cache[0].at[at].set(key[:, 0]), cache[1].at[at].set(value[:, 0])
-    query_BKGH = query.reshape(B, K, -1, H)
+    keys, values = (
+        slots.at[at].set(new[:, 0].astype(dtype))
+        for slots, new in zip(cache, (key, value), strict=True)
+    )
+    query_BKGH = query.reshape(B, K, -1, H).astype(dtype)
     scores_BKGS = jnp.einsum(
         "BKGH,BKSH->BKGS", query_BKGH, keys, preferred_element_type=jnp.float32
     ) / math.sqrt(H)
     seen = jnp.arange(S)[None] <= positions
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores_BKGS, -jnp.inf))
-    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(values.dtype), values)
-    return out_BKGH.reshape(query.shape), (keys, values)
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(dtype), values)
+    return out_BKGH.reshape(query.shape).astype(query.dtype), (keys, values)
 
 
 def _cached_cudnn(query, key, value, positions, cache: LayerCache):
@@ -98,8 +102,7 @@ def _cached_cudnn(query, key, value, positions, cache: LayerCache):
 
     On a GPU, XLA would write the product of all values and weights to memory before it sums them.
     """
-    at = jnp.arange(len(query))[:, None], positions
-    keys, values = cache[0].at[at].set(key), cache[1].at[at].set(value)
+    keys, values = write_slot(cache[0], key, positions), write_slot(cache[1], value, positions)
     filled = positions[:, 0] + 1
     out = jax.nn.dot_product_attention(
         query,
@@ -110,3 +113,12 @@ def _cached_cudnn(query, key, value, positions, cache: LayerCache):
         implementation="cudnn",
     )
     return out, (keys, values)
+
+
+def write_slot(
+    slots: Float[Array, "B S K H"], new: Float[Array, "B 1 K H"], positions: Int[Array, "B 1"]
+) -> Float[Array, "B S K H"]:
+    """Half of a cache with one slot of every row replaced."""
+    if len(slots) == 1:  # a scatter also reads what it replaces, in a kernel of its own
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, positions[0, 0], axis=1)
+    return slots.at[jnp.arange(len(slots))[:, None], positions].set(new)

@@ -52,6 +52,14 @@ class Weight(nnx.Param):
         self[...] = matrix.astype(self.dtype)
 
 
+class WidenedWeight(Weight):
+    """A matrix of a bf16 network held as fp32: products are as exact, and rounded at the end."""
+
+    def product(self, x: Float[Array, "... I"], **how: Any) -> Float[Array, "... O"]:
+        y = super().product(x.astype(self.dtype), **how)
+        return y.astype(how.get("preferred_element_type", x.dtype))
+
+
 class Linear(nnx.Module):
     """y = x W^T, with W `[out, in]` as Meta stores it, plus an adapter where one is attached."""
 
@@ -143,7 +151,8 @@ class RMSNorm(nnx.Module):
     @jax.named_scope("norms")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = x.astype(jnp.float32)  # the mean of squares needs more than 8 bits
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        spread = (wide * wide + self.eps) / x.shape[-1]
+        normed = wide * jax.lax.rsqrt(jnp.sum(spread, axis=-1, keepdims=True))
         return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)[None, None, :]
 
 

@@ -104,6 +104,36 @@ def mixed(bits: UInt[Array, "..."]) -> UInt[Array, "..."]:
     return bits ^ (bits >> 16)
 
 
+class FixedLora(nnx.Module):
+    """An adapter that learns no more: what is the same for every token is worked out once."""
+
+    def __init__(self, lora: Lora, weight: Weight, dtype: DTypeLike):
+        self.a = nnx.Param(lora.a[...].astype(dtype))
+        self.b = nnx.Param((lora.scale * lora.b[...]).astype(dtype))
+        dora = lora.magnitude is not None
+        self.gain = nnx.Param(lora.gain(weight, dtype)) if dora else nnx.data(None)
+
+    @jax.named_scope("adapters")
+    def low_ranks(
+        self, loras: Sequence["FixedLora"], x: Float[Array, "B T I"], _key: None
+    ) -> list[Float[Array, "B T R"]]:
+        """As `Lora` without a key, in fp32."""
+        a = jnp.concatenate([lora.a[...] for lora in loras])
+        # Of W's type, XLA would join this product to that with W, and copy W to do so.
+        low = jnp.einsum("BTi,Ri->BTR", x, a, preferred_element_type=jnp.float32)
+        return jnp.split(low, len(loras), axis=-1)
+
+    @jax.named_scope("adapters")
+    def added(
+        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], _weight: Weight
+    ) -> Float[Array, "B T O"]:
+        """As `Lora`."""
+        y = y + jnp.einsum("BTR,oR->BTo", low.astype(y.dtype), self.b[...])
+        if self.gain is None:
+            return y
+        return (y.astype(jnp.float32) * self.gain[...][None, None, :]).astype(y.dtype)
+
+
 def adapted_linears(model: Llama) -> dict[str, Linear]:
     """The linears that hold an adapter, by name (`layers.0.attention.wq`)."""
     return {name: linear for name, linear in model.linears().items() if linear.lora is not None}
@@ -127,6 +157,12 @@ def scaled(adapters: nnx.State, factor: Float[Array, ""] | float) -> nnx.State:
     """Adapters with their effect multiplied: 0 is the base model, 1 the tuned one."""
 
     return map_named(lambda name, x: x if name.endswith(".a") else x * factor, adapters)
+
+
+def fix(model: Llama) -> None:
+    """Readies the adapters for many calls of the model that change none of its weights."""
+    for linear in adapted_linears(model).values():
+        linear.lora = FixedLora(linear.lora, linear.weight, model.tok_embeddings.dtype)
 
 
 def merge(model: Llama) -> None:

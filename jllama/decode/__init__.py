@@ -1,1 +1,2 @@
-"""From ids to ids: generate.py (with a cache), sampling.py (the next token), stream.py (text)."""
+"""From ids to ids: generate.py (with a cache), sampling.py (the next token), weights.py (what the
+compiled functions read), stream.py (text)."""

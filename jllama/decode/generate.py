@@ -19,16 +19,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jllama.decode.sampling import Choice, Sampling, make_choice, pick
+from jllama.decode.weights import Weights, merged, widened
 from jllama.errors import InputError
-from jllama.lora import scaled, split
+from jllama.lora import split
 from jllama.model import Cache, Llama
 from jllama.text.tokenizer import Tokenizer
 
 CHUNK = 32  # at most so many tokens are decoded between two looks at who has stopped
 PROMPT_BUCKET = 32  # multiples to which lengths are rounded up
 CACHE_BUCKET = 128
-
-Weights = tuple[nnx.State, nnx.State, Float[Array, ""]]  # adapters, base, the adapters' scale
+# With few rows the number of kernels counts: products of one input become one, whatever their size,
+# and none is cut into parts that another kernel sums.
+COMPILER_OPTIONS = {
+    "xla_gpu_dot_merger_threshold_mb": 1024,
+    "xla_disable_hlo_passes": "splitk-rewriter",
+}
 
 
 class Decoding(NamedTuple):
@@ -37,7 +42,7 @@ class Decoding(NamedTuple):
     cache: Cache
     token: Int[Array, " B"]
     position: Int[Array, " B"]
-    seen: Bool[Array, "B V"]  # tokens of the prompt and the answer
+    seen: Bool[Array, "B V"] | None  # tokens of the prompt and the answer, where a penalty asks
 
 
 class Answer(NamedTuple):
@@ -150,7 +155,7 @@ def decode_chunks(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     graphdef, adapters, base = split(model)
-    weights = (adapters, base, jnp.float32(adapter_scale))
+    weights = widened((adapters, base, jnp.float32(adapter_scale)))
     state, first = prefill(weights, tokens, lengths, choice, graphdef=graphdef, slots=slots)
     yield _checked(state.token[:, None], first[:, None])
     for _ in range(chunks):
@@ -179,19 +184,27 @@ def prefill(
     slots: int,
 ) -> tuple[Decoding, Float[Array, " B"]]:
     """Reads the prompts; chooses the first new token of each, and gives its log-probability."""
-    model = _model(graphdef, weights)
+    model = merged(graphdef, weights)
     B, T = tokens.shape
     x, cache = model.prefill(tokens, slots)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = model.head(last)[:, 0]
-    rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
-    inside = jnp.arange(T)[None] < lengths[:, None]
-    seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(inside)
+    seen = None
+    if choice.repetition_penalty is not None:
+        rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+        inside = jnp.arange(T)[None] < lengths[:, None]
+        seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(inside)
     token, logprob = pick(logits, lengths, seen, choice)
+    cache = jax.tree.map(lambda x: x.astype(model.head_weight.dtype), cache)  # also if widened
     return Decoding(cache, token, lengths, _with(seen, token)), logprob
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "chunk"),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode(
     weights: Weights,
     state: Decoding,
@@ -201,7 +214,7 @@ def decode(
     chunk: int = CHUNK,
 ) -> tuple[Decoding, Int[Array, "B C"], Float[Array, "B C"]]:
     """The next `chunk` tokens of every row; the cache is updated in place."""
-    model = _model(graphdef, weights)
+    model = merged(graphdef, weights)
 
     def one_token(state, _):
         x, cache = model.decode(state.token[:, None], state.position[:, None], state.cache)
@@ -254,13 +267,8 @@ def answer_end(
     return min(ends, default=None)
 
 
-def _model(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
-    adapters, base, adapter_scale = weights
-    return nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
-
-
-def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
-    return seen.at[jnp.arange(token.size), token].set(True)
+def _with(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
+    return None if seen is None else seen.at[jnp.arange(token.size), token].set(True)
 
 
 def _checked(tokens: Array, logprobs: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ from train.plan.roofline import Prediction, Rates, predict
 from train.step import Window, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
+GREEDY = Sampling(temperature=0)
 SMALL = (2, 4)  # layers of the models whose difference is what each further layer adds
 
 
@@ -53,6 +54,7 @@ class Request:
     whole: bool = True
     text: str = ""  # file for the compiled program's HLO
     rates: Rates | None = None  # what the time is predicted by; without them it is not
+    sampling: Sampling = GREEDY  # of prefill and decode
 
 
 class Weight(NamedTuple):
@@ -69,7 +71,7 @@ def answer(request: Request) -> dict[str, Any]:
     started = time.monotonic()
     step, saved, layer_kernels = request.step, {}, 0.0
     if request.program != "train":
-        lowered, classes = lower_generation(step, mesh, request.program)
+        lowered, classes = lower_generation(step, mesh, request.program, request.sampling)
         whole = compile_and_weigh(lowered, request)
         own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
     else:
@@ -208,7 +210,9 @@ def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], d
     return arguments, {"graphdef": graphdef, "optimizer": optimizer}, classes
 
 
-def lower_generation(step: Step, mesh: Mesh, program: Program) -> tuple[Any, dict[str, int]]:
+def lower_generation(
+    step: Step, mesh: Mesh, program: Program, sampling: Sampling
+) -> tuple[Any, dict[str, int]]:
     """The lowered prefill or decode for `micro_batch_size` prompts and `max_seq_len` slots."""
     model = abstract_model(step.model, step.precision, platform=platform_of(mesh), lora=step.lora)
     graphdef, adapters, base = split(model)
@@ -217,7 +221,7 @@ def lower_generation(step: Step, mesh: Mesh, program: Program) -> tuple[Any, dic
         (adapters, base, jax.ShapeDtypeStruct((), jnp.float32)),
         lambda shape: cut_largest_axis(mesh, shape),
     )
-    choice = jax.eval_shape(lambda: make_choice(Sampling(), [0] * B, [0] * B))
+    choice = jax.eval_shape(lambda: make_choice(sampling, [0] * B, [0] * B))
     prompts = (
         jax.ShapeDtypeStruct((B, slots // 2), jnp.int32),
         jax.ShapeDtypeStruct((B,), jnp.int32),
