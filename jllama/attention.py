@@ -1,19 +1,41 @@
 """Causal, packed and cached attention, and the one place that picks cuDNN or XLA.
 
+Packed documents are moved into rows of their own: what lies between two documents is not masked but
+never computed.
+
 A layer's cache is the pair of its keys and its values, in the layout of the implementation: cuDNN
 takes `[B, S, K, H]` alone; XLA's is `[B, K, S, H]`, so that what a head reads lies together and a
 score is a dot product of rows.
 """
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
+
+
+class Documents(NamedTuple):
+    """Rows of one length, each for a document of a batch `[B, T]`, and the way back.
+
+    Of three documents in a sequence of 7, `a a b b b c -`, in rows of 3, with 7 and 9 for "none":
+
+        rows [[2 3 4] [0 1 7] [5 7 7]]    places [[3 4 0 1 2 6 9]]
+
+    Documents of other lengths may lie in other rows; what lies in none is padding.
+    """
+
+    rows: Int[Array | np.ndarray, "n L"]  # of each place the position in the batch, or B * T
+    places: Int[Array | np.ndarray, "B T"]  # of each position the place, or n * L
+
+
 LayerCache = tuple[Float[Array, "B ... H"], Float[Array, "B ... H"]]
 
 
@@ -32,19 +54,48 @@ def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"] | None,
+    documents: Sequence[Documents] | None,
     implementation: Implementation,
 ) -> Float[Array, "B T N H"]:
-    """Each position sees itself and earlier ones; with `segments`, only those of its own segment.
+    """Each position sees itself and earlier ones; with `documents`, only those of its own.
 
     Padding on the right needs no mask: nothing before it can see it.
     """
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=implementation
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=implementation
     )
+    if documents is None:
+        return attend(query, key, value)
+    seen = jnp.zeros_like(query)
+    for rows, places in documents:
+        seen += _moved(
+            attend(*(_moved(x, rows, places) for x in (query, key, value))), places, rows
+        )
+    return seen
+
+
+@jax.custom_vjp
+def _moved(
+    x: Float[Array, "X Y N H"], to: Int[Array, "Z W"], back: Int[Array, "X Y"]
+) -> Float[Array, "Z W N H"]:
+    """What lies at the flat positions `to` in x, or 0 behind its end; `back` is the way back.
+
+    As no two places are filled from one, the gradient is a gather, too, where JAX would add up.
+    """
+    flat = x.reshape(-1, *x.shape[2:])
+    return flat.at[to].get(mode="fill", fill_value=0)
+
+
+def _moved_forward(x, to, back):
+    return _moved(x, to, back), (to, back)
+
+
+def _moved_backward(ways, slope):
+    to, back = ways
+    return _moved(slope, back, to), None, None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def make_cache(

@@ -6,7 +6,7 @@ The alphabet of every shape in this project:
     H head     F hidden        V vocabulary  L layers     R rank     P = H/2 rotary pairs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jllama.attention import (
+    Documents,
     Implementation,
     LayerCache,
     cached_attention,
@@ -72,9 +73,9 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, segments, key):
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, documents, key):
         query, keys, values = self._project(x, rotary, key)
-        seen = causal_attention(query, keys, values, segments, self.implementation)
+        seen = causal_attention(query, keys, values, documents, self.implementation)
         seen = checkpoint_name(seen, _ATTENTION)
         return self.wo(seen.reshape(x.shape), _at(key, 1))
 
@@ -122,8 +123,8 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=init["dtype"])
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=init["dtype"])
 
-    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, segments, key, remat: Remat):
-        x = x + self.attention(self.attention_norm(x), rotary, segments, key)
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotation, documents, key, remat: Remat):
+        x = x + self.attention(self.attention_norm(x), rotary, documents, key)
         feed = jax.checkpoint(Block._feed) if remat == "ffn" else Block._feed
         return x + feed(self, x, key)
 
@@ -169,7 +170,7 @@ class Llama(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
+        documents: Sequence[Documents] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position.
@@ -177,13 +178,13 @@ class Llama(nnx.Module):
         Args:
             tokens: token ids.
             positions: position of each token in its document; 0, 1, 2, ... by default.
-            segments: document number of each token; tokens of different documents are blind to
-                each other. By default a row is one document.
+            documents: where each document of packed rows lies; they are blind to each other. By
+                default a row is one document.
             key: turns the adapters' dropout on.
         """
-        return self.head(self.hidden(tokens, positions, segments, key))
+        return self.head(self.hidden(tokens, positions, documents, key))
 
-    def hidden(self, tokens, positions=None, segments=None, key=None) -> Float[Array, "B T D"]:
+    def hidden(self, tokens, positions=None, documents=None, key=None) -> Float[Array, "B T D"]:
         """The normed stream before the head; arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -197,7 +198,7 @@ class Llama(nnx.Module):
                 run = Block.__call__
                 if self.remat in _POLICIES:
                     run = jax.checkpoint(run, static_argnums=5, policy=_POLICIES[self.remat])
-                x = run(block, x, rotary, segments, _at(keys, index), self.remat)
+                x = run(block, x, rotary, documents, _at(keys, index), self.remat)
         return self.norm(x)
 
     def prefill(self, tokens: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], Cache]:

@@ -172,13 +172,15 @@ def test_every_row_is_trained_on_exactly_once_an_epoch(lengths, k, batch, plan, 
     assert supervised == sum(lengths)
 
 
-def test_packed_rows_have_their_own_segments_and_positions():
+def test_packed_rows_have_their_own_documents_and_positions():
     batches = Batches(
         made([3, 4]), accumulation=1, batch=1, max_seq_len=10, packing=True, shuffle=False,
         seed=0, epochs=1,
     )  # fmt: skip
     window = batches.window(0)
-    assert window.segments[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0, 0]
+    (documents,) = window.documents
+    assert documents.rows[0, :, :5].tolist() == [[3, 4, 5, 6, 10], [0, 1, 2, 10, 10]]
+    assert documents.places[0, 0].tolist() == [10, 11, 12, 0, 1, 2, 3, 20, 20, 20]
     assert window.positions[0, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 0, 0]
     assert window.targets[0, 0].tolist() == [1, 2, 3, 1, 2, 3, 4, 0, 0, 0]
 

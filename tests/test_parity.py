@@ -18,6 +18,7 @@ from convert.from_meta import FromMeta, convert
 from jllama.config import PRESETS
 from jllama.folders.load import load_model
 from jllama.layers import rotary_frequencies
+from train.data.documents import lay_out
 
 GROUPED = BASE | {"n_kv_heads": 2}
 SCALED = BASE | {"n_kv_heads": 1, "rope_theta": 500000.0, "use_scaled_rope": True}
@@ -48,8 +49,8 @@ def _compiled(graph, state, *inputs):
 
 
 def logits(model, *inputs) -> np.ndarray:
-    """`[B, T, V]` of a model for tokens and, if given, positions and segments."""
-    return np.asarray(_compiled(*nnx.split(model), *map(jnp.asarray, inputs)))
+    """`[B, T, V]` of a model for tokens and, if given, positions and documents."""
+    return np.asarray(_compiled(*nnx.split(model), *jax.tree.map(jnp.asarray, inputs)))
 
 
 def converted(folder, params, tied=False, shards=1, embeddings_by=1, seed=0):
@@ -123,12 +124,12 @@ def test_no_logit_depends_on_a_later_token(model):
 
 
 def packed(first: np.ndarray, second: np.ndarray):
-    """Two documents in one row: tokens, positions and segments, each `[1, T]`."""
+    """Two documents in one row: tokens and positions, each `[1, T]`, and where they lie."""
     lengths = len(first), len(second)
     positions = np.concatenate([np.arange(n) for n in lengths])
-    segments = np.repeat([1, 2], lengths)
-    rows = (np.concatenate([first, second]), positions, segments)
-    return [row[None].astype(np.int32) for row in rows]
+    rows = (np.concatenate([first, second]), positions)
+    documents = lay_out([lengths], (1, sum(lengths)), ((2, max(lengths)),))
+    return [*(row[None].astype(np.int32) for row in rows), documents]
 
 
 def test_packed_documents_have_the_logits_they_have_alone(model):

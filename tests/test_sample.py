@@ -174,11 +174,12 @@ def test_windows_begin_with_a_document_and_count_in_each():
     tokenizer = load_tokenizer(jllama.SAMPLE)
     text = ["The plural of ox is oxen.", "- hot: cold", "Notes on the capital of Peru."] * 50
     batch = next(windows(iter(text), tokenizer, batch_size=3, window=40))
-    assert batch.tokens.shape == batch.segments.shape == batch.positions.shape == (3, 40)
+    assert batch.tokens.shape == batch.positions.shape == (3, 40)
     begins = batch.tokens == tokenizer.bos_id
     assert begins[:, 0].all()
     np.testing.assert_array_equal(batch.positions == 0, begins)
-    np.testing.assert_array_equal(batch.segments, np.cumsum(begins, axis=1) - 1)
+    ((rows, _),) = batch.documents
+    np.testing.assert_array_equal(np.sort(rows[rows[:, 0] < 120, 0]), np.flatnonzero(begins))
     np.testing.assert_array_equal(np.diff(batch.positions)[~begins[:, 1:]], 1)
     shown = [tokenizer.encode(document) for document in text]
     assert batch.tokens[0, 1 : 1 + len(shown[0])].tolist() == shown[0]

@@ -15,12 +15,13 @@ from jllama.config import PRECISIONS, LoraConfig
 from jllama.folders.load import abstract_model, load_model
 from jllama.lora import attach, dropped_out, split
 from train.config import TrainConfig
+from train.data.documents import lay_out, stacked
 from train.optimizer import (
     accumulate,
     count,
-    last_norms,
     learning_rate_schedule,
     make_optimizer,
+    take_norms,
     tree_norm,
 )
 from train.step import Window, eval_step, initial_state, train_step
@@ -165,7 +166,9 @@ def test_the_sum_of_gradients_is_clipped_as_optax_clips():
         expected = clip.update(twice, clip.init(twice))[0]
         for name in gradient:
             np.testing.assert_allclose(updates[name], -expected[name], rtol=1e-6)
-        np.testing.assert_allclose(last_norms(state), (10.0, min(most, 10.0)), rtol=1e-6)
+        *norms, cleared = take_norms(state)
+        np.testing.assert_allclose(norms, (10.0, min(most, 10.0)), rtol=1e-6)
+        assert take_norms(cleared)[:2] == (0, 0)
 
 
 def test_dropout_is_a_function_of_seed_and_step(folder):
@@ -184,21 +187,18 @@ def test_dropout_is_a_function_of_seed_and_step(folder):
 def test_adapters_that_read_the_same_input_drop_the_same_of_it(folder, monkeypatch):
     model = load_model(folder, "fp32")
     attach(model, LoraConfig(rank=4, dropout=0.3, targets=("all",)), jax.random.key(0))
-    drawn, bernoulli = [], jax.random.bernoulli
+    drawn = []
 
-    def record(key, *args):
-        drawn.append(tuple(jax.random.key_data(key).tolist()))
-        return bernoulli(key, *args)
+    def record(x, rate, key):
+        drawn.append((tuple(jax.random.key_data(key).tolist()), x.shape[-1]))
+        return dropped_out(x, rate, key)
 
-    monkeypatch.setattr(jax.random, "bernoulli", record)
+    monkeypatch.setattr("jllama.lora.dropped_out", record)
     model(jnp.asarray(next(windows(1, 1, 2)).tokens[0]), key=jax.random.key(1))
-    inputs = [drawn[i : i + 7] for i in range(0, len(drawn), 7)]
-    assert len(inputs) == PARAMS["n_layers"]
-    for wq, wk, wv, wo, w1, w3, w2 in inputs:
-        assert wq == wk == wv
-        assert w1 == w3
-        assert len({wq, wo, w1, w2}) == 4
-    assert len(set(drawn)) == 4 * PARAMS["n_layers"]
+    dim, hidden, layers = model.config.dim, model.config.hidden_dim, PARAMS["n_layers"]
+    # Once for wq, wk and wv, once for wo, once for w1 and w3, once for w2, and never the same.
+    assert [width for _, width in drawn] == [dim, dim, dim, hidden] * layers
+    assert len({key for key, _ in drawn}) == 4 * layers
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing(folder):  # lesson 23
@@ -228,8 +228,8 @@ def test_packed_rows_cost_what_they_cost_alone(folder):  # lesson 18
     )  # fmt: skip
     packed = Window(
         *(np.concatenate([x[:1, :, :half], x[1:, :, :half]], axis=2) for x in rows[:3]),
-        segments=np.repeat([1, 2], half)[None, None].astype(np.int32),
         positions=np.tile(np.arange(half), 2)[None, None].astype(np.int32),
+        documents=stacked([lay_out([[half, half]], (1, LENGTH), ((2, half),))]),
     )
     together = float(eval_step(state.learned, base, packed, graphdef=graphdef)[0])
     assert together == pytest.approx(alone, rel=1e-5)

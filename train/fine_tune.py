@@ -30,6 +30,7 @@ from jllama.text.rows import Examples, make_examples
 from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from train.config import TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
+from train.data.documents import Shapes
 from train.data.view import show_row
 from train.loop import fit
 from train.plan.auto import (
@@ -60,7 +61,9 @@ def fine_tune(config: TrainConfig) -> None:
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
     (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
-    config, reason = choose(config, llama, lora, longest)
+    config, reason = choose(
+        config, llama, lora, longest, documents_of_single_sequences(config, training)
+    )
     if reason:
         console.print(reason)
     batches, evaluation = plan_batches(config, training, held_out)
@@ -70,7 +73,7 @@ def fine_tune(config: TrainConfig) -> None:
         console.print(f"note: {note}")
     show_row(training[0], tokenizer)
 
-    step = step_of(config, llama, lora, longest)
+    step = step_of(config, llama, lora, longest, batches.documents)
     if warning := warning_if_short(step):
         console.print(warning)
     with out_of_memory_explained(step):
@@ -174,6 +177,14 @@ def plan_batches(
         return batches, None
     shape["length_buckets"] = 1
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
+
+
+def documents_of_single_sequences(config: TrainConfig, training: Examples) -> Shapes:
+    """The rows of packed documents where micro-batches are of one sequence: never fewer."""
+    if not config.packing or "auto" not in (config.remat, config.micro_batch_size):
+        return ()
+    single = dataclasses.replace(config, micro_batch_size=1)
+    return plan_batches(single, training, training.take(slice(0)))[0].documents
 
 
 def with_adapters_settings(config: TrainConfig) -> TrainConfig:

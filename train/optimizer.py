@@ -165,6 +165,13 @@ def tree_norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum(together))
 
 
-def last_norms(state: optax.OptState) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Norms of the last window's gradient and of what it changed, of `make_optimizer`'s rule."""
-    return optax.tree.get(state, "grad_norm"), optax.tree.get(state, "update_norm")
+def take_norms(
+    state: optax.OptState,
+) -> tuple[Float[Array, ""], Float[Array, ""], optax.OptState]:
+    """Norms of the last window's gradient and of what it changed; and the state without them.
+
+    Of a window that was passed over the first is not finite, which no saved state may hold.
+    """
+    taken = optax.tree.get(state, "grad_norm"), optax.tree.get(state, "update_norm")
+    zero = jnp.zeros(())
+    return *taken, optax.tree.set(state, grad_norm=zero, update_norm=zero)

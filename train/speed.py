@@ -30,6 +30,7 @@ from jllama.lora import attach
 from jllama.machine import measured_here, peak_memory_mib, use_cores
 from jllama.model import Llama
 from jllama.names import LINEAR_CHOICES
+from train.data.documents import evenly, lay_out, stacked
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
 from train.profile import profile
 from train.step import Programs, StepMetrics, Window, initial_state
@@ -178,11 +179,10 @@ def random_window(config: StepSpeed, vocab_size: int) -> Window:
         return Window(ids[..., :-1], ids[..., 1:], mask)
     place = np.arange(T, dtype=np.int32)
     mask[..., place % DOCUMENT == DOCUMENT - 1] = False  # what follows is another document's
-    segments, positions = (
-        np.ascontiguousarray(np.broadcast_to(x, mask.shape))
-        for x in (place // DOCUMENT + 1, place % DOCUMENT)
-    )
-    return Window(ids[..., :-1], ids[..., 1:], mask, segments, positions)
+    lengths = np.bincount(place // DOCUMENT)
+    documents = lay_out([lengths] * B, (B, T), evenly(DOCUMENT, T))
+    positions = np.ascontiguousarray(np.broadcast_to(place % DOCUMENT, mask.shape))
+    return Window(ids[..., :-1], ids[..., 1:], mask, positions, stacked([documents] * k))
 
 
 def fingerprint(tree: Any) -> str:

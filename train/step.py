@@ -12,8 +12,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jllama.attention import Documents
 from jllama.loss import cross_entropy
-from train.optimizer import last_norms, tree_norm
+from train.optimizer import take_norms, tree_norm
 
 
 class Window(NamedTuple):
@@ -22,8 +23,9 @@ class Window(NamedTuple):
     tokens: Int[Array | np.ndarray, "k B T"]
     targets: Int[Array | np.ndarray, "k B T"]
     mask: Bool[Array | np.ndarray, "k B T"]  # True where the target is learned
-    segments: Int[Array | np.ndarray, "k B T"] | None = None  # packed rows: number of the document,
-    positions: Int[Array | np.ndarray, "k B T"] | None = None  # and the position in it
+    # Of packed rows: the position of each token in its document, and where each document lies.
+    positions: Int[Array | np.ndarray, "k B T"] | None = None
+    documents: tuple[Documents, ...] | None = None  # their arrays `[k, ...]`
 
 
 class TrainState(NamedTuple):
@@ -56,7 +58,7 @@ def summed_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy of one micro-batch (arrays `[B, T]`), summed over its supervised tokens."""
     model = nnx.merge(graphdef, learned, frozen, copy=True)
-    x = model.hidden(rows.tokens, rows.positions, rows.segments, key)
+    x = model.hidden(rows.tokens, rows.positions, rows.documents, key)
     head_learns = not jax.tree.leaves(frozen)
     head = model.head_weight.matrix(model.head_weight.dtype)  # as stored: its gradient is, too
     return cross_entropy(x, head, rows.targets, rows.mask, head_learns)
@@ -135,7 +137,7 @@ def train_step(
         size = tree_norm(state.learned)
     carry = (state.learned, state.optimizer, jnp.zeros((), jnp.int32))
     (learned, moments, _), losses = jax.lax.scan(micro_step, carry, window)
-    norm, moved = last_norms(moments)
+    norm, moved, moments = take_norms(moments)
     metrics = StepMetrics(jnp.sum(losses), supervised, norm, moved / size, ~jnp.isfinite(norm))
     return TrainState(state.step + 1, learned, moments), metrics
 

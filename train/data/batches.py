@@ -18,8 +18,10 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int, Int32
 
+from jllama.attention import Documents
 from jllama.errors import InputError
 from jllama.text.rows import Examples
+from train.data.documents import Shapes, lay_out, longer_than, shapes_for, stacked
 from train.step import Window
 
 OPEN_SEQUENCES = 32  # that packing tries to fill at a time
@@ -123,13 +125,16 @@ class Batches:
         # The lengths that sequences are padded to, ascending; each is compiled once.
         self.lengths = sequence_lengths(examples, max_seq_len, packing, length_buckets)
         self._bucket = np.searchsorted(self.lengths, self._used)  # of each row
+        self.documents: Shapes = ()  # of the rows in which attention sees packed documents
         # Two, for reading ahead enters an epoch before the reports have left the one before it.
         self._epoch = functools.lru_cache(maxsize=2)(self._windows)
         # Windows of each length in each epoch. Packing's first epoch comes last, to be kept.
-        if packing and shuffle:
-            counts = [[len(self._epoch(epoch))] for epoch in reversed(range(epochs))][::-1]
-        elif packing:
-            counts = [[len(self._epoch(0))]] * epochs
+        if packing:
+            packed = range(epochs if shuffle else 1)
+            found = [(len(self._epoch(epoch)), self._longer(epoch)) for epoch in reversed(packed)]
+            counts = [[count] for count, _ in reversed(found)] * (epochs // len(found))
+            longer = np.max([some for _, some in found], axis=0)
+            self.documents = shapes_for(longer, batch, max_seq_len)
         else:
             rows = np.bincount(self._bucket, minlength=len(self.lengths))
             counts = [(-(-rows // self._size)).tolist()] * epochs
@@ -156,6 +161,14 @@ class Batches:
                 windows.append((full_at, order[chosen, None]))
         return [window for _, window in sorted(windows, key=lambda window: window[0])]
 
+    def _longer(self, epoch: int) -> Int[np.ndarray, " W"]:
+        """Of `longer_than`, over the micro-batches of a packed epoch."""
+        sequences = list(itertools.chain.from_iterable(self._epoch(epoch)))
+        batches = np.arange(len(sequences)) // self._shape[1]
+        rows = np.fromiter(itertools.chain.from_iterable(sequences), np.int64)
+        of_rows = np.repeat(batches, [len(sequence) for sequence in sequences])
+        return longer_than(self._used[rows], of_rows, self.lengths[-1])
+
     def _sequences(self, step: int) -> Sequences:
         """The sequences of a step's window."""
         epoch = bisect_right(self.epoch_ends, step)
@@ -180,24 +193,31 @@ class Batches:
         return 1 - int(self._used[self._rows(step)].sum()) / (self._size * self._length(step))
 
     def window(self, step: int) -> Window:
-        """The arrays of one step, `[k, B, T]`; segment 0 is padding."""
+        """The arrays of one step, `[k, B, T]`."""
         shape = (*self._shape, self._length(step))
-        flat = [np.zeros((self._size, shape[2]), np.int32) for _ in range(5)]
-        tokens, targets, mask, segments, positions = flat
+        tokens, targets, mask, positions = (np.zeros(shape, np.int32) for _ in range(4))
         for line, sequence in enumerate(self._sequences(step)):
             start = 0
-            for number, i in enumerate(sequence, start=1):
+            for i in sequence:
                 example = self._examples[int(i)]
-                here = (line, slice(start, start + len(example.ids) - 1))
+                end = start + len(example.ids) - 1
+                here = (*divmod(line, shape[1]), slice(start, end))
                 tokens[here] = example.ids[:-1]
                 targets[here] = example.ids[1:]
                 mask[here] = example.learned[1:]
-                segments[here] = number
-                positions[here] = np.arange(len(example.ids) - 1)
-                start = here[1].stop
-        arrays = [array.reshape(shape) for array in flat]
-        arrays[2] = arrays[2].astype(bool)
-        return Window(*arrays) if self._packing else Window(*arrays[:3])
+                positions[here] = np.arange(end - start)
+                start = end
+        learned = mask.astype(bool)
+        if not self._packing:
+            return Window(tokens, targets, learned)
+        return Window(tokens, targets, learned, positions, self._documents(step))
+
+    def _documents(self, step: int) -> tuple[Documents, ...]:
+        k, B = self._shape
+        lengths = [self._used[sequence] for sequence in self._sequences(step)]
+        micro_batches = (lengths[i * B : (i + 1) * B] for i in range(k))
+        shape = B, self.lengths[-1]
+        return stacked([lay_out(some, shape, self.documents) for some in micro_batches])
 
     def from_step(self, step: int, end: int | None = None) -> Iterator[Window]:
         """Windows from `step` on, up to `end`, prepared ahead by Grain's threads."""

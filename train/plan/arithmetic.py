@@ -10,7 +10,7 @@ size, and one multiply-add as two operations:
 Causal attention is counted once: half of T x T.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jllama.config import LlamaConfig, LoraConfig, Precision, Remat, linear_shapes
 from train.config import OptimizerName
@@ -33,8 +33,20 @@ class Step:
     max_seq_len: int
     accumulation: int = 8
     optimizer: OptimizerName = "adamw"
-    packing: bool = False
+    documents: tuple[tuple[int, int], ...] = ()  # packing: rows for each sequence, their length
     gpus: int = 1
+
+    def of_length(self, tokens: int) -> "Step":
+        """The same with sequences of another length, as densely packed."""
+        share = tokens / self.max_seq_len
+        rows = ((max(1, round(n * share)), min(length, tokens)) for n, length in self.documents)
+        return replace(self, max_seq_len=tokens, documents=tuple(rows))
+
+    @property
+    def attended(self) -> float:
+        """Positions that attention computes for a token, causal or not."""
+        pairs = sum(rows * length**2 for rows, length in self.documents)
+        return pairs / self.max_seq_len if self.documents else self.max_seq_len
 
     @property
     def learned(self) -> int:
@@ -54,7 +66,7 @@ def matmul_parameters(model: LlamaConfig) -> tuple[int, int, int]:
 def flops_per_token(step: Step) -> float:
     """Floating-point operations of training on one token."""
     weights, head, feed = matmul_parameters(step.model)
-    attended = step.max_seq_len * step.model.dim * step.model.n_layers  # T q L
+    attended = step.attended * step.model.dim * step.model.n_layers  # T q L
     forward = 2 * weights + 2 * attended
     backward = 2 * weights + 5 * attended
     down = step.model.n_layers * step.model.hidden_dim * step.model.dim  # w2
@@ -96,6 +108,10 @@ def saved_activations(step: Step) -> int:
         "ffn": 4 * stream + 2 * keys,
         "block": stream,
     }[step.remat]
+    # What attention reads and gives lies in the rows of the documents, and waits there.
+    rows = sum(n * length for n, length in step.documents) / step.max_seq_len
+    if rows and step.remat not in ("block", "offload"):
+        kept += round((rows - 1) * (2 * stream + 2 * keys))
     tokens = step.micro_batch_size * step.max_seq_len
     return tokens * model.n_layers * kept * BYTES[step.precision]
 
@@ -122,7 +138,7 @@ def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float
     block = (weights - head) / model.n_layers
     spared: float = 4 * head
     if step.lora:
-        spared += 2 * block + 5 * step.max_seq_len * model.dim
+        spared += 2 * block + 5 * step.attended * model.dim
     tokens = step.micro_batch_size * step.max_seq_len
     computing = tokens * (flops_per_token(step) - spared) / flops
     again = {"block": block - model.hidden_dim * model.dim}.get(step.remat, 0.0)

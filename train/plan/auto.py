@@ -10,6 +10,7 @@ from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.machine import host_memory_mib
 from train.config import TrainConfig
+from train.data.documents import Shapes
 from train.plan.arithmetic import Step, bound_tokens_per_second, memory_classes
 from train.plan.cards import GPUS, Gpu, cpu, present_gpu
 from train.plan.compiled import Request
@@ -24,7 +25,13 @@ def this_device() -> Gpu:
     return present_gpu() if jax.default_backend() == "gpu" else cpu()
 
 
-def step_of(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, length: int) -> Step:
+def step_of(
+    config: TrainConfig,
+    llama: LlamaConfig,
+    lora: LoraConfig | None,
+    length: int,
+    documents: Shapes = (),
+) -> Step:
     """The step that a run will take; `auto` is read as the least memory."""
     sequences = config.gradient_accumulation_steps
     batch = config.micro_batch_size
@@ -37,7 +44,7 @@ def step_of(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, le
         length,
         sequences,
         config.optimizer,
-        config.packing,
+        documents,
     )
 
 
@@ -108,7 +115,11 @@ def warning_if_short(step: Step) -> str:
 
 
 def choose(
-    config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, length: int
+    config: TrainConfig,
+    llama: LlamaConfig,
+    lora: LoraConfig | None,
+    length: int,
+    documents: Shapes = (),
 ) -> tuple[TrainConfig, str]:
     """The settings without `auto`, and why: the fastest by its prediction that fits this device.
 
@@ -120,7 +131,7 @@ def choose(
     """
     if "auto" not in (config.remat, config.micro_batch_size):
         return config, ""
-    gpu, asked = this_device(), step_of(config, llama, lora, length)
+    gpu, asked = this_device(), step_of(config, llama, lora, length, documents)
     sequences = config.gradient_accumulation_steps
     steps = list(remats(asked)) if config.remat == "auto" else [asked]
     if config.micro_batch_size == "auto":

@@ -22,6 +22,7 @@ from jllama.folders.model import model_sizes
 from jllama.machine import AnyCase, GpuName
 from jllama.names import LINEAR_CHOICES
 from train.config import OptimizerName, Tune
+from train.data.documents import evenly
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
 from train.plan.cards import find_gpu, present_gpu
@@ -58,7 +59,9 @@ class PlanConfig:
     gradient_accumulation_steps: AtLeast1 = 4
     """Micro-batches in one optimizer step; costs no memory."""
     packing: bool = False
-    """Several rows in one sequence: adds the mask that keeps them apart."""
+    """Several rows in one sequence, each attended to by itself."""
+    row_tokens: AtLeast1 = 300
+    """With --packing: tokens of every row."""
     tune: Tune = "lora"
     """What learns: adapters, or every weight."""
     lora_rank: AtLeast1 = 16
@@ -74,7 +77,7 @@ class PlanConfig:
     optimizer: OptimizerName = "adamw"
     """Its moments take memory."""
     fit: bool = False
-    """Which remat, micro-batch and length fit the card, and which is fastest by the bound."""
+    """Which remat, micro-batch and length fit the card, and which is predicted fastest."""
     hlo: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Also write the compiled step's text, to be read."""
     json: bool = False
@@ -104,7 +107,7 @@ class PlanConfig:
             self.max_seq_len,
             self.gradient_accumulation_steps,
             self.optimizer,
-            self.packing,
+            evenly(self.row_tokens, self.max_seq_len) if self.packing else (),
             self.gpus,
         )
 

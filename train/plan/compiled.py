@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jllama.attention import Documents
 from jllama.decode.generate import decode, prefill
 from jllama.decode.sampling import Sampling, make_choice
 from jllama.folders.load import abstract_model
@@ -189,7 +190,7 @@ def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], d
     shape = (step.accumulation, step.micro_batch_size * mesh.size, step.max_seq_len)
     ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    window = Window(ids, ids, mask, *((ids, ids) if step.packing else ()))
+    window = Window(ids, ids, mask, *((ids, rows_of(step, shape)) if step.documents else ()))
 
     cut = functools.partial(cut_largest_axis, mesh)
     state = placed(state, (lambda _: whole(mesh)) if step.lora else cut)
@@ -208,6 +209,14 @@ def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], d
         "batch": local_bytes((*arguments[2:], state.step)),
     }
     return arguments, {"graphdef": graphdef, "optimizer": optimizer}, classes
+
+
+def rows_of(step: Step, shape: tuple[int, int, int]) -> tuple[Documents, ...]:
+    """The shapes of packed documents' rows in a window `[k, B, T]`."""
+    k, B, _ = shape
+    places: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    rows: list[Any] = [jax.ShapeDtypeStruct((k, n * B, L), jnp.int32) for n, L in step.documents]
+    return tuple(Documents(some, places) for some in rows)
 
 
 def lower_generation(

@@ -133,7 +133,7 @@ def fit_card(asked: Step, gpu: Gpu, *, present: bool = False) -> Ladder:
     lengths = sorted({*LENGTHS, asked.max_seq_len})
     lengths = [n for n in lengths if n <= max(asked.model.max_seq_len, asked.max_seq_len)]
     cells = [
-        replace(step, max_seq_len=length, micro_batch_size=batch)
+        replace(step.of_length(length), micro_batch_size=batch)
         for step in remats(asked)
         for length in lengths
         for batch in MICRO_BATCHES
@@ -170,7 +170,7 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
     def measured(step: Step) -> list[Step]:
         length = MEASURED_LENGTH if cudnn else step.max_seq_len
         return [
-            replace(step, max_seq_len=length, micro_batch_size=batch) for batch in MEASURED_BATCHES
+            replace(step.of_length(length), micro_batch_size=batch) for batch in MEASURED_BATCHES
         ]
 
     wanted = list(dict.fromkeys(point for cell in cells for point in measured(cell)))
@@ -183,8 +183,8 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
         share = (batch - few.micro_batch_size) / (many.micro_batch_size - few.micro_batch_size)
         classes = between(known[few].classes, known[many].classes, share)
         times = between(known[few].time_us, known[many].time_us, share)
-        # Every token attends to as many as the sequence has.
-        times |= {"attention": times.get("attention", 0) * cell.max_seq_len / few.max_seq_len}
+        # Every token attends to as many as its row has.
+        times |= {"attention": times.get("attention", 0) * cell.attended / few.attended}
         yield Plan(
             cell, gpu, {name: round(size) for name, size in classes.items()}, compiled=True,
             time_us=times if sum(times.values()) else {}, kernels=known[few].kernels,

@@ -160,7 +160,7 @@ def train_command(step: Step) -> str:
     words += ["--micro-batch-size", step.micro_batch_size]
     words += ["--gradient-accumulation-steps", step.accumulation]
     words += ["--max-seq-len", step.max_seq_len]
-    words += ["--packing"] if step.packing else []
+    words += ["--packing"] if step.documents else []
     words += ["--tune", "full"] if step.lora is None else []
     return command_line(*words)
 

@@ -27,6 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jllama import bundled
+from jllama.attention import Documents
 from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, command_line, console
@@ -37,11 +38,13 @@ from jllama.folders.json_files import read_json, write_json
 from jllama.folders.model import ModelWriter
 from jllama.model import Llama, named_arrays
 from jllama.text.tokenizer import FILE_NAME, SentencePieceTokenizer, Tokenizer
+from train.data.documents import lay_out
 from train.optimizer import learning_rate_schedule
 from train.sample import world
 
 COMMAND = command_line("sample")
 TOKENIZER_DOCUMENTS = 20_000
+SHORTEST = 5  # no document has fewer tokens
 
 
 @checked
@@ -97,8 +100,8 @@ class Text(NamedTuple):
     """A batch of windows: documents one after the other, blind to each other."""
 
     tokens: Int[Array | np.ndarray, "B T"]
-    segments: Int[Array | np.ndarray, "B T"]  # number of the document
     positions: Int[Array | np.ndarray, "B T"]  # in the document
+    documents: tuple[Documents, ...]
 
 
 def make_sample(config: SampleConfig) -> None:
@@ -157,23 +160,23 @@ def windows(
 ) -> Iterator[Text]:
     """Documents as bos ... eos in windows that begin with a document and cut their last one.
 
-    bos 4 eos, bos 5 6 7 eos  ->  tokens [1 4 2 1 5 6], segments [0 0 0 1 1 1]
-                                  positions [0 1 2 0 1 2]
+    bos 4 eos, bos 5 6 7 eos  ->  tokens [1 4 2 1 5 6], positions [0 1 2 0 1 2]
     """
 
     def one_window():
-        tokens, segments, positions = [], [], []
-        for segment in itertools.count():
+        tokens, positions = [], []
+        while len(tokens) < window:
             ids = [tokenizer.bos_id, *tokenizer.encode(next(documents)), tokenizer.eos_id]
             tokens += ids
-            segments += [segment] * len(ids)
             positions += range(len(ids))
-            if len(tokens) >= window:
-                return tokens[:window], segments[:window], positions[:window]
+        return tokens[:window], positions[:window]
 
+    shapes = ((-(-window // SHORTEST), window),)
     while True:
-        rows = [one_window() for _ in range(batch_size)]
-        yield Text(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
+        rows = zip(*(one_window() for _ in range(batch_size)), strict=True)
+        tokens, positions = (np.array(column, np.int32) for column in rows)
+        lengths = [np.diff(np.flatnonzero(row == 0), append=window) for row in positions]
+        yield Text(tokens, positions, lay_out(lengths, tokens.shape, shapes))
 
 
 def pretrain(config: SampleConfig, text: Iterator[Text]) -> tuple[Llama, float]:
@@ -217,10 +220,10 @@ def pretrain_step(
 
     def average_loss(weights):
         model = nnx.merge(graphdef, weights, copy=True)
-        logits = model(text.tokens, text.positions, text.segments)[:, :-1]
+        logits = model(text.tokens, text.positions, text.documents)[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, text.tokens[:, 1:])
         # A document's end does not foretell the next document.
-        inside = text.segments[:, 1:] == text.segments[:, :-1]
+        inside = text.positions[:, 1:] > 0
         return jnp.sum(losses * inside) / jnp.sum(inside)
 
     loss, gradient = jax.value_and_grad(average_loss)(weights)
