@@ -75,6 +75,7 @@ def causal_attention(
 
 
 @jax.custom_vjp
+@jax.named_scope("packing")
 def _moved(
     x: Float[Array, "X Y N H"], to: Int[Array, "Z W"], back: Int[Array, "X Y"]
 ) -> Float[Array, "Z W N H"]:

@@ -10,6 +10,7 @@ import pytest
 
 from jllama.attention import cached_attention, causal_attention, make_cache
 from jllama.cli import children
+from train.data.documents import lay_out
 
 # The children need the card's memory, too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -33,10 +34,8 @@ def qkv():
 
 def documents():
     """Two of different lengths in the first row, three in the second, and padding."""
-    ends = ((100, 230), (60, 61, 250))
-    rows = [np.searchsorted(end, np.arange(T), side="right") + 1 for end in ends]
-    used = [row <= len(end) for row, end in zip(rows, ends, strict=True)]
-    return jnp.asarray(np.where(used, rows, 0))
+    lengths = [[100, 130], [60, 1, 189]]
+    return jax.tree.map(jnp.asarray, lay_out(lengths, (B, T), ((2, 128), (1, 192))))
 
 
 def close(one, other):
@@ -47,12 +46,11 @@ def close(one, other):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_cudnn_attends_as_xla_does_and_so_do_its_gradients(qkv, packed):
-    segments = documents() if packed else None
+    apart = documents() if packed else None
 
     def attended(implementation):
         def loss(*arrays):
-            out = causal_attention(*arrays, segments, implementation)
-            out = out if segments is None else out * (segments > 0)[:, :, None, None]
+            out = causal_attention(*arrays, apart, implementation)
             weights = jnp.cos(jnp.arange(out.size).reshape(out.shape))
             return jnp.sum(out.astype(jnp.float32) * weights), out
 

@@ -4,10 +4,13 @@ The 7B tests compile for an H200 that is not there; they need the packages of th
 """
 
 import functools
+import re
+from dataclasses import replace
 
 import pytest
 
 from jllama.config import PRESETS, LoraConfig
+from train.data.documents import evenly
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
 from train.plan.cards import GPUS
@@ -191,6 +194,21 @@ def test_a_layer_of_7b_takes_what_was_worked_out_by_hand(remat):
     assert plan.time_us["attention"] / layers == pytest.approx(attention, rel=0.01)
     assert plan.layer_kernels <= most_kernels
     assert plan.predicted < plan.bound
+
+
+@pytest.mark.integration
+@needs_extra
+def test_packed_rows_of_300_tokens_are_faster_and_hold_no_array_of_pairs(tmp_path):
+    plain = Step(PRESETS["llama-2-7b"], LoraConfig(), "bf16", "none", 4, 4096, accumulation=4)
+    packed = replace(plain, documents=evenly(300, 4096))
+    one, other = make_plans([Request(step, whole=False) for step in (plain, packed)], H200)
+    assert other.predicted >= 1.15 * one.predicted
+    text = tmp_path / "step.txt"
+    small = replace(packed, model=replace(packed.model, n_layers=2))
+    make_plans([Request(small, text=str(text))], H200)
+    shapes = re.findall(r"\[([0-9,]+)\]", text.read_text())
+    assert "56,320,32,128" in shapes
+    assert not {"4,1,4096,4096", "4,32,4096,4096"} & set(shapes)
 
 
 def test_no_step_is_predicted_to_pass_its_bound():

@@ -22,11 +22,11 @@ MATMUL_SHARE, BANDWIDTH_SHARE, ATTENTION_SHARE = 0.8, 0.896, 0.65
 LAUNCH = 1e-6  # seconds between two kernels of a command buffer
 
 CLASSES = (
-    "matmuls", "attention", "adapters", "norms", "swiglu", "rotary", "dropout", "loss", "sampling",
-    "optimizer", "copies", "other", "launches",
+    "matmuls", "attention", "adapters", "norms", "swiglu", "rotary", "dropout", "packing", "loss",
+    "sampling", "optimizer", "copies", "other", "launches",
 )  # fmt: skip
 # The scopes that `jax.named_scope` writes into the model and the step are such classes, too.
-_SCOPE = re.compile(r"\b(adapters|norms|swiglu|rotary|dropout|loss|sampling|optimizer)\b")
+_SCOPE = re.compile(r"\b(adapters|norms|swiglu|rotary|dropout|packing|loss|sampling|optimizer)\b")
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
