@@ -239,6 +239,7 @@ def use_private_compilation_cache() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     with contextlib.suppress(OSError):
         jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small steps, too
 
 
 if __name__ == "__main__":  # the device of a process that would rather not open it

@@ -75,6 +75,8 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         accumulation=config.gradient_accumulation_steps,
     )
+    every = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step))))
+    rates = np.asarray(every(np.arange(steps)))
     programs = Programs(graphdef, optimizer)
     key = jax.random.key(config.seed)
     state = initial_state(learned, frozen, optimizer)
@@ -96,7 +98,7 @@ def fit(
         progress = stack.enter_context(
             Progress("train", steps, "steps", start, note="compiling the step")
         )
-        reports = Reports(metrics, progress, batches, schedule, programs)
+        reports = Reports(metrics, progress, batches, rates, programs)
 
         def evaluate_now() -> None:
             if held_out is not None:

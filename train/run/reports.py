@@ -1,7 +1,8 @@
 """The figures of every step, to metrics.jsonl and to the terminal."""
 
 import jax
-import optax
+import numpy as np
+from jaxtyping import Float
 
 from jllama.cli.terminal import Progress, console
 from jllama.errors import InputError
@@ -16,6 +17,9 @@ class Reports:
     """Fetches the figures of a step while the next one runs, so that nothing waits for them.
 
     A CPU runs a step before it returns: there each step is reported at once.
+
+    Args:
+        rates: the learning rate of every step; asked one by one, the device would wait.
     """
 
     def __init__(
@@ -23,11 +27,11 @@ class Reports:
         metrics: Metrics,
         progress: Progress,
         batches: Batches,
-        schedule: optax.Schedule,
+        rates: Float[np.ndarray, " steps"],
         programs: Programs,
     ):
         self._metrics, self._progress = metrics, progress
-        self._batches, self._schedule, self._programs = batches, schedule, programs
+        self._batches, self._rates, self._programs = batches, rates, programs
         self._waiting: tuple[int, StepMetrics] | None = None
         self._compile_seconds = 0.0  # of those that were told
         self._lags = jax.default_backend() != "cpu"
@@ -56,7 +60,7 @@ class Reports:
             step,
             jax.device_get(measured),
             planned_memory_mib=self._programs.planned_bytes / 2**20,
-            learning_rate=float(self._schedule(step - 1 - self._metrics.skipped)),
+            learning_rate=float(self._rates[step - 1 - self._metrics.skipped]),
             padding_share=self._batches.padding_share(step - 1),
             rows=self._batches.rows(step - 1),
             compilations=self._programs.compilations,
