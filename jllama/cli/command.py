@@ -18,6 +18,7 @@ from jllama.errors import InputError, WrongFields
 from jllama.machine import (
     pass_over_absent_gpu,
     refuse_small_address_space,
+    use_card_memory,
     use_cpu,
     use_private_compilation_cache,
 )
@@ -75,6 +76,7 @@ def run_command(
             refuse_small_address_space()
             if gpu:
                 pass_over_absent_gpu()
+                use_card_memory()
             else:
                 use_cpu()
             use_private_compilation_cache()

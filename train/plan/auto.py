@@ -21,8 +21,12 @@ ROUGH = 1.3  # an estimate this much too high is not worth compiling
 
 
 def this_device() -> Gpu:
-    """The GPU that JAX uses, else the processor."""
-    return present_gpu() if jax.default_backend() == "gpu" else cpu()
+    """The GPU that JAX uses, with what it may take of it, else the processor."""
+    if jax.default_backend() != "gpu":
+        return cpu()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    gpu = present_gpu()
+    return replace(gpu, limit_mib=stats.get("bytes_limit", 0) // MIB or gpu.limit_mib)
 
 
 def step_of(

@@ -6,20 +6,22 @@ a prediction goes by, is in roofline.py.
 """
 
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
-from jllama.machine import free_memory_mib
+from jllama.machine import ask_driver, free_memory_mib, memory_fraction, usable_bytes
 from train.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, MATMUL_SHARE, Rates
 
 
 @checked
 class Gpu:
-    """One card; `capability` is CUDA's compute capability (major, minor)."""
+    """One card; `capability` is CUDA's compute capability (major, minor).
+
+    Of a card that is not known, and of a CPU, all figures but these and the memory are 0.
+    """
 
     name: str
     memory_mib: AtLeast1
@@ -30,13 +32,25 @@ class Gpu:
     l2_mib: AtLeast0
     bf16_tflops: NotNegative
     fp32_tflops: NotNegative
+    limit_mib: AtLeast0 = 0  # what JAX may take of it; 0: all but the margin
+
+    @property
+    def described(self) -> bool:
+        """Whether XLA can compile for it by its description."""
+        return self.cores > 0
+
+    @property
+    def room(self) -> int:
+        """Bytes for a step: without a margin, and no more than JAX may take."""
+        room = usable_bytes(self.memory_mib)
+        return min(room, self.limit_mib * 2**20) if self.limit_mib else room
 
     def check_precision(self, precision: Precision) -> None:
         """Refuses bf16 where the card has no such arithmetic."""
         if precision == "bf16" and self.capability < (8, 0):
             raise InputError(
                 f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]}) has "
-                "no bf16 arithmetic, which came with 8.0; plan with --precision fp32"
+                "no bf16 arithmetic, which came with 8.0; use --precision fp32"
             )
 
     def flops(self, precision: Precision) -> float:
@@ -102,24 +116,25 @@ def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
 
 
 def present_gpu() -> Gpu:
-    """The first GPU of this machine, by its driver; rates are 0 for a card that is not known.
+    """The GPU that this process may see first, by its driver; no more than JAX may take of it.
 
     Raises:
         InputError: if there is none.
     """
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    card = ask_driver("name", "memory.total", "compute_cap")
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        name, memory, capability = (part.strip() for part in said.splitlines()[0].split(","))
-    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        name, memory = card["name"], int(card["memory.total"].split()[0])
+        major, minor = (int(part) for part in card["compute_cap"].split("."))
+    except (KeyError, ValueError, IndexError):
         raise InputError(
             f"no GPU here (nvidia-smi shows none); name one with --gpu: {', '.join(GPUS)}"
         ) from None
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     known = (gpu for gpu in _KNOWN if set(gpu.name.split("-")) <= words)
-    major, minor = (int(part) for part in capability.split("."))
     unknown = Gpu(name, 1, (major, minor), 0, 0, 0, 0, 0, 0)
-    return replace(next(known, unknown), name=name, memory_mib=int(memory.split()[0]))
+    fraction = memory_fraction()
+    limit = round(fraction * memory) if fraction else 0
+    return replace(next(known, unknown), name=name, memory_mib=memory, limit_mib=limit)
 
 
 def cpu() -> Gpu:

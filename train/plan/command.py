@@ -19,18 +19,19 @@ from jllama.config import LoraConfig, Precision, Remat
 from jllama.decode.generate import CHUNK
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import model_sizes
-from jllama.machine import AnyCase, GpuName
+from jllama.machine import CONTEXT_MIB, FRACTION, FRAGMENTATION, AnyCase, GpuName, usable_bytes
 from jllama.names import LINEAR_CHOICES
 from train.config import OptimizerName, Tune
 from train.data.documents import evenly
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
-from train.plan.cards import find_gpu, present_gpu
+from train.plan.cards import Gpu, find_gpu, present_gpu
 from train.plan.compiled import Program, Request
 from train.plan.ladder import fit_card
-from train.plan.planner import CONTEXT_MIB, FRAGMENTATION, NO_EXTRA, Plan, make_plans, train_command
+from train.plan.planner import NO_EXTRA, Plan, make_plans, train_command
 
 MIB = 2**20
+NAMES = {"triton": "Triton's matmuls", "cublaslt": "cuBLASLt's"}
 
 
 @checked
@@ -152,9 +153,13 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "peak_mib": plan.peak / MIB,
+        "matmuls": plan.matmuls or None,
+        "peak_mib_by_matmuls": {who: peak / MIB for who, peak in plan.peaks.items()},
+        "summed": plan.summed,
         "classes_mib": {name: size / MIB for name, size in plan.classes.items()},
         "free_mib": plan.free / MIB,
         "margin_mib": plan.margin / MIB,
+        "memory_fraction": plan.gpu.room / MIB / plan.gpu.memory_mib,
         "host_mib": plan.host / MIB,
         "compiled": plan.compiled,
         "program": plan.program,
@@ -188,6 +193,9 @@ def show(plan: Plan, config: PlanConfig) -> None:
         f"{step.micro_batch_size} x {step.max_seq_len} "
         f"({'compiled' if plan.compiled else 'estimated'})",
     )
+    if len(plan.peaks) > 1:
+        peaks = [f"{peak / MIB:,.0f} with {NAMES[who]}" for who, peak in plan.peaks.items()]
+        console.print(f"The peak is the larger of {' and '.join(peaks)}.")
     if plan.host:
         console.print(f"and {plan.host / MIB:,.0f} MiB of the host's memory")
     if plan.program == "train":
@@ -198,16 +206,24 @@ def show(plan: Plan, config: PlanConfig) -> None:
     if plan.predicted:
         show_time(plan)
     if plan.compiled:
-        console.print(f"compiled in {plan.compile_seconds:.0f} s")
-    console.print(
-        f"The margin is {CONTEXT_MIB} MiB and {100 * FRAGMENTATION:.0f} % of the card; "
-        "docs/planning.md says what the figures cover."
-    )
+        how = "small models, which are extended" if plan.summed else "whole"
+        console.print(f"compiled in {plan.compile_seconds:.0f} s ({how})")
+    console.print(f"{_margin(gpu)}; docs/planning.md says what the figures cover.")
     if plan.free < 0:
         ladder = command_line("plan", "--model", config.model, "--gpu", config.gpu, "--fit")
         console.print(f"next: {ladder}")
     elif plan.program == "train":
         console.print(f"next: {train_command(step)}")
+
+
+def _margin(gpu: Gpu) -> str:
+    share = gpu.room / MIB / gpu.memory_mib
+    if gpu.room < usable_bytes(gpu.memory_mib):
+        return f"The margin is all but what JAX may take, {share:.3f} of the card"
+    return (
+        f"The margin is {CONTEXT_MIB} MiB and {100 * FRAGMENTATION:.0f} % of the card: JAX takes "
+        f"{share:.3f} of it ({FRACTION})"
+    )
 
 
 def show_time(plan: Plan) -> None:

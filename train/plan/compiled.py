@@ -12,8 +12,10 @@ import math
 import pickle
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,22 +39,31 @@ from train.step import Window, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
 GREEDY = Sampling(temperature=0)
-SMALL = (2, 4)  # layers of the models whose difference is what each further layer adds
+SMALL = (2, 3)  # layers of the models whose difference is what each further layer adds
+# Who may compute a matmul on a GPU, which the card's autotuner decides by time: what to compile with
+# so that one of them computes all.
+MATMULS: dict[str, dict[str, bool]] = {
+    "triton": {}, "cublaslt": {"xla_gpu_enable_triton_gemm": False},
+}  # fmt: skip
+# Of the room on a card: a sum this much below or above it is the plan.
+BELOW, ABOVE = 0.9, 1.25
 
 
 @dataclass(frozen=True)
 class Request:
     """A program to compile. `gpu` None means the devices of this machine.
 
-    `whole` compiles the model as it is. Without it, only its small versions are compiled and what
-    each further layer adds is added on: layers are alike, and for 7B the sum was that of the whole
-    to the MiB in four remats (tests/test_plan.py holds it for a small one).
+    Of a train step two small versions are compiled, and what each further layer adds is added on:
+    layers are alike, and for 7B the sum was that of the whole to the MiB in four remats
+    (tests/test_plan.py holds it for a small one). `whole` compiles the model as it is: None where
+    the sum cannot stand for it (`needs_whole`), True in any case, False in none.
     """
 
     step: Step
     gpu: Gpu | None = None
     program: Program = "train"
-    whole: bool = True
+    whole: bool | None = None
+    room: int = 0  # bytes that a step may take on the card; 0 where they are not known
     text: str = ""  # file for the compiled program's HLO
     rates: Rates | None = None  # what the time is predicted by; without them it is not
     sampling: Sampling = GREEDY  # of prefill and decode
@@ -70,34 +81,74 @@ def answer(request: Request) -> dict[str, Any]:
     """Bytes on one device by class, and microseconds by class."""
     mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
     started = time.monotonic()
-    step, saved, layer_kernels = request.step, {}, 0.0
-    if request.program != "train":
-        lowered, classes = lower_generation(step, mesh, request.program, request.sampling)
-        whole = compile_and_weigh(lowered, request)
-        own = whole.own - (classes["cache"] if request.program == "prefill" else 0)  # it makes one
-    else:
-        arguments, static, classes = training_arguments(step, mesh)
-        small = replace(request, text="")
-        few, more = (
-            compile_and_weigh(lower_training(with_layers(step, n), mesh), small) for n in SMALL
-        )
-        whole = (
-            compile_and_weigh(train_step.lower(*arguments, **static), request)
-            if request.whole
-            else extended(few, more, step.model.n_layers)
-        )
-        own = whole.own
-        layer = max(0, more.own - few.own) / (SMALL[1] - SMALL[0])
-        saved = {"saved_activations": min(own, round(layer * step.model.n_layers))}
-        launched = more.prediction.kernels - few.prediction.kernels
-        layer_kernels = launched / (SMALL[1] - SMALL[0]) / step.accumulation
+    weigh = weigh_training if request.program == "train" else weigh_generation
+    return weigh(request, mesh) | {"compile_seconds": time.monotonic() - started}
+
+
+def weigh_generation(request: Request, mesh: Mesh) -> dict[str, Any]:
+    """Of the prefill or decode, whole, as it is compiled without autotuning."""
+    lowered, classes = lower_generation(request.step, mesh, request.program, request.sampling)
+    weight = compile_and_weigh(lowered, request)
+    held = classes["cache"] if request.program == "prefill" else 0  # it makes the cache
+    return as_answer(weight, classes | {"temporaries": weight.own - held})
+
+
+def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
+    """Of the train step: the memory of whoever computes the matmuls with more, Triton's time."""
+    step, small = request.step, replace(request, text="")
+    arguments, static, classes = training_arguments(step, mesh)
+    held = sum(classes.values())
+    few, more = (
+        compile_each(lower_training(with_layers(step, n), mesh), small, mesh) for n in SMALL
+    )
+    weights = {who: extended(few[who], more[who], step.model.n_layers) for who in few}
+    summed = not needs_whole(request, held + max(weight.own for weight in weights.values()))
+    if not summed:
+        weights = compile_each(train_step.lower(*arguments, **static), request, mesh)
+    most = max(weights, key=lambda who: weights[who].own)
+    own, first = weights[most].own, next(iter(weights))
+    layer = max(0, more[most].own - few[most].own) / (SMALL[1] - SMALL[0])
+    saved = min(own, round(layer * step.model.n_layers))
+    launched = more[first].prediction.kernels - few[first].prediction.kernels
+    found = as_answer(
+        weights[first], classes | {"saved_activations": saved, "temporaries": own - saved}
+    )
+    return found | {
+        "host": weights[most].host,
+        "layer_kernels": launched / (SMALL[1] - SMALL[0]) / step.accumulation,
+        "peaks": {who: held + weight.own for who, weight in weights.items()},
+        "summed": summed,
+    }
+
+
+def needs_whole(request: Request, peak: int) -> bool:
+    """Whether a model is compiled whole, given the sum's peak.
+
+    XLA computes again by itself what a card has no room for, so the sum stands only for a step that
+    leaves some; nor does it for weights that are cut or learn (it was off by 10 %), or on a CPU.
+    """
+    step = request.step
+    if request.whole is not None:
+        return request.whole
+    alike = step.gpus == 1 and step.lora is not None and step.model.n_layers > SMALL[1]
+    return (
+        bool(request.text)
+        or not alike
+        or BELOW * request.room <= peak <= ABOVE * request.room
+        or not request.room
+    )
+
+
+def as_answer(timed: Weight, classes: dict[str, int]) -> dict[str, Any]:
+    """What the planner is told of a program; of a train step there is more."""
     return {
-        "classes": classes | saved | {"temporaries": own - sum(saved.values())},
-        "host": whole.host,
-        "time_us": {kind: 1e6 * some for kind, some in whole.prediction.seconds.items()},
-        "kernels": whole.prediction.kernels,
-        "layer_kernels": layer_kernels,
-        "compile_seconds": time.monotonic() - started,
+        "classes": classes,
+        "host": timed.host,
+        "time_us": {kind: 1e6 * some for kind, some in timed.prediction.seconds.items()},
+        "kernels": timed.prediction.kernels,
+        "layer_kernels": 0.0,
+        "peaks": {},
+        "summed": False,
     }
 
 
@@ -113,9 +164,25 @@ def extended(few: Weight, more: Weight, layers: int) -> Weight:
     return Weight(own, few.host, Prediction(seconds, round(kernels)))
 
 
-def compile_and_weigh(lowered: Any, request: Request) -> Weight:
-    """Compiles a program, predicts its time, and writes its HLO if the request names a file."""
-    compiled = lowered.compile()
+def compile_each(lowered: Any, request: Request, mesh: Mesh) -> dict[str, Weight]:
+    """By who computes the matmuls; time and text are of the first, which is all on a CPU."""
+    ways = MATMULS if platform_of(mesh) == "gpu" else {"": {}}
+    memory_only = replace(request, rates=None, text="")
+    return {
+        who: compile_and_weigh(lowered, memory_only if options else request, options)
+        for who, options in ways.items()
+    }
+
+
+def compile_and_weigh(
+    lowered: Any, request: Request, options: Mapping[str, bool] = MappingProxyType({})
+) -> Weight:
+    """Compiles a program, predicts its time, and writes its HLO if the request names a file.
+
+    Args:
+        options: for XLA, beside the program's own.
+    """
+    compiled = lowered.compile(compiler_options=dict(options))
     prediction = Prediction()
     if request.rates or request.text:
         text = compiled.as_text()

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,6 @@ from train.plan.arithmetic import Step
 from train.plan.cards import Gpu
 from train.plan.compiled import Program, Request
 
-# What a process takes beside the step, and what allocation in blocks leaves unused.
-CONTEXT_MIB = 700  # CUDA context, cuBLAS and cuDNN workspaces
-FRAGMENTATION = 0.03  # of the card's memory
 CHILDREN = 2  # compilations at a time; each takes a core and a gigabyte or two
 EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 COMPILERS = ("jax", "jaxlib", "flax", "optax", *EXTRA)
@@ -50,6 +48,13 @@ class Plan:
     time_us: Mapping[str, float] = field(default_factory=dict)  # by class; empty if not predicted
     kernels: int = 0  # launches of one call of the program
     layer_kernels: float = 0.0  # of training: those of one layer in one micro-batch
+    peaks: Mapping[str, int] = field(default_factory=dict)  # of training: by who does the matmuls
+    summed: bool = False  # from small models, not compiled whole
+
+    @property
+    def matmuls(self) -> str:
+        """Who computes the matmuls at the peak; empty where it makes no difference that we know."""
+        return max(self.peaks, key=lambda who: self.peaks[who], default="")
 
     @property
     def peak(self) -> int:
@@ -58,12 +63,12 @@ class Plan:
     @property
     def margin(self) -> int:
         """Bytes of the card that are left out: context and fragmentation."""
-        return int(CONTEXT_MIB * 2**20 + FRAGMENTATION * self.gpu.memory_mib * 2**20)
+        return self.gpu.memory_mib * 2**20 - self.gpu.room
 
     @property
     def free(self) -> int:
         """Bytes of the card beyond peak and margin; negative if it does not fit."""
-        return self.gpu.memory_mib * 2**20 - self.margin - self.peak
+        return self.gpu.room - self.peak
 
     @property
     def tokens(self) -> int:
@@ -103,8 +108,9 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
 
     Args:
         requests: the card in them is replaced.
-        gpu: whose memory counts; with `present` the step is compiled for this machine's devices,
-            else for the card as it is described.
+        gpu: whose memory counts, and whose description the step is compiled for.
+        present: whether it is this machine's. A card that is not described, or a CPU, then compiles
+            itself, which on a card takes memory beside this process.
 
     Without the packages of the `plan` extra the plans are closed-form estimates.
 
@@ -112,16 +118,18 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
         InputError: if a step cannot be compiled.
     """
     gpu.check_precision(requests[0].step.precision)
+    here = present and not (gpu.described and can_compile())
     requests = [
         replace(
             request,
-            gpu=None if present else gpu,
+            gpu=None if here else gpu,
+            room=gpu.room if gpu.described else 0,
             # What several cards say to each other is not in the roofline.
             rates=gpu.rates(request.step.precision) if request.step.gpus == 1 else None,
         )
         for request in requests
     ]
-    if not present and not can_compile():
+    if not here and not can_compile():
         return [estimate(request.step, gpu) for request in requests]
     answers = [_remembered(request) for request in requests]
     missing = [i for i, found in enumerate(answers) if found is None]
@@ -132,7 +140,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
         Plan(
             request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
             found["host"], found["time_us"], found["kernels"],
-            found["layer_kernels"],
+            found["layer_kernels"], found["peaks"], found["summed"],
         )
         for request, found in zip(requests, answers, strict=True)
         if found is not None
@@ -184,12 +192,6 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Runs the children; on this machine's devices if a request's `gpu` is None."""
     if not requests:
         return []
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    flags = environment.get("XLA_FLAGS", "")
-    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
-    if requests[0].gpu is not None:
-        environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
-
     answers: list[dict[str, Any]] = [{} for _ in requests]
     children = Children()
     shares = [range(len(requests))[first::CHILDREN] for first in range(CHILDREN)]
@@ -205,10 +207,11 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
                 progress.advance()
 
         some = [requests[i] for i in share]
-        done = children.run(
-            "train.plan.compiled", [], given=pickle.dumps(some), environment=environment,
-            heard=heard,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as kernels:
+            done = children.run(
+                "train.plan.compiled", [], given=pickle.dumps(some),
+                environment=_environment(kernels, some[0].gpu), heard=heard,
+            )  # fmt: skip
         if done.code:
             raise InputError(f"the step could not be compiled: {done.reason}")
 
@@ -222,6 +225,29 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
             children.stop()
             raise
     return answers
+
+
+def _environment(kernels: str, gpu: Gpu | None) -> dict[str, str]:
+    """Of a child.
+
+    Args:
+        kernels: an empty folder. What differs between the programs of a child is how many layers
+            there are, or a few kernels: each kernel is compiled once.
+    """
+    flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_gpu_autotune_level=0",
+        "--xla_gpu_enable_llvm_module_compilation_parallelism=true",
+        f"--xla_gpu_kernel_cache_file='{kernels}/kernels'",
+    )
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join(flags).strip(),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",  # its last words are the error then, not a footnote
+    }
+    if gpu is not None:
+        environment["JAX_PLATFORMS"] = "cpu"  # the plugin then asks for no driver
+    return environment
 
 
 def _name(step: Step) -> str:
