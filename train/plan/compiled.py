@@ -40,8 +40,8 @@ from train.step import Window, planned_bytes, start_state, train_step
 Program = Literal["train", "prefill", "decode"]
 GREEDY = Sampling(temperature=0)
 SMALL = (2, 3)  # layers of the models whose difference is what each further layer adds
-# Who may compute a matmul on a GPU, which the card's autotuner decides by time: what to compile with
-# so that one of them computes all.
+# Who may compute a matmul on a GPU, which the card's autotuner decides by time; and what to compile
+# with so that one of them computes all.
 MATMULS: dict[str, dict[str, bool]] = {
     "triton": {}, "cublaslt": {"xla_gpu_enable_triton_gemm": False},
 }  # fmt: skip
