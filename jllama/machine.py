@@ -32,15 +32,6 @@ PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 # What is written down of a card: NVIDIA's name of each fact, and ours.
 GPU_FACTS = {"name": "name", "memory.total": "memory", "driver_version": "driver"}
 
-# What a process takes of a card beside what JAX allocates, and what its allocation in blocks leaves
-# unused.
-CONTEXT_MIB = 700  # CUDA context, cuBLAS and cuDNN workspaces
-FRAGMENTATION = 0.03  # of the card's memory
-# How JAX is told what share of a card to take, and its name of old; and how to take it.
-FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
-ALLOCATION = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR")
-JAX_FRACTION = 0.75  # of JAX, if it is not told
-
 
 def installed_version(distribution: str) -> str:
     """Of a package; empty if it is not installed."""
@@ -92,41 +83,6 @@ def ask_driver(*fields: str) -> dict[str, str]:
         return {}
     values = [part.strip() for part in said.partition("\n")[0].split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
-
-
-def usable_bytes(memory_mib: int) -> int:
-    """What a program can have of a card: plans go by it, and JAX is told to take it."""
-    return memory_mib * 2**20 - int((CONTEXT_MIB + FRAGMENTATION * memory_mib) * 2**20)
-
-
-def memory_fraction() -> float | None:
-    """The share of a card that the environment lets JAX take; None if it says nothing.
-
-    Raises:
-        InputError: if it is no number.
-    """
-    name = FRACTION if os.environ.get(FRACTION) else OLD_FRACTION
-    if not (text := os.environ.get(name)):
-        return JAX_FRACTION if any(map(os.environ.get, ALLOCATION)) else None
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0.0
-    if not fraction > 0:
-        raise InputError(f"{name}={text}, expected a number above 0, such as 0.9")
-    return fraction
-
-
-def use_card_memory() -> None:
-    """Has JAX take as much of the card as plans assume, if the user says nothing; before it starts.
-
-    It would take three quarters, so a plan that fits the card could fail.
-    """
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or memory_fraction() is not None:
-        return
-    memory = ask_driver("memory.total").get("memory.total", "").partition(" ")[0]
-    if memory.isdecimal() and usable_bytes(int(memory)) > 0:
-        os.environ[FRACTION] = repr(usable_bytes(int(memory)) / (int(memory) * 2**20))
 
 
 def available_cores() -> int:

@@ -14,6 +14,7 @@ import jax
 import pytest
 from random_models import BASE, model_folder
 
+from jllama.cli.card import CONTEXT_MIB
 from jllama.cli.children import Done
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
@@ -24,7 +25,7 @@ from jllama.sharding import make_mesh
 from train.lora import main as train
 from train.plan import arithmetic, auto, ladder, planner
 from train.plan.arithmetic import Step
-from train.plan.cards import GPUS, find_gpu, target_config
+from train.plan.cards import GPUS, cpu, find_gpu, target_config
 from train.plan.command import PlanConfig, main
 from train.plan.compiled import Request, answer, lower_training
 from train.plan.planner import can_compile, make_plans
@@ -268,7 +269,7 @@ def test_a_card_of_other_memory_is_another_card():
 @pytest.mark.integration
 def test_asking_twice_compiles_once(monkeypatch):
     request = Request(replace(seven(max_seq_len=32), model=LlamaConfig(32, 2, 2, 2, 64, 64)), None)
-    gpu = planner.replace(H200, memory_mib=1000)
+    gpu = replace(cpu(), memory_mib=1000)
     (first,) = make_plans([request], gpu, present=True)
     monkeypatch.setattr(subprocess, "run", None)
     (again,) = make_plans([request], gpu, present=True)
@@ -281,9 +282,10 @@ def test_planning_says_what_it_does_and_tells_each_program(monkeypatch, capsys):
             for request in pickle.loads(given):
                 length = request.step.max_seq_len
                 heard("a library's line\n")
-                heard(
-                    json.dumps({"classes": {"x": length}, "host": 0, "compile_seconds": 1}) + "\n"
-                )
+                found = {"classes": {"x": length}, "host": 0, "time_us": {}, "kernels": 0,
+                         "layer_kernels": 0, "compile_seconds": 1, "peaks": {},
+                         "summed": False}  # fmt: skip
+                heard(json.dumps(found) + "\n")
             return Done(0, "", "")
 
         def stop(self):
@@ -426,7 +428,7 @@ def test_auto_recomputes_where_memory_is_short(place, tmp_path, capsys, monkeypa
         size = needs[step.remat] * step.micro_batch_size * 100 * MIB
         return [planner.Plan(step, gpu, {"temporaries": size}, compiled=True)]
 
-    margin = planner.CONTEXT_MIB
+    margin = CONTEXT_MIB
     small = replace(H200, name="a small card", memory_mib=round((margin + 299) / 0.97))
     monkeypatch.setattr(auto, "make_plans", planned)
     monkeypatch.setattr(auto, "this_device", lambda: small)

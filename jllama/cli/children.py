@@ -25,8 +25,11 @@ class Done(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """The last thing it said."""
-        return (self.errors.strip().splitlines() or ["no message"])[-1][:500]
+        """Its error, the first line of it, else the last thing that it said."""
+        said = self.errors.strip().splitlines() or ["no message"]
+        traces = [n for n, line in enumerate(said) if line.startswith("Traceback (most recent")]
+        frames = said[traces[-1] + 1 :] if traces else []
+        return next((line for line in frames if not line.startswith(" ")), said[-1])[:500]
 
 
 def command(module: str, arguments: Sequence[object]) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
+from jllama.cli.card import prepare_gpu
 from jllama.cli.terminal import complain, to_any_reader
 from jllama.errors import InputError, WrongFields
 from jllama.machine import (
     pass_over_absent_gpu,
     refuse_small_address_space,
-    use_card_memory,
     use_cpu,
     use_private_compilation_cache,
 )
@@ -76,7 +76,7 @@ def run_command(
             refuse_small_address_space()
             if gpu:
                 pass_over_absent_gpu()
-                use_card_memory()
+                prepare_gpu()
             else:
                 use_cpu()
             use_private_compilation_cache()

@@ -58,10 +58,12 @@ def refuse_what_cannot_fit(step: Step) -> None:
     Only what stays in memory from the first step to the last is counted, and a CPU may swap.
 
     Raises:
-        InputError: with what the step holds, what there is, and what would fit.
+        InputError: with what the step holds, what there is, and what would fit; or if the card has
+            no such precision.
     """
     if jax.default_backend() == "gpu":
         gpu = present_gpu()
+        gpu.check_precision(step.precision)
         name, limit = gpu.name, gpu.memory_mib
     else:
         name, limit = "this machine's memory", host_memory_mib()
@@ -219,7 +221,12 @@ def out_of_memory_explained(step: Step) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        raise InputError(f"out of memory: {reason}\n{alternatives(step)}") from error
+        try:
+            advice = alternatives(step)
+        except Exception as failed:  # of any kind: the reason above is what counts
+            why = (str(failed).splitlines() or [type(failed).__name__])[0][:200]
+            advice = f"what needs less could not be planned: {why}"
+        raise InputError(f"out of memory: {reason}\n{advice}") from error
 
 
 def alternatives(step: Step) -> str:

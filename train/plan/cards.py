@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from jllama.cli.card import memory_fraction, usable_bytes
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
-from jllama.machine import ask_driver, free_memory_mib, memory_fraction, usable_bytes
+from jllama.machine import ask_driver, free_memory_mib
 from train.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, MATMUL_SHARE, Rates
 
 

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jllama.cli.card import CONTEXT_MIB, FRACTION, FRAGMENTATION, usable_bytes
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
 from jllama.config import LoraConfig, Precision, Remat
 from jllama.decode.generate import CHUNK
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import model_sizes
-from jllama.machine import CONTEXT_MIB, FRACTION, FRAGMENTATION, AnyCase, GpuName, usable_bytes
+from jllama.machine import AnyCase, GpuName
 from jllama.names import LINEAR_CHOICES
 from train.config import OptimizerName, Tune
 from train.data.documents import evenly

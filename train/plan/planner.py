@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from jllama.cli.card import refuse_other_plugin
 from jllama.cli.children import Children
 from jllama.cli.terminal import Progress, command_line
 from jllama.config import Remat
@@ -129,6 +130,8 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
         )
         for request in requests
     ]
+    if not here:
+        refuse_other_plugin()
     if not here and not can_compile():
         return [estimate(request.step, gpu) for request in requests]
     answers = [_remembered(request) for request in requests]
