@@ -1,7 +1,7 @@
 """`python -m train.plan --fit`: every remat, length and micro-batch on a card, and the best.
 
 A few small steps are compiled; memory is then linear in the layers and in the tokens of a
-micro-batch. The recommended step is compiled whole before it is named.
+micro-batch. The recommended step is planned once more, as it is, before it is named.
 """
 
 from collections.abc import Iterator, Mapping
@@ -91,7 +91,7 @@ class Ladder:
         best = self.best
         console.print(
             f"fastest at {best.step.max_seq_len} tokens ({best.speed:,.0f}/s {best.speed_is})"
-            f"{', compiled whole' if best.compiled else ''}: {best.step.remat} remat, "
+            f"{', compiled whole' if best.compiled and not best.summed else ''}: {best.step.remat} remat, "
             f"{best.step.micro_batch_size} sequences; peak {best.peak / MIB:,.0f} MiB, "
             f"{best.free / MIB:,.0f} MiB free beyond a margin of {best.margin / MIB:,.0f}"
         )
@@ -116,6 +116,7 @@ def summary(plan: Plan) -> dict:
         "micro_batch_size": step.micro_batch_size,
         "max_seq_len": step.max_seq_len,
         "peak_mib": plan.peak / MIB,
+        "matmuls": plan.matmuls or None,
         "free_mib": plan.free / MIB,
         "classes_mib": {name: size / MIB for name, size in plan.classes.items()},
         "bound_tokens_per_second": plan.bound,
