@@ -148,6 +148,7 @@ def test_a_model_is_compiled_whole_where_a_sum_cannot_stand_for_it(whole, peak, 
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="the packages of jllama[plan] are not installed")
 def test_the_matmuls_of_the_larger_peak_are_named_and_timed_by_the_other():
     """Each alone, by XLA's own flag, gives its peak."""
