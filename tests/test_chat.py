@@ -38,7 +38,7 @@ def place(tmp_path_factory):
         train([
             "--model", str(root / "model"), "--data", str(root / "rows.json"), "--tune", tune,
             "--precision", "fp32", "--output-dir", str(root / tune), "--prompt-style", "report",
-            "--max-seq-len", "64", "--epochs", "8", "--learning-rate", "0.02",
+            "--max-seq-len", "64", "--epochs", "8", "--learning-rate", "0.02", "--seed", "2",
         ])  # fmt: skip
     return root
 
@@ -314,7 +314,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(place, heard, talk, mon
         yield from stream
 
     monkeypatch.setattr(jllama, "stream", interrupted)
-    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "40"]
+    arguments = ["--prompt-style", "llama3-chat", "--max-new-tokens", "40", "--temperature", "0"]
     out = talk("Say 3.", "Say 4.", arguments=arguments)
     assert "[stopped]" in out
     kept = ["Say 3.", heard[0]["text"]] if pieces else []

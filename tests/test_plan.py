@@ -329,19 +329,24 @@ def test_a_step_that_cannot_be_compiled_stops_the_other(monkeypatch):
 
 # Weights, adapters, moments and accumulator of 7B, in MiB: bf16 12,852 + 128, fp32 twice the first.
 @pytest.mark.parametrize(
-    ("limit", "more", "would"),
+    ("device", "limit", "more", "would"),
     [
-        (12_900, {}, "a model of the size of llama-3.2-3b with --precision bf16 (6,"),
-        (13_000, {}, ""),
-        (24_000, {"precision": "fp32"}, "fit: --precision bf16 (12,9"),
-        (24_000, {"precision": "fp32"}, "; a GPU such as rtx-5090"),
-        (26_000, {"precision": "fp32"}, ""),
-        (100_000, {"lora": None}, "fit: --tune lora (12,9"),
-        (0, {"lora": None}, ""),  # a system that does not tell
+        ("gpu", 12_900, {}, "a model of the size of llama-3.2-3b with --precision bf16 (6,"),
+        ("gpu", 13_000, {}, ""),
+        ("gpu", 24_000, {"precision": "fp32"}, "fit: --precision bf16 (12,9"),
+        ("gpu", 24_000, {"precision": "fp32"}, "; a GPU such as rtx-5090"),
+        ("gpu", 100_000, {"lora": None}, "fit: --tune lora (12,9"),
+        # A CPU makes fp32 copies of bf16 weights, which are more.
+        ("cpu", 12_900, {}, "fit: a model of the size of llama-3.2-3b with --precision fp32 (12,"),
+        ("cpu", 24_000, {"precision": "fp32"}, "fit: a model of the size of llama-3.2-3b with"),
+        ("cpu", 26_000, {"precision": "fp32"}, ""),
+        ("cpu", 0, {"lora": None}, ""),  # a system that does not tell
     ],
 )
-def test_only_what_certainly_cannot_fit_is_refused(monkeypatch, limit, more, would):
+def test_only_what_certainly_cannot_fit_is_refused(monkeypatch, device, limit, more, would):
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
     monkeypatch.setattr(auto, "host_memory_mib", lambda: limit)
+    monkeypatch.setattr(auto, "present_gpu", lambda: replace(H200, memory_mib=limit))
     step = replace(seven(), **more)
     if not would:
         auto.refuse_what_cannot_fit(step)
@@ -395,6 +400,25 @@ def test_a_step_that_may_not_fit_a_cpu_is_warned_about(monkeypatch):
     assert auto.warning_if_short(seven()) == ""
     said = auto.warning_if_short(seven(remat="none", micro_batch_size=8, max_seq_len=1024))
     assert re.search(r"estimated at 4\d,\d+ MiB, and 20,000 are free.* is estimated at 1\d,", said)
+
+
+@pytest.mark.promotes
+def test_bf16_on_a_cpu_takes_fp32_copies_of_all_weights_and_training_says_so(monkeypatch):
+    """The copies are what XLA's CPU backend plans beside the same step in fp32."""
+    step = replace(seven(), model=LlamaConfig(512, 4, 4, 4, 1376, 1000), micro_batch_size=1,
+                   max_seq_len=32, accumulation=2)  # fmt: skip
+    wide, narrow = (
+        sum(answer(Request(replace(step, precision=p)))["classes"].values()) / MIB
+        for p in ("fp32", "bf16")
+    )
+    assert auto._on_cpu(step) - auto._on_cpu(replace(step, precision="fp32")) == pytest.approx(
+        narrow - wide, rel=0.05
+    )
+    assert auto.cost_of_bf16(step) == ""  # little
+    said = auto.cost_of_bf16(replace(step, model=PRESETS["llama-3.2-1b"]))
+    assert re.search(r"at 10,\d{3} MiB, and at 4,\d{3} with --precision fp32", said)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert auto.cost_of_bf16(replace(step, model=PRESETS["llama-3.2-1b"])) == ""
 
 
 def test_a_model_larger_than_this_machine_is_not_loaded(place, monkeypatch):

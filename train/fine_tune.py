@@ -35,6 +35,7 @@ from train.data.view import show_row
 from train.loop import fit
 from train.plan.auto import (
     choose,
+    cost_of_bf16,
     out_of_memory_explained,
     refuse_what_cannot_fit,
     step_of,
@@ -74,8 +75,8 @@ def fine_tune(config: TrainConfig) -> None:
     show_row(training[0], tokenizer)
 
     step = step_of(config, llama, lora, longest, batches.documents)
-    if warning := warning_if_short(step):
-        console.print(warning)
+    for words in filter(None, (cost_of_bf16(step), warning_if_short(step))):
+        console.print(words)
     with out_of_memory_explained(step):
         warmup = round(config.warmup_ratio * steps)
         facts = run_facts(step, batches, (training, held_out), steps, warmup)

@@ -123,6 +123,18 @@ def working_memory(step: Step) -> int:
     return block + 128 * 2**20
 
 
+def widened_weights(step: Step) -> int:
+    """Bytes of the fp32 copies that a CPU, which has no bf16 product, makes of frozen weights.
+
+    XLA keeps one of each for the forward pass of all micro-batches, one for the backward pass, and
+    one of the head.
+    """
+    if step.precision == "fp32" or step.lora is None:
+        return 0
+    weights, head, _ = matmul_parameters(step.model)
+    return BYTES["fp32"] * (2 * (weights - head) + head)
+
+
 def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float:
     """Tokens a second that no step can pass on a card with these rates.
 

@@ -6,17 +6,23 @@ from dataclasses import replace
 
 import jax
 
-from jllama.config import PRESETS, LlamaConfig, LoraConfig
+from jllama.config import PRESETS, LlamaConfig, LoraConfig, Precision
 from jllama.errors import InputError
 from jllama.machine import host_memory_mib
 from train.config import TrainConfig
 from train.data.documents import Shapes
-from train.plan.arithmetic import Step, bound_tokens_per_second, memory_classes
+from train.plan.arithmetic import (
+    Step,
+    bound_tokens_per_second,
+    memory_classes,
+    widened_weights,
+)
 from train.plan.cards import GPUS, Gpu, cpu, present_gpu
 from train.plan.compiled import Request
 from train.plan.planner import Plan, estimate, fastest_first, make_plans, remats
 
 MIB = 2**20
+NOTED = 512 * MIB  # of copies
 ROUGH = 1.3  # an estimate this much too high is not worth compiling
 
 
@@ -84,15 +90,17 @@ def _smaller(step: Step, limit: int) -> str:
     def needs(other: Step) -> float:
         return sum(memory_classes(other).values()) / MIB
 
+    # A CPU makes fp32 copies of bf16 weights.
+    small: Precision = "bf16" if jax.default_backend() == "gpu" else "fp32"
     adapters = LoraConfig() if step.lora is None else step.lora
-    changes = {"--precision bf16": replace(step, precision="bf16")} if step.lora else {}
+    changes = {f"--precision {small}": replace(step, precision=small)} if step.lora else {}
     if step.lora is None:
         changes["--tune lora"] = replace(step, lora=adapters)
-        changes["--tune lora --precision bf16"] = replace(step, lora=adapters, precision="bf16")
+        changes[f"--tune lora --precision {small}"] = replace(step, lora=adapters, precision=small)
     for name, sizes in sorted(PRESETS.items(), key=lambda preset: -preset[1].parameter_count):
         if sizes.parameter_count < step.model.parameter_count:
-            words = f"a model of the size of {name} with --precision bf16"
-            changes[words] = replace(step, model=sizes, lora=adapters, precision="bf16")
+            words = f"a model of the size of {name} with --precision {small}"
+            changes[words] = replace(step, model=sizes, lora=adapters, precision=small)
     fitting = [f"{words} ({needs(other):,.0f} MiB)" for words, other in changes.items()
                if needs(other) <= limit and needs(other) < needs(step)]  # fmt: skip
     cards = [gpu.name for gpu in GPUS.values() if needs(step) < 0.9 * gpu.memory_mib]
@@ -108,16 +116,31 @@ def warning_if_short(step: Step) -> str:
     """
     if jax.default_backend() == "gpu":
         return ""
-    here = cpu()
     least = replace(step, remat="block", micro_batch_size=1)
-    needed, lowest = (estimate(each, here).peak / MIB for each in (step, least))
-    if needed <= here.memory_mib:
+    needed, lowest, free = _on_cpu(step), _on_cpu(least), cpu().memory_mib
+    if needed <= free:
         return ""
     return (
-        f"warning: this step is estimated at {needed:,.0f} MiB, and {here.memory_mib:,} are free: "
+        f"warning: this step is estimated at {needed:,.0f} MiB, and {free:,} are free: "
         "the system may end the process without a word. The least, --remat block "
         f"--micro-batch-size 1, is estimated at {lowest:,.0f}"
     )
+
+
+def cost_of_bf16(step: Step) -> str:
+    """What bf16 takes on a CPU beside fp32, if that is much; else nothing."""
+    if jax.default_backend() == "gpu" or widened_weights(step) < NOTED:
+        return ""
+    return (
+        "note: a CPU computes bf16 from fp32 copies of all weights: this step is estimated at "
+        f"{_on_cpu(step):,.0f} MiB, and at {_on_cpu(replace(step, precision='fp32')):,.0f} with "
+        "--precision fp32, which also took 0.6 times the time for a model of 1B"
+    )
+
+
+def _on_cpu(step: Step) -> float:
+    """Estimated MiB."""
+    return (estimate(step, cpu()).peak + widened_weights(step)) / MIB
 
 
 def choose(

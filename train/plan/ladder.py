@@ -93,8 +93,8 @@ class Ladder:
             f"fastest at {best.step.max_seq_len} tokens ({best.speed:,.0f}/s {best.speed_is})"
             f"{', compiled whole' if best.compiled and not best.summed else ''}: "
             f"{best.step.remat} remat, {best.step.micro_batch_size} sequences; "
-            f"peak {best.peak / MIB:,.0f} MiB, "
-            f"{best.free / MIB:,.0f} MiB free beyond a margin of {best.margin / MIB:,.0f}"
+            f"peak {best.peak / MIB:,.0f} MiB, {best.free / MIB:,.0f} MiB free beyond a margin of "
+            f"{best.margin / MIB:,.0f}"
         )
         console.print(f"next: {self.command()}")
 
