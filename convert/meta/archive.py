@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jllama.errors import InputError
-from jllama.folders.json_files import naming
+from jllama.folders.json_files import NEW, naming
 from jllama.folders.tensors import is_finite, refuse_not_finite, write_at
 
 _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<28xHHH12x")
@@ -37,7 +37,7 @@ class Archive:
     ):
         self._begun, self._path = file.exists(), file
         if not self._begun:
-            new = file.with_suffix(".new")
+            new = file.with_suffix(NEW)
             _lay_out(new, shapes, dtypes, aliases)
             new.replace(file)
         self._file = os.open(file, os.O_RDWR)
@@ -60,8 +60,7 @@ class Archive:
         entry = self._places[name]
         start = self._start(entry)
         if not (self._begun and os.pread(self._file, len(content), start) == content):
-            with naming(self._path):
-                write_at(self._file, content, start)
+            self._write(content, start)
         entry.CRC = zlib.crc32(content)
 
     def close(self) -> None:
@@ -71,11 +70,15 @@ class Archive:
             checksum = struct.pack("<I", entry.CRC)
             if "/data/" in entry.filename:
                 descriptor = self._start(entry) + entry.file_size + 4  # behind its signature
-                write_at(self._file, checksum, descriptor)
-                write_at(self._file, checksum, position + 16)
+                self._write(checksum, descriptor)
+                self._write(checksum, position + 16)
             lengths = _CENTRAL.unpack(os.pread(self._file, _CENTRAL.size, position))
             position += _CENTRAL.size + sum(lengths)
         os.close(self._file)
+
+    def _write(self, content: bytes | memoryview, start: int) -> None:
+        with naming(self._path):
+            write_at(self._file, content, start)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin: behind its header, its name and torch's padding."""

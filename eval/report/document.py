@@ -14,7 +14,7 @@ import jinja2
 
 from eval.report.evidence import Figure
 from jllama.cli.terminal import visible
-from jllama.folders.json_files import naming
+from jllama.folders.json_files import NEW, naming
 
 Text = str | Figure
 Words = Sequence[Text]  # one after the other: ["of ", Figure, " parameters"]
@@ -120,14 +120,14 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[
     texts |= {f"report-{b.name}.svg": b.svg for b in blocks if isinstance(b, Picture)}
     try:
         for name, text in texts.items():
-            # Names of files may be no Unicode.
+            encoded = text.encode("utf-8", "backslashreplace")  # names of files may be no Unicode
             with naming(folder / name):
-                (folder / f"{name}.new").write_bytes(text.encode("utf-8", "backslashreplace"))
+                (folder / (name + NEW)).write_bytes(encoded)
         for name in texts:
-            (folder / f"{name}.new").replace(folder / name)
+            (folder / (name + NEW)).replace(folder / name)
     finally:
         for name in texts:
-            (folder / f"{name}.new").unlink(missing_ok=True)
+            (folder / (name + NEW)).unlink(missing_ok=True)
     return [folder / name for name in texts]
 
 
