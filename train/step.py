@@ -16,7 +16,6 @@ from jllama.attention import Documents
 from jllama.loss import cross_entropy
 from train.optimizer import take_norms, tree_norm
 
-
 COMPILER_OPTIONS = {
     # It would keep the inputs of all adapters' gradients to the end: 3.1 GiB for 7B at 8 x 1024.
     "xla_gpu_enable_latency_hiding_scheduler": False,

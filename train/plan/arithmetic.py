@@ -102,7 +102,7 @@ def saved_activations(step: Step) -> int:
     stream, hidden = model.dim, model.hidden_dim
     keys = model.n_kv_heads * model.head_dim
     kept = {
-        "none": 4 * stream + 2 * keys + 3 * hidden,
+        "none": 4 * stream + 2 * keys + 2 * hidden,
         "dots": 4 * stream + 2 * keys + 2 * hidden,
         "offload": stream,
         "ffn": 4 * stream + 2 * keys,
