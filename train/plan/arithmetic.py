@@ -124,7 +124,7 @@ def working_memory(step: Step) -> int:
 
 
 def widened_weights(step: Step) -> int:
-    """Bytes of the fp32 copies that a CPU, which has no bf16 product, makes of frozen weights.
+    """Bytes of the fp32 copies of frozen weights where XLA has no product of bf16 on a CPU.
 
     XLA keeps one of each for the forward pass of all micro-batches, one for the backward pass, and
     one of the head.

@@ -90,9 +90,9 @@ def _smaller(step: Step, limit: int) -> str:
     def needs(other: Step) -> float:
         return sum(memory_classes(other).values()) / MIB
 
-    # A CPU makes fp32 copies of bf16 weights.
-    small: Precision = "bf16" if jax.default_backend() == "gpu" else "fp32"
     adapters = LoraConfig() if step.lora is None else step.lora
+    copied = _copies(replace(step, lora=adapters, precision="bf16"))
+    small: Precision = "fp32" if copied else "bf16"
     changes = {f"--precision {small}": replace(step, precision=small)} if step.lora else {}
     if step.lora is None:
         changes["--tune lora"] = replace(step, lora=adapters)
@@ -129,7 +129,7 @@ def warning_if_short(step: Step) -> str:
 
 def cost_of_bf16(step: Step) -> str:
     """What bf16 takes on a CPU beside fp32, if that is much; else nothing."""
-    if jax.default_backend() == "gpu" or widened_weights(step) < NOTED:
+    if _copies(step) < NOTED:
         return ""
     return (
         "note: a CPU computes bf16 from fp32 copies of all weights: this step is estimated at "
@@ -140,7 +140,13 @@ def cost_of_bf16(step: Step) -> str:
 
 def _on_cpu(step: Step) -> float:
     """Estimated MiB."""
-    return (estimate(step, cpu()).peak + widened_weights(step)) / MIB
+    return (estimate(step, cpu()).peak + _copies(step)) / MIB
+
+
+def _copies(step: Step) -> int:
+    """Bytes of fp32 copies of bf16 weights, which JAX needs on a CPU before 0.11."""
+    here = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
+    return widened_weights(step) if here else 0
 
 
 def choose(
