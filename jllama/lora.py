@@ -65,8 +65,7 @@ class Lora(nnx.Module):
         y = y + jnp.einsum("BTR,oR->BTo", low * self.scale, self.b[...].astype(y.dtype))
         if self.magnitude is None:
             return y
-        gain = self.gain(weight, y.dtype)[None, None, :]
-        return (y.astype(jnp.float32) * gain).astype(y.dtype)  # bf16 has no 1.001
+        return stretched(y, self.gain(weight, y.dtype))
 
     def gain(self, weight: Weight, dtype: DTypeLike) -> Float[Array, " O"]:
         """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
@@ -83,6 +82,11 @@ class Lora(nnx.Module):
         length = jax.lax.stop_gradient(jnp.sqrt(base + added))
         # Written as 1 + ..., it is exactly 1 for an adapter of scale 0.
         return 1 + (self.magnitude[...] + (jnp.sqrt(base) - length)) / length
+
+
+def stretched(y: Float[Array, "B T O"], gain: Float[Array, " O"]) -> Float[Array, "B T O"]:
+    """y times DoRA's gain, in fp32: bf16 has no 1.001."""
+    return (y.astype(jnp.float32) * gain[None, None, :]).astype(y.dtype)
 
 
 @jax.named_scope("dropout")
@@ -131,7 +135,7 @@ class FixedLora(nnx.Module):
         y = y + jnp.einsum("BTR,oR->BTo", low.astype(y.dtype), self.b[...])
         if self.gain is None:
             return y
-        return (y.astype(jnp.float32) * self.gain[...][None, None, :]).astype(y.dtype)
+        return stretched(y, self.gain[...])
 
 
 def adapted_linears(model: Llama) -> dict[str, Linear]:

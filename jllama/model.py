@@ -42,17 +42,16 @@ from jllama.layers import (
 _ATTENTION = "attention"  # the name under which a policy knows attention's result
 
 
-def _saves_attention(primitive, *shapes: Any, **parameters: Any) -> bool:
-    """XLA's result by its name; cuDNN's with the statistics that its backward pass wants."""
-    return primitive.name.startswith("dot_product_attention_fwd") or (
-        jax.checkpoint_policies.save_only_these_names(_ATTENTION)(primitive, *shapes, **parameters)
-    )
+def _cudnn(primitive, *_: Any, **__: Any) -> bool:
+    """Its result with the statistics that its backward pass wants, which have no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
+_both = jax.checkpoint_policies.save_from_both_policies
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
+    "dots": _both(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        _saves_attention,
+        _both(jax.checkpoint_policies.save_only_these_names(_ATTENTION), _cudnn),
     ),
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "block": None,

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from eval.speed.peft_training import Job as TrainingJob
 from eval.speed.side import Job
 from eval.speed.torch_models import Device
 from jllama import bundled
@@ -155,6 +156,7 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path, on: Device) 
         children.run("convert.to_hf", [folder, sides[config.peer]])
     figures = {
         side: run_side(
+            "eval.speed.side",
             Job(
                 side=side,
                 model=str(source),
@@ -200,11 +202,11 @@ def compare_ids(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) 
     return {"equal": True}
 
 
-def run_side(job: Job, place: Path) -> dict[str, Any]:
+def run_side(module: str, job: Job | TrainingJob, place: Path) -> dict[str, Any]:
     """Runs one side in a process of its own and reads its figures."""
     task = place / "job.json"
     write_json(task, asdict(job))
-    children.run("eval.speed.side", [task])
+    children.run(module, [task])
     return read_json(Path(job.output))
 
 

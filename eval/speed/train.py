@@ -20,7 +20,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from eval.speed.generate import RANDOM, RandomSize, check_cores, device, write_random
+from eval.speed.generate import (
+    RANDOM,
+    RandomSize,
+    check_cores,
+    device,
+    run_side,
+    write_random,
+)
 from eval.speed.peft_training import Job
 from jllama import bundled
 from jllama.cli import children
@@ -180,7 +187,8 @@ def compare_with_peer(config: TrainSpeed) -> dict[str, Any]:
         for _ in range(config.repeats):
             children.run("train.speed", step_flags(job, str(folder)))
             turns["jllama"].append(read_json(Path(job.output))["figures"])
-            turns["transformers-peft"].append(run_peer(job, place))
+            peer = run_side("eval.speed.peft_training", job, place)
+            turns["transformers-peft"].append(peer)
     figures = {side: medians(found) for side, found in turns.items()}
     ours, theirs = figures.values()
     ratio = {name: ours[name] / theirs[name] for name in MEDIANS}
@@ -213,11 +221,3 @@ def step_flags(job: Job, model: str) -> list[object]:
         "--steps", job.steps, "--warmup-steps", job.warmup_steps, "--threads", job.threads,
         "--output", job.output,
     ]  # fmt: skip
-
-
-def run_peer(job: Job, place: Path) -> dict[str, Any]:
-    """Runs the peer in a process of its own and reads its figures."""
-    task = place / "job.json"
-    write_json(task, asdict(job))
-    children.run("eval.speed.peft_training", [task])
-    return read_json(Path(job.output))

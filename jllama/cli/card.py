@@ -14,6 +14,8 @@ FRAGMENTATION = 0.03  # of the card's memory
 FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 ALLOCATION = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR")
 JAX_FRACTION = 0.75  # of JAX, if it is not told
+# What compiling for a card that is not there takes: the packages of the extra `plan`.
+PLAN_EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 PLUGINS = tuple(f"jax-cuda{cuda}-{part}" for cuda in (12, 13) for part in ("plugin", "pjrt"))
 
 

@@ -10,6 +10,7 @@ size, and one multiply-add as two operations:
 Causal attention is counted once: half of T x T.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jllama.config import LlamaConfig, LoraConfig, Precision, Remat, linear_shapes
@@ -157,3 +158,11 @@ def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float
     read = model.n_layers * (2 * block + again) - (block if step.lora else 0)
     reading = read * BYTES[step.precision] / step.gpus / bandwidth
     return tokens * step.gpus / max(computing, reading)
+
+
+def between(few: Mapping[str, float], many: Mapping[str, float], share: float) -> dict[str, float]:
+    """On the line through two points, entry by entry; never below 0."""
+    return {
+        name: max(0.0, few.get(name, 0) + share * (many.get(name, 0) - few.get(name, 0)))
+        for name in {**few, **many}
+    }

@@ -31,7 +31,7 @@ from jllama.lora import split
 from jllama.loss import chunk_size
 from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
 from train.optimizer import make_optimizer, split_learned
-from train.plan.arithmetic import Step
+from train.plan.arithmetic import Step, between
 from train.plan.cards import Gpu, target_config
 from train.plan.hlo import read_program
 from train.plan.roofline import Prediction, Rates, predict
@@ -155,10 +155,7 @@ def as_answer(timed: Weight, classes: dict[str, int]) -> dict[str, Any]:
 def extended(few: Weight, more: Weight, layers: int) -> Weight:
     """What a model of so many layers would weigh, by two small ones."""
     times = (layers - SMALL[0]) / (SMALL[1] - SMALL[0])
-    seconds = {
-        kind: some + times * (more.prediction.seconds[kind] - some)
-        for kind, some in few.prediction.seconds.items()
-    }
+    seconds = between(few.prediction.seconds, more.prediction.seconds, times)
     kernels = few.prediction.kernels + times * (more.prediction.kernels - few.prediction.kernels)
     own = round(few.own + times * max(0, more.own - few.own))
     return Weight(own, few.host, Prediction(seconds, round(kernels)))

@@ -4,13 +4,13 @@ A few small steps are compiled; memory is then linear in the layers and in the t
 micro-batch. The recommended step is planned once more, as it is, before it is named.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from jllama.attention import choose_implementation
 from jllama.cli.terminal import console, show_table
 from jllama.config import PRECISIONS
-from train.plan.arithmetic import Step
+from train.plan.arithmetic import Step, between
 from train.plan.cards import Gpu
 from train.plan.compiled import Request
 from train.plan.planner import (
@@ -191,11 +191,3 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
             cell, gpu, {name: round(size) for name, size in classes.items()}, compiled=True,
             time_us=times if sum(times.values()) else {}, kernels=known[few].kernels,
         )  # fmt: skip
-
-
-def between(few: Mapping[str, float], many: Mapping[str, float], share: float) -> dict[str, float]:
-    """On the line through two points, entry by entry; never below 0."""
-    return {
-        name: max(0.0, few.get(name, 0) + share * (many.get(name, 0) - few.get(name, 0)))
-        for name in {**few, **many}
-    }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jllama.cli.card import refuse_other_plugin
+from jllama.cli.card import PLAN_EXTRA, refuse_other_plugin
 from jllama.cli.children import Children
 from jllama.cli.terminal import Progress, command_line
 from jllama.config import Remat
@@ -27,8 +27,7 @@ from train.plan.cards import Gpu
 from train.plan.compiled import Program, Request
 
 CHILDREN = 2  # compilations at a time; each takes a core and a gigabyte or two
-EXTRA = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
-COMPILERS = ("jax", "jaxlib", "flax", "optax", *EXTRA)
+COMPILERS = ("jax", "jaxlib", "flax", "optax", *PLAN_EXTRA)
 NO_EXTRA = (
     "the packages to compile for a GPU are missing: pip install 'jllama[plan]' (from a checkout: "
     "pip install -e '.[plan]'). The figures below are a closed-form estimate"
@@ -152,7 +151,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
 
 def can_compile() -> bool:
     """Whether the `plan` extra (or a GPU's own packages) is installed."""
-    return all(installed_version(name) for name in EXTRA)
+    return all(installed_version(name) for name in PLAN_EXTRA)
 
 
 def estimate(step: Step, gpu: Gpu) -> Plan:

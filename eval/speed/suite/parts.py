@@ -26,13 +26,13 @@ from eval.speed.side import Job as GenerationJob
 from eval.speed.suite.bench import Bench
 from eval.speed.suite.settings import Setting, Sizes
 from jllama import bundled
+from jllama.cli.card import PLAN_EXTRA
 from jllama.config import PRESETS
 from jllama.folders.run import RunFolder
 from jllama.machine import available_cores
 from jllama.names import linear_names
 
 PEER = ("torch", "transformers", "peft")
-COMPILER = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")  # for a GPU
 
 
 class Measure(Protocol):
@@ -96,7 +96,7 @@ def parts(sizes: Sizes) -> Iterator[Part]:
     words = "`jllama train` on the bundled sample to its first step, cold and warm"
     yield Part("start", words, start, PEER[:1])
     words = "memory and speed that are planned for all of these"
-    yield Part("plans", words, partial(plans, sizes), COMPILER, device=False)
+    yield Part("plans", words, partial(plans, sizes), PLAN_EXTRA, device=False)
 
 
 def shapes(sizes: Sizes) -> Iterator[Setting]:
