@@ -221,6 +221,6 @@ def test_large_heads_take_xla_on_every_card():
 @pytest.mark.skipif(not can_compile(), reason="the packages of jllama[plan] are not installed")
 def test_a_step_with_large_heads_is_planned():
     model = LlamaConfig(512, 2, 2, 2, 512, 512)  # heads of 256
-    for name in ("h200", "a100-40gb"):
-        (plan,) = make_plans([Request(replace(SEVEN, model=model), whole=False)], GPUS[name])
-        assert plan.classes["temporaries"] > 0
+    request = Request(replace(SEVEN, model=model), whole=False)
+    (plan,) = make_plans([request], GPUS["a100-40gb"])  # whose cuDNN refuses them
+    assert plan.classes["temporaries"] > 0

@@ -316,7 +316,7 @@ def test_wrong_arguments_are_refused(made, tmp_path, capsys):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("rows", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_original_rows_on_a_real_model(assets, tmp_path, rows):
     from convert.from_meta import main as convert
 
