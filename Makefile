@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The tested versions; jax 0.11 left Python 3.11 behind.
 PINS := pins/$(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")')
+# What holds for a base in codes as for weights as they are.
+OF_ANY_BASE := tests/test_step.py tests/test_adapter.py tests/test_generate.py tests/test_run.py
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: setup demo report test test-3.12 nightly check format clean
@@ -28,7 +30,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check
 # Without torch, whose build on PyPI brings gigabytes of CUDA, and so without what needs it.
 .venv-3.12/installed: pyproject.toml pins/3.12.txt
 	python=$$(.ci/python 3.12) && $$python -m venv .venv-3.12
-	grep -vE '^(torch|peft|accelerate)==' pins/3.12.txt | .venv-3.12/bin/python -m pip install -q --no-deps -r /dev/stdin
+	grep -vE '^(torch|peft|accelerate|bitsandbytes)==' pins/3.12.txt | .venv-3.12/bin/python -m pip install -q --no-deps -r /dev/stdin
 	.venv-3.12/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
@@ -54,6 +56,7 @@ test-3.12: .venv-3.12/installed
 nightly: .venv/installed-test
 	.ci/resolve
 	JLLAMA_FUZZ=1 $(BIN)/python -m pytest $(PYTEST)
+	for base in int8 int4 nf4; do $(BIN)/python -m pytest -n 2 -m "not slow" --base $$base $(OF_ANY_BASE) || exit 1; done
 
 check: .venv/installed-test
 	$(BIN)/ruff check .

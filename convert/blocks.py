@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.dtypes import BY_NAME, Dtype, Stored, cast
 from jllama.cli.terminal import Progress, console
-from jllama.config import LlamaConfig, tensor_shapes
+from jllama.config import Base, LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.files import bytes_begun, room_for, whole_folder
 from jllama.folders.json_files import SHOWN
@@ -24,6 +24,8 @@ from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
 from jllama.text.tokenizer import LLAMA3_SPECIALS, TiktokenTokenizer, Tokenizer, make_tokenizer
 
+Arrays = Mapping[str, np.ndarray]
+Written = Callable[[str, Arrays, Arrays], None]
 LLAMA3_TOKENS = 128_000 + len(LLAMA3_SPECIALS)  # of every release
 
 
@@ -36,6 +38,11 @@ class Weights(Protocol):
     @property
     def dtypes(self) -> Mapping[str, np.dtype]:
         """Of every tensor, by Meta's names."""
+        ...
+
+    @property
+    def base(self) -> Base | None:
+        """The format of the linears, where they are in codes already."""
         ...
 
     @property
@@ -65,7 +72,13 @@ def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
 
 
 def to_model_folder(
-    weights: Weights, tokenizer: bytes, tokenizer_from: Path, dst: Path, dtype: Dtype | None
+    weights: Weights,
+    tokenizer: bytes,
+    tokenizer_from: Path,
+    dst: Path,
+    dtype: Dtype | None,
+    base: Base | None = None,
+    written: Written | None = None,
 ) -> None:
     """Makes the model folder, whole or not at all, and says what it is.
 
@@ -73,24 +86,33 @@ def to_model_folder(
         tokenizer: the content of Meta's tokenizer.model.
         tokenizer_from: where it was found, for messages.
         dtype: what every tensor is rounded to; by default each stays as it is.
+        base: the format in which the linears are stored; the others as `dtype` says.
+        written: called with each block, its tensors and its arrays as they are stored.
 
     Raises:
         InputError: if the tokenizer is damaged or does not fit the rows of the weights, a weight is
             not finite, the folder exists or the disk is too small.
     """
-    config = weights.config
+    config, already = weights.config, weights.base
+    if already is not None and (base is not None or dtype is not None):
+        raise InputError(
+            f"{weights.files[0].parent}: its linears are in {already.words}, and stay so; leave "
+            "--base and --dtype out"
+        )
+    base = base or already
     _check_rows(make_tokenizer(tokenizer, tokenizer_from), config.vocab_size, tokenizer_from)
     dtypes = dict.fromkeys(weights.dtypes, BY_NAME[dtype]) if dtype else weights.dtypes
-    stored = Stored(config, dtypes)
+    stored = Stored(config, dtypes, base)
     origin = {
         "files": fingerprint(weights.files),
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
         "config": dataclasses.asdict(config),
         "dtype": dtype,
+        "base": base and base.words,
     }
     with room_for(stored.bytes - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
-        writer = ModelWriter(folder, config, weights.source, weights.transformers_name)
-        _copy_blocks(weights, writer, dtypes)
+        writer = ModelWriter(folder, config, weights.source, weights.transformers_name, base)
+        _copy_blocks(weights, writer, dtypes, base, written)
         writer.finish(tokenizer)
     console.print(stored.words)
     console.print(f"certificate: sha256 {manifest_sha256(dst)}")
@@ -119,26 +141,49 @@ def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _copy_blocks(weights: Weights, writer: ModelWriter, dtypes: Mapping[str, np.dtype]) -> None:
+def _copy_blocks(
+    weights: Weights,
+    writer: ModelWriter,
+    dtypes: Mapping[str, np.dtype],
+    base: Base | None,
+    written: Written | None,
+) -> None:
     """Reads and writes block after block; after a bad value it only looks for more of them."""
     problems: list[str] = []
     blocks = tensor_shapes(weights.config)
     with block_progress("converting", len(blocks)) as advance:
         for block, names in blocks.items():
-            if writer.has_block(block):
+            if written is None and writer.has_block(block):
                 advance(0)
                 continue
             tensors, bad = weights.read_block(names)
             problems += bad
             if not problems:
-                kept = {name: cast(tensor, dtypes[name]) for name, tensor in tensors.items()}
+                kept = as_stored(tensors, dtypes, base)
                 writer.write_block(block, kept)
+                if written is not None:
+                    written(block, tensors, kept)
             advance(sum(tensor.nbytes for tensor in tensors.values()))
     refuse_if(
         problems,
         weights.files[0].parent,
         "damaged weights, nothing was written; download these files again",
     )
+
+
+def as_stored(
+    tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dtype], base: Base | None
+) -> dict[str, np.ndarray]:
+    """A block's arrays as a model folder has them."""
+    kept: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if base is not None and base.holds(name):
+            from jllama.quantize import coded_arrays  # here: else nothing needs JAX
+
+            kept |= coded_arrays(name, tensor, base)
+        else:  # what came in codes has no dtype of its own
+            kept[name] = cast(tensor, dtypes.get(name, tensor.dtype))
+    return kept
 
 
 @contextlib.contextmanager

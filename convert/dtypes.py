@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jllama.config import LlamaConfig, tensor_shapes
+from jllama.config import Base, LlamaConfig, tensor_shapes
 
 DTYPES: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
@@ -50,23 +50,34 @@ class Stored:
 
     Args:
         dtypes: of every tensor, by Meta's names.
+        base: the format of the linears, if they are stored in codes.
     """
 
-    def __init__(self, config: LlamaConfig, dtypes: Mapping[str, np.dtype]):
-        sizes = {
-            name: math.prod(shape)
-            for block in tensor_shapes(config).values()
-            for name, shape in block.items()
+    def __init__(
+        self, config: LlamaConfig, dtypes: Mapping[str, np.dtype], base: Base | None = None
+    ):
+        shapes = {
+            name: shape for block in tensor_shapes(config).values() for name, shape in block.items()
         }
-        weights: Counter[np.dtype] = Counter()
-        for name, size in sizes.items():
-            weights[dtypes[name]] += size
-        self.bytes = sum(dtype.itemsize * count for dtype, count in weights.items())
-        self.usual = weights.most_common(1)[0][0]
-        tensors = Counter(dtypes[name].name for name in sizes)
-        others = [f"{tensors[x.name]} tensors {x.name}" for x in weights if x != self.usual]
+        self.bytes = 0
+        weights: Counter[str] = Counter()
+        tensors: Counter[str] = Counter()
+        for name, shape in shapes.items():
+            kind: str
+            if base is not None and base.holds(name):
+                kind, parts = base.format, base.parts(shape)
+            else:
+                kind = dtypes[name].name
+                parts = {"": (shape, kind)}
+            sizes = (math.prod(part) * np.dtype(of).itemsize for part, of in parts.values())
+            self.bytes += sum(sizes)
+            weights[kind] += math.prod(shape)
+            tensors[kind] += 1
+        usual = weights.most_common(1)[0][0]
+        self.usual = usual
+        others = [f"{tensors[kind]} tensors {kind}" for kind in weights if kind != usual]
         self.words = ", ".join(
-            [f"{config.parameter_count:,} parameters", self.usual.name, *others,
+            [f"{config.parameter_count:,} parameters", usual, *others,
              f"{self.bytes:,} bytes"]
         )  # fmt: skip
 

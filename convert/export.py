@@ -1,7 +1,7 @@
 """What the commands that write a model folder in another format share: flags, reading, the end."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +12,14 @@ from convert.blocks import block_progress, fingerprint
 from convert.dtypes import BY_NAME, Dtype, Stored, cast, forget
 from convert.merge import Merge, show_report
 from jllama.cli.terminal import console
-from jllama.config import tensor_shapes
-from jllama.errors import checked
-from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS
+from jllama.config import Base, tensor_shapes
+from jllama.errors import InputError, checked
+from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS, read_passport
 from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
-from jllama.folders.model import check_manifest, read_block, read_config
+from jllama.folders.model import check_manifest, read_base, read_block, read_config
+from jllama.quantize import coded_arrays, matrix_of
 from jllama.text.tokenizer_file import FILE_NAME
 
 
@@ -33,7 +34,8 @@ class Export:
     adapter: Annotated[Path | None, arg(metavar="DIR")] = None
     """PEFT adapter to merge in: W + scale * B A, summed in fp32 and rounded once."""
     dtype: Dtype | None = None
-    """Writes every tensor in this dtype; by default each in its own."""
+    """Writes every tensor in this dtype; by default each in its own, and named for one that is
+    stored in 8 or 4 bits."""
     force: bool = False
     """Merge an adapter whose passport names another base model."""
 
@@ -49,13 +51,23 @@ class Model:
         self.src = settings.src
         self.config = read_config(self.src)
         self.blocks = tensor_shapes(self.config)
-        check_manifest(self.src, self.blocks)
-        manifest = read_manifest(self.src)
+        check_manifest(self.src, self.config)
+        manifest, self.base = read_manifest(self.src), read_base(self.src)
+        self.trained_on: Base | None = None  # the format that the adapter's base was held in
+        if settings.adapter is not None:
+            self.trained_on = Base.of(read_passport(settings.adapter).get("base"))
+        base = self.base or self.trained_on
+        if base is not None and settings.dtype is None:
+            raise InputError(
+                f"the weights come from {base.words}, so none has a dtype of its own; name the one "
+                f"to write: --dtype {', '.join(BY_NAME)}"
+            )
         self.has_tokenizer = FILE_NAME in manifest["files"]
         dtype = BY_NAME[settings.dtype] if settings.dtype else None
         self.dtypes = {
-            name: np.dtype(entry["dtype"]) if dtype is None else dtype
-            for name, entry in manifest["tensors"].items()
+            name: np.dtype(manifest["tensors"][name]["dtype"]) if dtype is None else dtype
+            for names in self.blocks.values()
+            for name in names
         }
         self.stored = Stored(self.config, self.dtypes)
         self.merge: Merge | None = None
@@ -66,10 +78,25 @@ class Model:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for block in self.blocks:
             tensors = read_block(self.src, block)
-            given = tensors if self.merge is None else self.merge(block, tensors)
+            whole = self._matrices(block, tensors)
+            given = whole
+            if self.merge is not None:
+                given = self.merge(block, whole, tensors if self.trained_on else None)
             yield {name: cast(tensor, self.dtypes[name]) for name, tensor in given.items()}
             self.advance(sum(tensor.nbytes for tensor in tensors.values()))
             forget(tensors.values())
+
+    def _matrices(self, block: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A block's tensors; in fp32 those that are in codes, or were while the adapter learned."""
+        found: dict[str, np.ndarray] = {}
+        base = self.base or self.trained_on
+        for name, shape in self.blocks[block].items():
+            if base is None or not base.holds(name):
+                found[name] = tensors[name]
+                continue
+            coded = tensors if self.base else coded_arrays(name, tensors[name], base)
+            found[name] = matrix_of(name, coded, (shape[0], shape[1]), base)
+        return found
 
 
 @contextlib.contextmanager

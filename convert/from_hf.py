@@ -19,6 +19,7 @@ from convert.hf.tokenizer import read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
+from jllama.config import BaseChoice, BaseSkip, asked_base
 from jllama.errors import InputError, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
@@ -38,6 +39,13 @@ class FromHf:
     """Meta's tokenizer.model, or a folder with one; by default what SRC has."""
     dtype: Dtype | None = None
     """Stores every tensor in this dtype, rounded once; by default each as it is."""
+    base: BaseChoice = "stored"
+    """Stores the linears of the blocks in 8 or 4 bits: int8, int4 or nf4."""
+    base_skip: BaseSkip = "none"
+    """With --base: linears that stay as they are."""
+
+    def __post_init__(self):
+        asked_base(self.base, self.base_skip)
 
 
 def convert(settings: FromHf) -> None:
@@ -56,7 +64,14 @@ def convert(settings: FromHf) -> None:
         tokenizer = read_hf_tokenizer(place)
     else:
         tokenizer = read_bytes(place, f"Meta's {FILE_NAME}")
-    to_model_folder(weights, tokenizer, place, dst, settings.dtype)
+    to_model_folder(
+        weights,
+        tokenizer,
+        place,
+        dst,
+        settings.dtype,
+        asked_base(settings.base, settings.base_skip),
+    )
     console.print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
 
 

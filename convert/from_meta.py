@@ -19,6 +19,7 @@ from convert.meta.weights import open_meta
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
+from jllama.config import BaseChoice, BaseSkip, asked_base
 from jllama.errors import AtLeast1, InputError, Positive, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
@@ -42,6 +43,13 @@ class FromMeta:
     """The trained context in tokens; by default that of the family."""
     dtype: Dtype | None = None
     """Stores every tensor in this dtype, rounded once; by default each as it is."""
+    base: BaseChoice = "stored"
+    """Stores the linears of the blocks in 8 or 4 bits: int8, int4 or nf4."""
+    base_skip: BaseSkip = "none"
+    """With --base: linears that stay as they are."""
+
+    def __post_init__(self):
+        asked_base(self.base, self.base_skip)
 
 
 def convert(settings: FromMeta) -> None:
@@ -60,7 +68,14 @@ def convert(settings: FromMeta) -> None:
     weights = open_meta(src, _params(settings))
     tokenizer = find_tokenizer(settings)
     content = read_bytes(tokenizer, f"Meta's {FILE_NAME}")
-    to_model_folder(weights, content, tokenizer, dst, settings.dtype)
+    to_model_folder(
+        weights,
+        content,
+        tokenizer,
+        dst,
+        settings.dtype,
+        asked_base(settings.base, settings.base_skip),
+    )
     sample = src == bundled.SAMPLE and dst == Path(bundled.MODEL)
     flags = [] if sample else ["--model", dst, "--data", "FILE"]
     console.print("next: " + command_line("train", *flags))

@@ -66,7 +66,7 @@ def _write_small_files(src: Path, folder: Path, model: Model) -> None:
         tokenizer = load_tokenizer(src)
         bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
         write_hf_tokenizer((src / FILE_NAME).read_bytes(), folder, model.config.max_seq_len)
-    config = hf_config(model.config, model.stored.usual.name, bos_id, eos_ids)
+    config = hf_config(model.config, model.stored.usual, bos_id, eos_ids)
     write_json(folder / CONFIG, config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", ends)

@@ -15,14 +15,13 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
-from convert.blocks import Weights, block_progress, refuse_if
-from convert.dtypes import cast
+from convert.blocks import Weights, as_stored, block_progress, refuse_if
 from convert.hf.files import open_hf
 from convert.meta.params import PARAMS, read_params
 from convert.meta.weights import open_meta
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
-from jllama.config import LlamaConfig, tensor_shapes
+from jllama.config import Base, LlamaConfig, tensor_shapes
 from jllama.errors import InputError, checked
 from jllama.folders.manifest import (
     MANIFEST,
@@ -37,6 +36,7 @@ from jllama.folders.model import (
     CONFIG,
     block_file,
     check_manifest,
+    read_base,
     read_block,
     read_config,
 )
@@ -70,7 +70,8 @@ def verify(settings: Verify) -> None:
         f"{len(manifest['tensors'])} tensors and {len(manifest['files'])} files are whole"
     )
     if settings.against is not None:
-        compare(manifest["tensors"], read_config(folder), settings.against)
+        base = read_base(folder)
+        compare(manifest["tensors"], read_config(folder), settings.against, base)
 
 
 def _damage(folder: Path, manifest: Manifest) -> list[str]:
@@ -86,7 +87,7 @@ def _damage(folder: Path, manifest: Manifest) -> list[str]:
 
     config = checked_by(read_config, folder)
     if config:
-        checked_by(check_manifest, folder, tensor_shapes(config))
+        checked_by(check_manifest, folder, config)
     checked_by(load_tokenizer, folder)
     for name in sorted(manifest["files"].keys() - {CONFIG, FILE_NAME}):
         checked_by(check_file, folder / name)
@@ -101,10 +102,13 @@ def _damage(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def compare(certified: Mapping[str, Entry], config: LlamaConfig, source: Path) -> None:
+def compare(
+    certified: Mapping[str, Entry], config: LlamaConfig, source: Path, base: Base | None = None
+) -> None:
     """Holds the certificates of a model folder against the tensors of its source.
 
-    Where the source has another dtype, it is rounded to the certified one, as `--dtype` does.
+    Where the source has another dtype, it is rounded to the certified one, as `--dtype` does; of a
+    model in codes they are made again.
 
     Raises:
         InputError: the tensors that differ.
@@ -116,7 +120,7 @@ def compare(certified: Mapping[str, Entry], config: LlamaConfig, source: Path) -
     else:
         weights = open_weights(source)
         theirs = weights.config
-        found, rounded = certificates(weights, certified)
+        found, rounded = certificates(weights, certified, base)
     problems = [
         f"{name}: {certified.get(name)}, the source has {found.get(name)}"
         for name in sorted(certified.keys() | found.keys())
@@ -143,7 +147,7 @@ def open_weights(folder: Path) -> Weights:
 
 
 def certificates(
-    weights: Weights, certified: Mapping[str, Entry]
+    weights: Weights, certified: Mapping[str, Entry], base: Base | None
 ) -> tuple[dict[str, Entry], list[str]]:
     """What a model folder made from the weights would certify, and which tensors were rounded."""
     found: dict[str, Entry] = {}
@@ -152,11 +156,13 @@ def certificates(
     with block_progress("comparing", len(blocks)) as advance:
         for names in blocks.values():
             tensors, _ = weights.read_block(names)
-            for name, tensor in tensors.items():
-                asked = certified.get(name)
-                kept = cast(tensor, np.dtype(asked["dtype"])) if asked else tensor
-                rounded += [name] if kept.dtype != tensor.dtype else []
+            asked = {
+                name: np.dtype(certified[name]["dtype"]) if name in certified else tensor.dtype
+                for name, tensor in tensors.items()
+            }
+            for name, kept in as_stored(tensors, asked, base).items():
                 found[name] = certificate(kept)
+            rounded += [name for name, tensor in tensors.items() if asked[name] != tensor.dtype]
             advance(sum(tensor.nbytes for tensor in tensors.values()))
     return found, rounded
 

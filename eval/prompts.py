@@ -184,7 +184,7 @@ def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, floa
     a second model  ->  (the first, {"base": 0}), (the second, {"tuned": 1})
     """
     assert config.precision
-    model = jllama.load_model(config.model, config.precision)
+    model = jllama.load_model(config.model, config.precision, base=config.asked_base)
     if config.adapter:
         jllama.load_adapter(model, config.adapter)
     if config.adapter and not config.merge:

@@ -8,7 +8,7 @@ import tyro
 
 import jllama
 from jllama import bundled
-from jllama.config import Precision
+from jllama.config import Base, BaseChoice, BaseSkip, Precision, asked_base
 from jllama.errors import InputError, checked
 from jllama.folders.adapter import check_base, read_passport
 from jllama.folders.run import LATEST, RunFolder
@@ -34,12 +34,22 @@ class Subject:
     """Load an adapter whose passport names another base model."""
     precision: Precision | None = None
     """Of weights and activations; by default that of the run, else bf16."""
+    base: BaseChoice | None = None
+    """Format of the base's linears; by default the one that was trained on, else as stored."""
+    base_skip: BaseSkip = "none"
+    """With --base: linears that stay as they are."""
     prompt_style: PromptStyle | None = None
     """By default the one that was trained with, else plain."""
 
     def __post_init__(self):
         if self.adapter and self.tuned:
             raise InputError("--adapter and --tuned; expected one of them")
+        asked_base(self.base or "stored", self.base_skip)
+
+    @property
+    def asked_base(self) -> Base | None:
+        """The format that `resolve` found or was given."""
+        return asked_base(self.base or "stored", self.base_skip)
 
 
 Named = TypeVar("Named", bound=Subject)
@@ -59,9 +69,11 @@ def resolve(config: Named) -> tuple[Named, dict[str, Any]]:
     if config.adapter:
         check_base(config.adapter, config.model, force=config.force)
     result = config.adapter or config.tuned
-    trained: PromptStyle = "plain"
-    if result:
-        trained = read_passport(result).get("prompt_style", trained)
+    passport = read_passport(result) if result else {}
+    trained: PromptStyle = passport.get("prompt_style", "plain")
+    if config.base is None and (base := Base.of(passport.get("base"))):
+        skip = ",".join(base.skip) or "none"
+        config = dataclasses.replace(config, base=base.format, base_skip=skip)
     return dataclasses.replace(
         config,
         precision=config.precision or "bf16",
@@ -97,7 +109,7 @@ def load_voices(config: Subject) -> Voices:
         config: what `resolve` gave.
     """
     assert config.precision
-    model = jllama.load_model(config.model, config.precision)
+    model = jllama.load_model(config.model, config.precision, base=config.asked_base)
     voices = {"base": (model, 0.0)}
     if config.adapter:
         voices["tuned"] = (jllama.load_adapter(model, config.adapter), 1.0)

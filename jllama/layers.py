@@ -20,36 +20,40 @@ def matmul_precision(dtype: DTypeLike) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
-class Weight(nnx.Param):
-    """A matrix `[out, in]`, and all that is known of how it is stored: here as it is.
+class Matrix:
+    """A matrix `[out, in]`, however it is stored: what a network asks of it.
 
-    Whoever uses a weight asks it for products, rows and lengths, so that one stored in another way
-    (quantised) is another class with these methods.
-
-    A weight that learns is fp32 and is cast to the network's dtype here; a frozen one has it.
+    Whoever uses a weight asks it for products and lengths, and nothing else knows how it is stored:
+    as it is (`Weight`), or in 8 or 4 bits (`jllama.quantize`).
     """
+
+    shape: tuple[int, int]
+
+    def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
+        """The whole matrix."""
+        raise NotImplementedError
 
     def product(self, x: Float[Array, "... I"], **how: Any) -> Float[Array, "... O"]:
         """x W^T, in x's dtype unless `how`, for `jnp.einsum`, says otherwise."""
         return jnp.einsum("...i,oi->...o", x, self.matrix(x.dtype), **how)
 
+    def squared_lengths(self, dtype: DTypeLike) -> Float[Array, " O"]:
+        """|W|^2 of every row, fp32, as the network in `dtype` has W."""
+        return jnp.sum(jnp.square(self.matrix(dtype).astype(jnp.float32)), axis=1)
+
+
+class Weight(Matrix, nnx.Param):
+    """A matrix that is stored as it is.
+
+    A weight that learns is fp32 and is cast to the network's dtype here; a frozen one has it.
+    """
+
+    def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
+        return self[...].astype(dtype)
+
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
         """Some rows, as stored."""
         return self[...][ids]
-
-    def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
-        """The whole matrix."""
-        return self[...].astype(dtype)
-
-    def squared_lengths(self, dtype: DTypeLike) -> Float[Array, " O"]:
-        """|W|^2 of every row, fp32, as the network in `dtype` has W."""
-        matrix = self.matrix(dtype)
-        exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
-        return jnp.einsum("oi,oi->o", matrix, matrix, **exact)
-
-    def store(self, matrix: Float[Array, "O I"]) -> None:
-        """Replaces the matrix, rounded once."""
-        self[...] = matrix.astype(self.dtype)
 
 
 class WidenedWeight(Weight):
@@ -72,7 +76,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         initial = INITIAL_STD * jax.random.normal(rngs.params(), shape)
-        self.weight = Weight(initial.astype(dtype))
+        self.weight: Matrix = Weight(initial.astype(dtype))
         self.bias = nnx.Param(jnp.zeros(shape[:1], dtype)) if bias else nnx.data(None)
         self.lora: Any = nnx.data(None)
 

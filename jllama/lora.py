@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt
 
 from jllama.config import LoraConfig
-from jllama.layers import Linear, Weight
+from jllama.layers import Linear, Matrix, Weight
 from jllama.model import Llama, map_named
 
 
@@ -59,7 +59,7 @@ class Lora(nnx.Module):
 
     @jax.named_scope("adapters")
     def added(
-        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], weight: Weight
+        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], weight: Matrix
     ) -> Float[Array, "B T O"]:
         """`y = x W^T` with the adapter's part added, where `low` is x A^T."""
         y = y + jnp.einsum("BTR,oR->BTo", low * self.scale, self.b[...].astype(y.dtype))
@@ -67,7 +67,7 @@ class Lora(nnx.Module):
             return y
         return stretched(y, self.gain(weight, y.dtype))
 
-    def gain(self, weight: Weight, dtype: DTypeLike) -> Float[Array, " O"]:
+    def gain(self, weight: Matrix, dtype: DTypeLike) -> Float[Array, " O"]:
         """DoRA's factor for every output, fp32; its denominator is held constant, as in PEFT.
 
         |W + s B A|^2 = |W|^2 + 2 s W A^T . B + s^2 B A A^T . B, row by row, so that no second
@@ -111,7 +111,7 @@ def mixed(bits: UInt[Array, "..."]) -> UInt[Array, "..."]:
 class FixedLora(nnx.Module):
     """An adapter that learns no more: what is the same for every token is worked out once."""
 
-    def __init__(self, lora: Lora, weight: Weight, dtype: DTypeLike):
+    def __init__(self, lora: Lora, weight: Matrix, dtype: DTypeLike):
         self.a = nnx.Param(lora.a[...].astype(dtype))
         self.b = nnx.Param((lora.scale * lora.b[...]).astype(dtype))
         dora = lora.magnitude is not None
@@ -129,7 +129,7 @@ class FixedLora(nnx.Module):
 
     @jax.named_scope("adapters")
     def added(
-        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], _weight: Weight
+        self, y: Float[Array, "B T O"], low: Float[Array, "B T R"], _weight: Matrix
     ) -> Float[Array, "B T O"]:
         """As `Lora`."""
         y = y + jnp.einsum("BTR,oR->BTo", low.astype(y.dtype), self.b[...])
@@ -172,14 +172,17 @@ def fix(model: Llama) -> None:
 def merge(model: Llama) -> None:
     """Folds the adapters into the base weights and removes them.
 
-    W + scale * B A, with DoRA stretched, is summed in fp32 and rounded once to the weight's dtype.
+    W + scale * B A, with DoRA stretched, is summed in fp32 and rounded once to the weight's dtype;
+    a weight in codes becomes one in the network's.
     """
     for linear in adapted_linears(model).values():
         lora = linear.lora
         with jax.default_matmul_precision("highest"):
             delta = lora.scale * (lora.b[...] @ lora.a[...])
-        merged = linear.weight.matrix(jnp.float32) + delta
+        weight = linear.weight
+        dtype = weight.dtype if isinstance(weight, Weight) else model.tok_embeddings.dtype
+        merged = weight.matrix(jnp.float32) + delta
         if lora.magnitude is not None:
-            merged = merged * lora.gain(linear.weight, linear.weight.dtype)[:, None]
-        linear.weight.store(merged)
+            merged = merged * lora.gain(weight, dtype)[:, None]
+        linear.weight = Weight(merged.astype(dtype))
         linear.lora = None

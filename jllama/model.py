@@ -233,7 +233,9 @@ class Llama(nnx.Module):
     @property
     def head_weight(self) -> Weight:
         """`[V, D]`; the embedding itself where the two are tied."""
-        return self.tok_embeddings.weight if self.output is None else self.output.weight
+        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
+        assert isinstance(weight, Weight)  # it is never in codes
+        return weight
 
     def linears(self) -> dict[str, Linear]:
         """The seven linears of every block by name: what an adapter can be attached to."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
@@ -15,16 +16,27 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's: models this small only wait for 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import random_models  # noqa: E402
 from random_models import GROUPED, TOKENIZER  # noqa: E402
 
+from jllama.config import Base, Format  # noqa: E402
 from jllama.errors import InputError  # noqa: E402
 
 ASSETS = Path(os.environ.get("JLLAMA_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--base", choices=get_args(Format), default=None,
+        help="the tests' models have their linears in this format; `as_stored` tests are left out",
+    )  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Commands share compiled programs in a cache of the tests' own, kept between runs."""
     os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("home"))
+    base = config.getoption("--base")
+    random_models.BASE_OF_ALL = Base(base) if base else None
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +92,11 @@ def refusal(tmp_path):
     return call
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if base := config.getoption("--base"):
+        for item in items:
+            if item.get_closest_marker("as_stored"):
+                item.add_marker(pytest.mark.skip(reason=f"needs weights as stored, not {base}"))
     if not ASSETS.is_dir():
         skip = pytest.mark.skip(reason=f"no real weights in {ASSETS}; set JLLAMA_ASSETS")
         for item in items:

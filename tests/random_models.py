@@ -10,13 +10,15 @@ from unittest import mock
 import numpy as np
 
 from convert.meta.params import config_from_meta
-from jllama.config import tensor_shapes
+from jllama.config import Base, tensor_shapes
 from jllama.folders.files import whole_folder
 from jllama.folders.model import ModelWriter, read_block, read_config
+from jllama.quantize import coded_arrays
 
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
 GROUPED = BASE | {"n_kv_heads": 2}
 VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
+BASE_OF_ALL: Base | None = None  # the format of every model folder, by `pytest --base`
 TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
 
 
@@ -62,11 +64,14 @@ def model_folder(
 ) -> Path:
     """The model folder `root / name` of `random_arrays`; test_convert.py has the converter's."""
     arrays = random_arrays(params, seed=seed)
-    config = config_from_meta(params, VOCABULARY, tied=False)
+    config, base = config_from_meta(params, VOCABULARY, tied=False), BASE_OF_ALL
     with whole_folder(root / name) as partial:
-        writer = ModelWriter(partial, config, f"random, seed {seed}", transformers_name)
+        writer = ModelWriter(partial, config, f"random, seed {seed}", transformers_name, base)
         for block, shapes in tensor_shapes(config).items():
-            writer.write_block(block, {tensor: arrays[tensor] for tensor in shapes})
+            tensors = {tensor: arrays[tensor] for tensor in shapes}
+            for tensor in filter(base.holds if base else (lambda _: False), shapes):
+                tensors |= coded_arrays(tensor, tensors.pop(tensor), base)
+            writer.write_block(block, tensors)
         writer.finish(TOKENIZER)
     return root / name
 

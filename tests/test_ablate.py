@@ -26,7 +26,8 @@ from train.plan.command import PlanConfig, as_json
 
 SEVEN = Path(__file__).parents[1] / "docs/results/ablation-llama-2-7b-a100-40gb"
 AXES = {"precision": ["fp32", "bf16"], "accumulation": ["1", "8"],
-        "remat": ["none", "ffn", "block"], "tune": ["full", "lora"]}  # fmt: skip
+        "remat": ["none", "ffn", "block"], "tune": ["full", "lora"],
+        "base": ["stored"]}  # fmt: skip
 
 
 real_device = functools.cache(ablate.device)
@@ -461,3 +462,24 @@ def test_the_defaults_are_24_cells():
     assert len(plain) == 24
     with pytest.raises(InputError, match="sequences"):
         AblateConfig(sequences=0)
+
+
+def test_bases_in_codes_are_a_fifth_axis_of_lora_alone():
+    cells = grid(AXES | {"base": ["stored", "int4"]}, 8)
+    coded = [cell for cell in cells if cell.base == "int4"]
+    assert len(coded) == 12
+    assert {cell.tune for cell in coded} == {"lora"}
+    found = measured(axes=AXES | {"base": ["stored", "int4"]})
+    for cell in found:
+        cell["planned_memory_mib"] *= 0.3 if cell["base"] == "int4" else 1
+    (finding,) = [
+        x for x in analyse(found)
+        if x.technique.startswith("an int4 base") and x.figure == "planned_memory_mib"
+    ]  # fmt: skip
+    assert finding.technique == "an int4 base instead of weights as stored"
+    assert finding.pairs == 12
+    assert finding.change == pytest.approx(-0.7)
+    assert all("int4" in name for name in finding.cells[1:])
+    # Cells from before there was such an axis say the same as those of stored weights.
+    before = [{k: v for k, v in cell.items() if k != "base"} for cell in measured()]
+    assert analyse(before) == analyse(measured())

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from convert import speed
+from convert.speed import command as speed
 
 pytestmark = pytest.mark.integration
 

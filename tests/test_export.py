@@ -23,10 +23,11 @@ import transformers
 from meta_files import random_tensors, write_hf, write_meta
 from random_models import BASE, GROUPED, TOKENIZER, VOCABULARY
 
-from convert import from_hf, from_meta, merge, to_hf, to_meta, verify
+from convert import from_hf, from_meta, to_hf, to_meta, verify
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
 from convert.meta import archive
+from convert.probe import Probe
 from convert.to_hf import ToHf
 from convert.to_meta import ToMeta
 from convert.verify import Verify
@@ -267,7 +268,7 @@ def test_the_merge_report_says_when_rounding_ate_the_adapter(size, eaten, tmp_pa
     share = same / sum(before[name].numel() for name in linears)
     assert report["share_of_weights_unchanged"] == share
     assert (share > 0.99) == eaten
-    tokens = jnp.asarray(merge.Merge(tmp_path / "m", tmp_path / "ad", force=False)._tokens)
+    tokens = jnp.asarray(Probe(tmp_path / "m").tokens)
     convert_back = tmp_path / "merged"
     from_hf.convert(FromHf(tmp_path / "hf", convert_back))
     lost = np.asarray(load_model(convert_back, "fp32")(tokens)) - np.asarray(model(tokens))

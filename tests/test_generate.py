@@ -72,6 +72,7 @@ def test_a_chunk_wastes_little_and_is_one_of_few(tokens):
     assert calls <= 1 + tokens // 16
 
 
+@pytest.mark.as_stored
 def test_a_growing_conversation_compiles_a_handful_of_times(folder, model):
     tokenizer = jllama.load_tokenizer(folder)
     prefill.clear_cache()
@@ -226,6 +227,7 @@ def test_streamed_text_is_the_generated_one(folder, model):
     assert list(jllama.stream(model, tokenizer, [1, 5], 0, GREEDY)) == []
 
 
+@pytest.mark.as_stored
 def test_base_and_tuned_share_one_compilation_and_scale_zero_is_the_base(folder):
     model = jllama.load_model(folder, "fp32")
     base = jllama.generate(model, PROMPTS, 40, GREEDY)
@@ -274,6 +276,7 @@ def test_logits_that_are_not_finite_are_an_error(folder):
         jllama.generate(model, [[1]], 5)
 
 
+@pytest.mark.as_stored
 @pytest.mark.promotes
 def test_answers_from_widened_weights_are_the_models_own(folder, monkeypatch):
     """On a CPU, bf16 matrices are held as fp32 where memory has room for it."""

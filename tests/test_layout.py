@@ -1,6 +1,7 @@
 """The house rules that a reader relies on, held by parsing the imports."""
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_torch_stays_in_convert_and_optax_in_train(path):
 def test_people_are_told_through_the_console_alone(path):
     """Only it makes control characters visible; children answer their parents in JSON."""
     if name_of(path) in ("jllama.cli.terminal", "jllama.machine", "train.plan.compiled",
-                         "convert.speed_side"):  # fmt: skip
+                         "convert.speed.side"):  # fmt: skip
         return
     called = {x.func.id for x in ast.walk(ast.parse(path.read_text()))
               if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}  # fmt: skip
@@ -74,13 +75,14 @@ def test_no_file_imports_itself_by_way_of_others():
 
 
 def test_no_folder_is_flat():
-    counts = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in FILES}}
+    rooms = [path for path in FILES if path.name not in ("__init__.py", "__main__.py")]
+    counts = Counter(path.parent for path in rooms)
     assert not {folder.name: n for folder, n in counts.items() if n > 13}
 
 
 def test_a_wing_that_is_a_command_has_a_door():
     for wing in ("train/data", "train/plan", "train/sample", "eval/ablate", "eval/report",
-                 "eval/speed"):  # fmt: skip
+                 "eval/speed", "convert/speed"):  # fmt: skip
         door = (ROOT / wing / "__main__.py").read_text().splitlines()
         assert len([line for line in door if line]) <= 5
 

@@ -14,6 +14,7 @@ from step_runs import LENGTH, LORA, PARAMS, build, build_full, run, windows
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.folders.load import abstract_model, load_model
 from jllama.lora import attach, dropped_out, split
+from jllama.quantize import in_codes
 from train.config import TrainConfig
 from train.data.documents import lay_out, stacked
 from train.optimizer import (
@@ -71,10 +72,8 @@ def test_only_adapters_are_trainable_and_the_base_stays_bit_equal(folder):  # le
     model, graphdef, base, optimizer, state = build(folder, k=2)
     before = {name: x.tobytes() for name, x in named(base).items()}
     counts = count({"learned": state.learned, "frozen": base})
-    assert counts == {
-        "learned": LORA.parameter_count(model.config),
-        "frozen": model.config.parameter_count,
-    }
+    assert counts["learned"] == LORA.parameter_count(model.config)
+    assert in_codes(model) or counts["frozen"] == model.config.parameter_count
     state, _ = run(graphdef, base, optimizer, state, windows(3, 2, 2))
     assert {name: x.tobytes() for name, x in named(base).items()} == before
     moved = [np.any(x != 0) for name, x in named(state.learned).items() if "['b']" in name]
@@ -82,6 +81,7 @@ def test_only_adapters_are_trainable_and_the_base_stays_bit_equal(folder):  # le
     assert all(moved)  # lesson 4
 
 
+@pytest.mark.as_stored
 def test_bf16_keeps_adapters_and_moments_in_fp32(folder):  # lesson 4
     _, graphdef, base, optimizer, state = build(folder, precision="bf16", rate=3e-5, k=2)
     assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
@@ -201,6 +201,7 @@ def test_adapters_that_read_the_same_input_drop_the_same_of_it(folder, monkeypat
     assert len({key for key, _ in drawn}) == 4 * layers
 
 
+@pytest.mark.as_stored
 def test_a_step_without_a_finite_gradient_changes_nothing(folder):  # lesson 23
     _, graphdef, base, optimizer, state = build(folder)
     poisoned = jax.tree.map(lambda x: x * jnp.nan, base)
@@ -341,6 +342,7 @@ def test_other_rules_learn_too(folder, name):
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.as_stored
 def test_full_tuning_in_bf16_moves_fp32_masters_of_every_weight(folder):
     graphdef, frozen, optimizer, state = build_full(folder, precision="bf16")
     assert count({"learned": state.learned, "frozen": frozen}) == {

@@ -10,7 +10,7 @@ import yaml
 
 from jllama import bundled
 from jllama.cli.settings import checked_settings, settings_from_yaml, take_flag
-from jllama.config import LoraConfig, Precision, Remat
+from jllama.config import Base, BaseChoice, BaseSkip, LoraConfig, Precision, Remat, asked_base
 from jllama.errors import (
     AtLeast0,
     AtLeast1,
@@ -56,6 +56,11 @@ class TrainConfig:
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"
     """Of frozen weights and activations; what learns, its moments and the loss are fp32."""
+    base: BaseChoice = "stored"
+    """Holds the frozen linears of the blocks in 8 or 4 bits, made while the model is loaded: int8,
+    int4 (the small card's), or nf4 (bitsandbytes' format)."""
+    base_skip: BaseSkip = "none"
+    """With --base: linears that stay as they are."""
 
     prompt_style: PromptStyle = "plain"
     """How a row becomes text; saved with the adapter."""
@@ -145,11 +150,14 @@ class TrainConfig:
 
     def __post_init__(self):
         wrong = []
+        asked_base(self.base, self.base_skip)
         if self.packing and self.length_buckets > 1:
             wrong.append("packing and length_buckets, expected one of them")
         if self.tune == "full":
-            only_lora = {"lora_plus_ratio": 1.0} | dict.fromkeys(
-                ("init_adapter", "ffn_bias", "rslora", "dora")
+            only_lora = (
+                {"lora_plus_ratio": 1.0}
+                | dict.fromkeys(("init_adapter", "ffn_bias", "rslora", "dora"))
+                | {"base": "stored"}
             )
             wrong += [
                 f"tune full and {name}, which is for adapters"
@@ -158,6 +166,11 @@ class TrainConfig:
             ]
         if wrong:
             raise InputError("; ".join(wrong))
+
+    @property
+    def asked_base(self) -> Base | None:
+        """The format that the flags ask for; a model folder may bring its own."""
+        return asked_base(self.base, self.base_skip)
 
     @property
     def lora(self) -> LoraConfig:

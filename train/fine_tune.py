@@ -22,7 +22,7 @@ from jllama.folders.adapter import (
 )
 from jllama.folders.json_files import NEW
 from jllama.folders.load import load_model, save_model
-from jllama.folders.model import model_sizes, read_config, transformers_name
+from jllama.folders.model import base_of, model_sizes, read_config, transformers_name
 from jllama.lora import attach
 from jllama.machine import peak_memory_mib
 from jllama.text.row_file import read_rows
@@ -56,7 +56,9 @@ def fine_tune(config: TrainConfig) -> None:
         return
     config = with_sample(config)
     check_folder(config)
-    llama = read_config(config.model)
+    llama, base = read_config(config.model), base_of(config.model, config.asked_base)
+    if base and config.tune == "full":
+        raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
     refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
@@ -93,7 +95,10 @@ def run_steps(
 ) -> None:
     """Loads the model, trains it, and fills the run folder."""
     assert config.remat != "auto"  # `choose` was asked before
-    model = load_model(config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias)
+    model = load_model(
+        config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias,
+        base=config.asked_base,
+    )  # fmt: skip
     if config.init_adapter:
         check_base(config.init_adapter, config.model, force=config.force)
         load_adapter(model, config.init_adapter)

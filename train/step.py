@@ -13,15 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jllama.attention import Documents
+from jllama.compiler import CODES, READING, TRAINING
 from jllama.loss import cross_entropy
 from train.optimizer import take_norms, tree_norm
-
-COMPILER_OPTIONS = {
-    # It would keep the inputs of all adapters' gradients to the end: 3.1 GiB for 7B at 8 x 1024.
-    "xla_gpu_enable_latency_hiding_scheduler": False,
-    # Products of one input would become one, of copies of their weights side by side.
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
 
 
 class Window(NamedTuple):
@@ -97,7 +91,7 @@ def on_device(state: TrainState) -> TrainState:
     jax.jit,
     static_argnames=("graphdef", "optimizer"),
     donate_argnames=("state",),
-    compiler_options=COMPILER_OPTIONS,
+    compiler_options=dict(TRAINING),
 )
 def train_step(
     state: TrainState,
@@ -148,7 +142,7 @@ def train_step(
     return TrainState(state.step + 1, learned, moments), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@functools.partial(jax.jit, static_argnames=("graphdef",), compiler_options=dict(READING))
 def eval_step(
     learned: nnx.State, frozen: nnx.State, window: Window, *, graphdef: nnx.GraphDef
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -191,7 +185,8 @@ class Programs:
         shape = window.tokens.shape
         if shape not in self._compiled:
             started = time.perf_counter()
-            program = train_step.lower(state, frozen, window, key, **self._static).compile()
+            lowered = train_step.lower(state, frozen, window, key, **self._static)
+            program = lowered.compile(compiler_options=options_for(frozen))
             self.compile_seconds += time.perf_counter() - started
             self._compiled[shape] = program
             size = planned_bytes(program.memory_analysis())
@@ -206,6 +201,12 @@ class Programs:
     def compilations(self) -> int:
         """Of steps by these programs, and of `eval_step` in this process; a run needs one of it."""
         return len(self._compiled) + eval_step._cache_size()  # type: ignore[attr-defined]
+
+
+def options_for(frozen: nnx.State) -> dict[str, Any]:
+    """What XLA is asked for beside `TRAINING`."""
+    coded = any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(frozen))
+    return dict(CODES) if coded else {}
 
 
 def planned_bytes(memory: Any) -> int:

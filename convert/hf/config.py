@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.hf.bitsandbytes import is_nf4
 from convert.rules import COUNT, FLAG, NUMBER, Rule, broken
 from jllama.config import LlamaConfig, RopeScaling
 from jllama.errors import InputError
@@ -36,7 +37,10 @@ _FIELDS: Mapping[str, Rule] = {
     "attention_bias": _only(False),
     "mlp_bias": _only(False),
     "hidden_act": _only("silu"),
-    "quantization_config": ("absent; these weights are quantised", lambda x: False),
+    "quantization_config": (
+        "absent or bitsandbytes' nf4; these weights are quantised in another way",
+        is_nf4,
+    ),
 }
 _REQUIRED = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

@@ -4,7 +4,8 @@
     {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model-00001-of-00002.safetensors"}}
 
 Hugging Face turns the rotary pairs (x[i], x[i + H/2]) where Meta turns (x[2i], x[2i+1]), so the
-rows of q and k change their order on the way in.
+rows of q and k change their order on the way in. Linears may be in bitsandbytes' nf4
+(`convert.hf.bitsandbytes`).
 """
 
 import functools
@@ -19,16 +20,17 @@ import torch
 
 from convert.blocks import refuse_if
 from convert.dtypes import as_numpy, forget, is_finite
+from convert.hf import bitsandbytes
 from convert.hf.config import config_from_hf
 from convert.meta.cuts import is_skipped
-from jllama.config import LlamaConfig, tensor_shapes
+from jllama.config import Base, LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.folders.inputs import check_readable
 from jllama.folders.json_files import read_json
 from jllama.folders.model import CONFIG
 from jllama.folders.tensors import DTYPES
 from jllama.layers import to_interleaved
-from jllama.names import EMBEDDINGS, OUTPUT, hf_name
+from jllama.names import EMBEDDINGS, OUTPUT, block_of, hf_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -48,6 +50,7 @@ class HfWeights:
     folder: Path
     config: LlamaConfig
     stored: Mapping[str, Stored]  # by Hugging Face's names
+    base: Base | None = None  # the format of the linears
     _last: list[torch.Tensor] = field(default_factory=list)  # of the block that was read last
 
     @property
@@ -70,7 +73,10 @@ class HfWeights:
     def dtypes(self) -> dict[str, np.dtype]:
         blocks = tensor_shapes(self.config).values()
         return {
-            name: DTYPES[self.stored[hf_name(name)].dtype] for names in blocks for name in names
+            name: DTYPES[self.stored[hf_name(name)].dtype]
+            for names in blocks
+            for name in names
+            if self.base is None or not self.base.holds(name)
         }
 
     @property
@@ -81,9 +87,13 @@ class HfWeights:
         """Tensors under Meta's names, in Meta's order of rows, and what is not finite in them."""
         forget(self._last)
         self._last.clear()
-        read, problems = {}, []
+        read: dict[str, np.ndarray] = {}
+        problems: list[str] = []
         for name in names:
             theirs = hf_name(name)
+            if self.base is not None and self.base.holds(name):
+                read |= self._read_codes(name, problems)
+                continue
             file = self.folder / self.stored[theirs].file
             tensor = _read(file, theirs)
             if not is_finite(tensor):
@@ -94,6 +104,23 @@ class HfWeights:
             read[name] = to_interleaved(array, heads) if heads else array
         return read, problems
 
+    def _read_codes(self, name: str, problems: list[str]) -> dict[str, np.ndarray]:
+        """The arrays of a linear in codes, by their names in a model folder."""
+
+        def tensor(theirs: str) -> np.ndarray | None:
+            if theirs not in self.stored:
+                return None
+            found = _read(self.folder / self.stored[theirs].file, theirs)
+            self._last.append(found)
+            return found.numpy()
+
+        rows, width = tensor_shapes(self.config)[block_of(name)][name]
+        heads = self.config.rotary_heads(name.removesuffix(".weight"))
+        parts = bitsandbytes.read(hf_name(name), (rows, width), heads, tensor)
+        if not np.isfinite(parts["absmax"]).all():
+            problems.append(f"{hf_name(name)}.absmax holds NaN or infinity, expected finite")
+        return {f"{name}.{part}": array for part, array in parts.items()}
+
 
 def open_hf(folder: Path) -> HfWeights:
     """A Hugging Face folder's weights, after all checks that its headers and config.json allow.
@@ -102,8 +129,10 @@ def open_hf(folder: Path) -> HfWeights:
         InputError: if files are missing, damaged or hostile, or contradict each other.
     """
     config = config_from_hf(folder / CONFIG)
-    stored = _headers(folder)
-    problems = list(_wrong_tensors(stored, config))
+    stored, base = _headers(folder), None
+    if read_json(folder / CONFIG).get("quantization_config") is not None:
+        base = bitsandbytes.base_of_names(stored, hf_name, config.n_layers)
+    problems = list(_wrong_tensors(stored, config, base))
     if not problems and config.tied and hf_name(OUTPUT) in stored:
         head, table = (
             _read(folder / stored[n].file, n) for n in map(hf_name, (OUTPUT, EMBEDDINGS))
@@ -113,7 +142,7 @@ def open_hf(folder: Path) -> HfWeights:
                 f"{hf_name(OUTPUT)} differs from {hf_name(EMBEDDINGS)}, expected a copy"
             )
     refuse_if(problems, folder, f"the weights do not fit {CONFIG}; copy all from one download")
-    return HfWeights(folder, config, stored)
+    return HfWeights(folder, config, stored, base)
 
 
 def _headers(folder: Path) -> dict[str, Stored]:
@@ -173,16 +202,26 @@ def _is_plain_name(file: object) -> bool:
     )
 
 
-def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterator[str]:
+def _wrong_tensors(
+    stored: Mapping[str, Stored], config: LlamaConfig, base: Base | None
+) -> Iterator[str]:
     """Missing, unknown and misshapen tensors, and dtypes that are none of weights."""
-    expected = {
-        hf_name(name): shape
-        for block in tensor_shapes(config).values()
-        for name, shape in block.items()
-    }
+    expected: dict[str, tuple[int, ...]] = {}
+    codes: set[str] = set()
+    for block in tensor_shapes(config).values():
+        for name, shape in block.items():
+            if base is None or not base.holds(name):
+                expected[hf_name(name)] = shape
+                continue
+            parts = bitsandbytes.expected_parts(hf_name(name), shape, stored)
+            expected |= parts
+            codes |= {hf_name(name), f"{hf_name(name)}.{bitsandbytes.STATE}"}
+            if f"{hf_name(name)}.nested_absmax" in parts:
+                codes.add(f"{hf_name(name)}.absmax")
     if config.tied and hf_name(OUTPUT) in stored:
         expected[hf_name(OUTPUT)] = (config.vocab_size, config.dim)
-    found = {name: at for name, at in stored.items() if not is_skipped(name)}
+    states = {name for name in codes if name.endswith(bitsandbytes.STATE)}
+    found = {name: at for name, at in stored.items() if not is_skipped(name) and name not in states}
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             yield f"{name} is missing, expected {list(expected[name])}"
@@ -192,6 +231,9 @@ def _wrong_tensors(stored: Mapping[str, Stored], config: LlamaConfig) -> Iterato
             yield f"{file}: {name} {list(shape)} is unknown, expected no such one"
         elif shape != expected[name]:
             yield f"{file}: {name} is {list(shape)}, expected {list(expected[name])}"
+        elif name in codes:
+            if dtype != "U8":
+                yield f"{file}: {name} is {dtype}, expected U8"
         elif dtype not in DTYPES:
             yield f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}"
 

@@ -24,6 +24,7 @@ class MetaWeights:
     shards: Sequence[Shard]
     config: LlamaConfig
     transformers_name: None = None  # it does not read Meta's files
+    base: None = None
     _last: list[str] = field(default_factory=list)  # names in the block that was read last
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eval.ablate.cells import Figures, name_of
+from eval.ablate.cells import STORED, Figures, name_of
 from eval.ablate.figures import CLASSES, CLASSES_OF_LORA, FIGURES
 
 Direction = Literal["fell", "rose", "equal", "mixed", "within spread"]
@@ -52,6 +52,7 @@ ORDERS = {
     "tune": ("full", "lora"),
     "precision": ("fp32", "bf16"),
     "remat": ("none", "dots", "offload", "ffn", "block"),
+    "base": ("stored", "int8", "nf4", "int4"),
 }
 AXES = (*ORDERS, "accumulation")
 
@@ -60,7 +61,7 @@ Pair = tuple[Figures, Figures]
 
 def analyse(cells: Sequence[Figures]) -> list[Finding]:
     """All findings, technique by technique."""
-    cells = [with_classes(cell) for cell in cells]
+    cells = [with_classes({"base": STORED} | cell) for cell in cells]
     plain = [cell for cell in cells if not cell["reference"]]
     found: list[Finding] = []
     for axis in AXES:
@@ -82,8 +83,14 @@ def title(axis: str, before: Figures, after: Figures) -> str:
         return "LoRA instead of full tuning"
     if axis == "accumulation":
         return f"{_batches(after)} instead of {_batches(before)}"
+    if axis == "base":
+        return f"an {after[axis]} base instead of {_base(before)}"
     of = " remat" if axis == "remat" else ""
     return f"{after[axis]}{of} instead of {before[axis]}"
+
+
+def _base(cell: Figures) -> str:
+    return "weights as stored" if cell["base"] == STORED else f"an {cell['base']} one"
 
 
 def _batches(cell: Figures) -> str:
@@ -287,9 +294,10 @@ def memory_disorder(cells: Sequence[Figures]) -> list[str]:
         ({"remat": "none"}, {"remat": "ffn"}),
         ({"remat": "ffn"}, {"remat": "block"}),
     ]
+    named: list[Figures] = [{"base": STORED} | cell for cell in cells]
     known = {
         tuple(cell[name] for name in AXES): (cell, cell[figure])
-        for cell in cells
+        for cell in named
         if not cell["reference"]
         for figure in PEAKS
         if figure in cell

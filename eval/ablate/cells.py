@@ -33,6 +33,7 @@ PLANNED = (
 )  # fmt: skip
 
 Figures = dict[str, Any]
+STORED = "stored"  # the base of cells that do not say it: those before there were others
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Cell:
     tune: str
     micro_batch_size: int
     reference: bool = False  # the small batch that accumulation is compared with
+    base: str = STORED
 
 
 def grid(axes: Mapping[str, Sequence[str]], sequences: int) -> list[Cell]:
@@ -56,11 +58,13 @@ def grid(axes: Mapping[str, Sequence[str]], sequences: int) -> list[Cell]:
     """
     counts = [int(count) for count in axes["accumulation"]]
     cells = [
-        Cell(precision, count, remat, tune, sequences // count)
+        Cell(precision, count, remat, tune, sequences // count, base=base)
+        for base in axes["base"]
         for precision in axes["precision"]
         for tune in axes["tune"]
         for remat in axes["remat"]
         for count in counts
+        if tune == "lora" or base == STORED  # codes do not learn
     ]
     if max(counts) > 1:
         small = sequences // max(counts)
@@ -159,7 +163,7 @@ def train_flags(cell: Cell, shared: Training, run: Path) -> list[str]:
     """
     dropout = ["--lora-dropout", "0"] if cell.tune == "lora" else []
     return [
-        "--model", shared.model, "--data", shared.data,
+        "--base", cell.base, "--model", shared.model, "--data", shared.data,
         "--precision", cell.precision, "--remat", cell.remat, "--tune", cell.tune,
         "--micro-batch-size", str(cell.micro_batch_size),
         "--gradient-accumulation-steps", str(cell.accumulation),
@@ -204,7 +208,7 @@ def plan_cell(cell: Cell, *, model: str, gpu: str, max_seq_len: int, children: C
         InputError: if it cannot be planned.
     """
     flags = [
-        "--json", "--model", model, "--gpu", gpu,
+        "--json", "--model", model, "--gpu", gpu, "--base", cell.base,
         "--precision", cell.precision, "--remat", cell.remat, "--tune", cell.tune,
         "--micro-batch-size", str(cell.micro_batch_size),
         "--gradient-accumulation-steps", str(cell.accumulation),
@@ -235,6 +239,8 @@ def check(done: Done, cell: Cell) -> None:
 
 
 def name_of(cell: Mapping[str, Any]) -> str:
-    """{"precision": "bf16", ...} -> "bf16 lora block 1 x 8"."""
+    """{"precision": "bf16", ...} -> "bf16 lora block 1 x 8", with the base if it is in codes."""
     size = f"{cell['micro_batch_size']} x {cell['accumulation']}"
-    return f"{cell['precision']} {cell['tune']} {cell['remat']} {size}"
+    base = cell.get("base", STORED)
+    words = [base] if base != STORED else []
+    return " ".join([cell["precision"], cell["tune"], *words, cell["remat"], size])

@@ -36,6 +36,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from eval.ablate.cells import (
+    STORED,
     Cell,
     Figures,
     Training,
@@ -51,7 +52,7 @@ from jllama import bundled
 from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, command_line, console
-from jllama.config import PRESETS, LoraConfig, Precision, Remat
+from jllama.config import PRESETS, BaseChoice, LoraConfig, Precision, Remat
 from jllama.errors import (
     AtLeast0,
     AtLeast1,
@@ -101,6 +102,8 @@ class AblateConfig:
     """What the backward pass recomputes: none, dots, offload, ffn, block."""
     tune: Annotated[str, SomeOf(("full", "lora")), LIST] = "full,lora"
     """What learns."""
+    base: Annotated[str, SomeOf(get_args(BaseChoice)), LIST] = STORED
+    """Formats of the frozen linears: stored, int8, int4, nf4; with LoRA only."""
     sequences: AtLeast1 = 8
     """Sequences in an optimizer step of every cell."""
     max_seq_len: AtLeast0 = 0
@@ -136,7 +139,7 @@ class AblateConfig:
     @property
     def axes(self) -> dict[str, list[str]]:
         """{"precision": ["fp32", "bf16"], ...}."""
-        names = ("precision", "accumulation", "remat", "tune")
+        names = ("precision", "accumulation", "remat", "tune", "base")
         return {name: getattr(self, name).split(",") for name in names}
 
     @property
@@ -154,7 +157,8 @@ class AblateConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What an ablation's figures depend on."""
-        names = (*BOTH, "gpu") if self.gpu else (*BOTH, *ONLY_MEASURED)
+        names = [*BOTH, *(["gpu"] if self.gpu else ONLY_MEASURED)]
+        names += ["base"] if self.base != STORED else []
         return {name: getattr(self, name) for name in names} | {"max_seq_len": self.length}
 
 
@@ -234,7 +238,8 @@ def epochs(config: AblateConfig) -> int:
 def find(cell: Cell, known: Sequence[Figures]) -> Figures | None:
     """The figures of a cell, if it is there."""
     wanted = asdict(cell).items()
-    return next((figures for figures in known if wanted <= figures.items()), None)
+    with_base = ({"base": STORED} | figures for figures in known)
+    return next((figures for figures in with_base if wanted <= figures.items()), None)
 
 
 def learned_parameters(name: str, folder: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from eval.ablate.analysis import analyse, memory_disorder
-from eval.ablate.cells import Figures
+from eval.ablate.cells import STORED, Figures
 from eval.ablate.figures import WORDS
 from jllama.cli.terminal import console, show_table
 
@@ -32,13 +32,15 @@ def show(cells: Sequence[Figures], note: str = "") -> None:
     planned = any("peak_mib" in cell for cell in cells)
     columns = COLUMNS["planned" if planned else "measured"]
     rows = []
+    bases = any(cell.get("base", STORED) != STORED for cell in cells)
     for cell in cells:
         batch = f"{cell['micro_batch_size']} x {cell['accumulation']}"
         figures = [_shown(cell, figure) for figure in columns.values()]
         if "failed" in cell:
             figures[0] = "no memory"
-        rows.append([cell["precision"], cell["tune"], cell["remat"], batch, *figures])
-    show_table(["", "tune", "remat", "batch", *columns], rows)
+        base = [cell.get("base", STORED)] if bases else []
+        rows.append([cell["precision"], cell["tune"], *base, cell["remat"], batch, *figures])
+    show_table(["", "tune", *(["base"] if bases else []), "remat", "batch", *columns], rows)
     console.print("batch: sequences in a micro-batch x micro-batches in a step")
     if note:
         console.print(note)

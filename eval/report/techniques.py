@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.ablate.analysis import PEAKS, Finding, analyse
-from eval.ablate.cells import name_of
+from eval.ablate.cells import STORED, name_of
 from eval.ablate.figures import CLASSES, CLASSES_OF_LORA, WORDS
 from eval.ablate.store import CELLS, DESCRIPTION
 from eval.ablate.table import COLUMNS
@@ -33,6 +33,7 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
     kind = str(ablation.value(DESCRIPTION, "kind"))
     settings = ablation.value(DESCRIPTION, "settings")
     cells = ablation.content(CELLS)
+    bases = ["base"] if any("base" in cell and cell["base"] != STORED for cell in cells) else []
     model, device = Path(str(settings["model"])).name, str(ablation.value(DESCRIPTION, "device"))
     where = f"Measured on {device}" if kind == "measured" else f"Planned, {device}"
     yield Heading(f"{model}, {kind}")
@@ -42,15 +43,20 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
         " sequences of ", ablation.figure(DESCRIPTION, "settings", "max_seq_len", form=","),
         " tokens in a step, so that all cells learn the same. precision is that of weights "
         "and activations; tune what learns; remat what the backward pass computes again; "
-        "accumulation the micro-batches of a step, micro-batch their sequences.",
+        "accumulation the micro-batches of a step, micro-batch their sequences",
+        "; base the format of the frozen linears." if bases else ".",
     ])  # fmt: skip
     figures = [figure for figure in COLUMNS[kind].values() if any(figure in cell for cell in cells)]
     titles = [_title(figure) for figure in figures]
     rows = [
-        [*(str(cell[axis]) for axis in AXES), *(_cell(ablation, i, figure) for figure in figures)]
+        [
+            *(str(cell.get(axis, STORED)) for axis in (*AXES, *bases)),
+            *(_cell(ablation, i, figure) for figure in figures),
+        ]
         for i, cell in enumerate(cells)
     ]
-    yield Table(["precision", "tune", "remat", "accumulation", "micro-batch", *titles], rows)
+    named = ["precision", "tune", "remat", "accumulation", "micro-batch", *bases]
+    yield Table([*named, *titles], rows)
     if picture := _picture(ablation, cells, kind, name):
         yield picture
     yield Heading(f"What follows for {model}")

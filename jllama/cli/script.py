@@ -20,6 +20,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "from-meta": Command("convert.from_meta", "convert Meta's weights to a model folder"),
     "from-hf": Command("convert.from_hf", "convert a Hugging Face model to a model folder"),
+    "quantize": Command("convert.quantize", "store a model's linears in 8 or 4 bits"),
     "to-meta": Command("convert.to_meta", "export a model folder, tuned or not, to Meta's format"),
     "to-hf": Command("convert.to_hf", "export a model folder, tuned or not, to Hugging Face's"),
     "verify": Command("convert.verify", "check a model folder, alone or against its source"),
@@ -38,8 +39,9 @@ COMMANDS = {
         "eval.ablate.command", "measure or plan what each memory technique saves and costs"
     ),
     "speed": Command("eval.speed.command", "measure the speed of training and of generation"),
+    "plan-check": Command("train.plan.check", "compare predicted with measured training steps"),
     "speed-step": Command("train.speed", "measure the training step of a model of any size"),
-    "speed-convert": Command("convert.speed", "measure the speed and memory of conversions"),
+    "speed-convert": Command("convert.speed.command", "measure conversions, beside a copy"),
     "speed-rows": Command("train.data.speed", "measure reading, tokenising and ordering of rows"),
     "sample": Command("train.sample.make", "make the bundled sample model anew"),
 }

@@ -10,7 +10,7 @@ decoded in chunks of one size.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jllama.compiler import DECODING, DECODING_CODES, READING
 from jllama.decode.sampling import Choice, Sampling, make_choice, pick
 from jllama.decode.weights import Weights, merged, widened
 from jllama.errors import InputError
 from jllama.lora import split
 from jllama.model import Cache, Llama
+from jllama.quantize import in_codes
 from jllama.text.tokenizer import Tokenizer
 
 CHUNK = 32  # at most so many tokens are decoded between two looks at who has stopped
 PROMPT_BUCKET = 32  # multiples to which lengths are rounded up
 CACHE_BUCKET = 128
-# With few rows the number of kernels counts: products of one input become one, whatever their size,
-# and none is cut into parts that another kernel sums.
-COMPILER_OPTIONS = {
-    "xla_gpu_dot_merger_threshold_mb": 1024,
-    "xla_disable_hlo_passes": "splitk-rewriter",
-}
 
 
 class Decoding(NamedTuple):
@@ -154,12 +150,13 @@ def decode_chunks(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
+    one_chunk = decoder(model)
     graphdef, adapters, base = split(model)
     weights = widened((adapters, base, jnp.float32(adapter_scale)))
     state, first = prefill(weights, tokens, lengths, choice, graphdef=graphdef, slots=slots)
     yield _checked(state.token[:, None], first[:, None])
     for _ in range(chunks):
-        state, *new = decode(weights, state, choice, graphdef=graphdef, chunk=chunk)
+        state, *new = one_chunk(weights, state, choice, graphdef=graphdef, chunk=chunk)
         yield _checked(*new)
 
 
@@ -173,7 +170,7 @@ def chunk_for(tokens: int) -> int:
     return min(range(CHUNK, 0, -4), key=lambda chunk: -(-tokens // chunk) * (chunk + 1))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots"), compiler_options=dict(READING))
 def prefill(
     weights: Weights,
     tokens: Int[Array, "B T"],
@@ -199,13 +196,7 @@ def prefill(
     return Decoding(cache, token, lengths, _with(seen, token)), logprob
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graphdef", "chunk"),
-    donate_argnames=("state",),
-    compiler_options=COMPILER_OPTIONS,
-)
-def decode(
+def _decode(
     weights: Weights,
     state: Decoding,
     choice: Choice,
@@ -225,6 +216,18 @@ def decode(
 
     state, (tokens, logprobs) = jax.lax.scan(one_token, state, length=chunk)
     return state, tokens.T, logprobs.T
+
+
+_compiled = functools.partial(
+    jax.jit, _decode, static_argnames=("graphdef", "chunk"), donate_argnames=("state",)
+)
+decode = _compiled(compiler_options=dict(DECODING))
+decode_codes = _compiled(compiler_options=dict(DECODING_CODES))
+
+
+def decoder(model: Llama) -> Any:
+    """The compiled function that decodes with a model: `decode`, or `decode_codes`."""
+    return decode_codes if in_codes(model) else decode
 
 
 def check_prompts(model: Llama, prompts: Sequence[Sequence[int]], budgets: np.ndarray) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jllama.layers import WidenedWeight
+from jllama.layers import Weight, WidenedWeight
 from jllama.lora import fix, scaled
 from jllama.machine import free_memory_mib
 from jllama.model import Llama
@@ -19,7 +19,9 @@ def merged(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
     model = nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
     dtype = model.tok_embeddings.dtype
     for module in (model.tok_embeddings, model.output, *model.linears().values()):
-        if module is not None and module.weight.dtype != dtype:
+        if module is None or not isinstance(module.weight, Weight):
+            continue
+        if module.weight.dtype != dtype:
             module.weight = WidenedWeight(module.weight[...])
     fix(model)
     return model
@@ -41,4 +43,7 @@ def widened(weights: Weights) -> Weights:
 
 @jax.jit
 def _widen(base: nnx.State) -> nnx.State:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.ndim > 1 else x, base)
+    def wide(x):
+        return x.astype(jnp.float32) if x.ndim > 1 and x.dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(wide, base)

@@ -27,6 +27,7 @@ from jllama.errors import InputError
 from jllama.folders.files import room_for, whole_folder
 from jllama.folders.json_files import listed, read_json, write_json
 from jllama.folders.manifest import (
+    BaseEntry,
     check_fields,
     file_sha256,
     manifest_sha256,
@@ -54,6 +55,7 @@ class Passport(TypedDict, total=False):
     epochs: int
     turns: int  # most questions in a row
     base_manifest_sha256: str
+    base: BaseEntry  # the format that its linears were held in, where that is not the folder's
     tokenizer_sha256: str
     data_sha256: str
     versions: dict[str, str]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,30 @@ import numpy as np
 from flax import nnx
 
 from jllama.attention import choose_implementation
-from jllama.config import PRECISIONS, LlamaConfig, LoraConfig, Precision, Remat, tensor_shapes
+from jllama.config import (
+    PRECISIONS,
+    Base,
+    LlamaConfig,
+    LoraConfig,
+    Precision,
+    Remat,
+    tensor_shapes,
+    weight_bytes,
+)
 from jllama.errors import InputError
 from jllama.folders.files import room_for, whole_folder
-from jllama.folders.model import ModelWriter, check_manifest, read_block, read_config
+from jllama.folders.model import (
+    ModelWriter,
+    base_of,
+    check_manifest,
+    read_base,
+    read_block,
+    read_config,
+)
 from jllama.lora import attach
 from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
+from jllama.quantize import Coded, from_disk, parts_of, quantise_model, quantised
 
 
 def abstract_model(
@@ -28,6 +46,7 @@ def abstract_model(
     remat: Remat = "none",
     platform: str = "cpu",
     lora: LoraConfig | None = None,
+    base: Base | None = None,
 ) -> Llama:
     """The model, with adapters if asked for, as shapes in place of weights: allocates nothing."""
     dtype = PRECISIONS[precision]
@@ -35,6 +54,8 @@ def abstract_model(
 
     def build() -> Llama:
         model = Llama(config, dtype=dtype, remat=remat, attention=attention, rngs=nnx.Rngs(0))
+        if base is not None:
+            quantise_model(model, base)
         if lora is not None:
             attach(model, lora, jax.random.key(0))
         return model
@@ -43,7 +64,12 @@ def abstract_model(
 
 
 def random_model(
-    config: LlamaConfig, precision: Precision, *, remat: Remat = "none", seed: int = 0
+    config: LlamaConfig,
+    precision: Precision,
+    *,
+    remat: Remat = "none",
+    seed: int = 0,
+    base: Base | None = None,
 ) -> Llama:
     """A model of random weights with logits of order one, made on the device, tensor by tensor.
 
@@ -51,14 +77,28 @@ def random_model(
     """
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
     key, draws = jax.random.key(seed), iter(range(len(jax.tree.leaves(nnx.state(model)))))
+    coded: dict[str, Coded] = {}
 
     def fill(name, shape):
         if len(shape.shape) == 1:
             return jnp.full(shape.shape, not name.endswith(".bias"), shape.dtype)
-        return _random_matrix(jax.random.fold_in(key, next(draws)), shape.shape, shape.dtype)
+        matrix = _random_matrix(jax.random.fold_in(key, next(draws)), shape.shape, shape.dtype)
+        if base is None or not base.holds(name):
+            return matrix
+        coded[name] = jax.block_until_ready(quantised(matrix, base))
+        return shape
 
-    nnx.update(model, map_named(fill, nnx.state(model)))
+    state = map_named(fill, nnx.state(model))
+    nnx.update(model, state)
+    _put(model, coded)
     return model
+
+
+def _put(model: Llama, coded: Mapping[str, Coded]) -> None:
+    """Gives a model the weights in codes, by the names of tensors."""
+    for name, linear in model.linears().items():
+        if f"{name}.weight" in coded:
+            linear.weight = coded[f"{name}.weight"]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -73,6 +113,7 @@ def load_model(
     *,
     remat: Remat = "none",
     ffn_bias: bool = False,
+    base: Base | None = None,
 ) -> Llama:
     """A model folder as a callable: int32 tokens `[B, T]` -> fp32 logits `[B, T, V]`.
 
@@ -81,30 +122,40 @@ def load_model(
         precision: dtype of the frozen weights and of the activations.
         remat: what the backward pass recomputes.
         ffn_bias: adds feed-forward biases, all zero, as the original report's model had.
+        base: the format that the linears are held in; by default that of the folder.
 
     Raises:
-        InputError: if the folder is incomplete or contradicts its config.
+        InputError: if the folder is incomplete or contradicts its config, or is in another format.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     path, config = Path(path), read_config(path)
-    _refuse_beyond_memory(path, config.parameter_count * PRECISIONS[precision].itemsize)
-    blocks = tensor_shapes(config)
-    check_manifest(path, blocks)
+    stored, base = read_base(path), base_of(path, base)
+    _refuse_beyond_memory(path, weight_bytes(config, precision, base))
+    check_manifest(path, config)
     if ffn_bias:
         config = dataclasses.replace(config, ffn_bias=True)
-    stored: dict[str, Any] = {}
-    for block in blocks:
-        for name, tensor in read_block(path, block).items():
-            stored[name] = jnp.array(tensor).astype(PRECISIONS[precision])
+    arrays: dict[str, Any] = {}
+    coded: dict[str, Coded] = {}
+    for block, shapes in tensor_shapes(config).items():
+        tensors = read_block(path, block)
+        for name, shape in shapes.items():
+            if base is None or not base.holds(name):
+                arrays[name] = jnp.array(tensors[name]).astype(PRECISIONS[precision])
+            elif stored is None:
+                # One at a time: what is not in codes yet is the largest that is held.
+                coded[name] = jax.block_until_ready(quantised(jnp.array(tensors[name]), base))
+            else:
+                coded[name] = from_disk(parts_of(name, tensors), (shape[0], shape[1]), base)
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
 
     def fill(name, shape):
         if name.endswith(".bias"):
             return jnp.zeros(shape.shape, shape.dtype)
-        return stored[name]
+        return arrays.get(name, shape)
 
     nnx.update(model, map_named(fill, nnx.state(model)))
+    _put(model, coded)
     return model
 
 

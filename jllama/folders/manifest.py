@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from jllama.config import Format
 from jllama.errors import InputError
 from jllama.folders.json_files import read_bytes, read_json, write_json
 
@@ -30,8 +31,16 @@ class Entry(TypedDict):
     """A tensor's entry in the manifest."""
 
     shape: list[int]
-    dtype: Literal["float16", "bfloat16", "float32"]
+    dtype: Literal["float16", "bfloat16", "float32", "int8", "uint8"]  # the last two: codes
     sha256: str
+
+
+class BaseEntry(TypedDict):
+    """In what format linears are stored (`jllama.config.Base`)."""
+
+    format: Format
+    skip: list[str]
+    double: bool
 
 
 class Manifest(TypedDict):
@@ -39,6 +48,7 @@ class Manifest(TypedDict):
 
     source: str  # in words
     transformers_name: NotRequired[str]  # what transformers opens: a name of the hub or a folder
+    base: NotRequired[BaseEntry]  # of a model whose linears are stored in codes
     files: dict[str, str]  # their sha256
     tensors: dict[str, Entry]
 
@@ -62,12 +72,12 @@ def entry(tensor: np.ndarray, sha256: str) -> Entry:
 
 
 def write_manifest(
-    folder: Path, tensors: Mapping[str, Entry], origin: Mapping[str, str], files: Sequence[str]
+    folder: Path, tensors: Mapping[str, Entry], origin: Mapping[str, Any], files: Sequence[str]
 ) -> None:
     """Certifies tensors, and the files of these names; the manifest is replaced as a whole.
 
     Args:
-        origin: the fields that say where the tensors come from.
+        origin: the fields that say where the tensors come from, and their format.
     """
     hashes = {name: file_sha256(folder / name) for name in files}
     content = {**origin, "files": hashes, "tensors": tensors}

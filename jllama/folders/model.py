@@ -5,8 +5,10 @@
     manifest.json    the sha256 of each tensor and of the two files above
     blocks/          embeddings.safetensors, layers.0.safetensors, ..., head.safetensors
 
-Tensors keep Meta's names, orientation and dtype. Nothing here holds more than one block on the
-host, and a folder has its final name only when it is complete.
+Tensors keep Meta's names, orientation and dtype. Where the linears are stored in codes
+(`jllama.config.Base`), a weight is several tensors: ....wq.weight.codes, ....wq.weight.scale.
+Nothing here holds more than one block on the host, and a folder has its final name only when it is
+complete.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import numpy as np
 
 from jllama import bundled
 from jllama.cli.terminal import command_line
-from jllama.config import PRESETS, LlamaConfig, RopeScaling, tensor_shapes
+from jllama.config import PRESETS, Base, LlamaConfig, RopeScaling, stored_shapes
 from jllama.errors import InputError
 from jllama.folders.inputs import unreadable
 from jllama.folders.json_files import read_json, write_json, write_whole
@@ -29,7 +31,7 @@ from jllama.folders.manifest import (
     read_manifest,
     write_manifest,
 )
-from jllama.folders.tensors import map_tensors, save_tensors, stored_hashes
+from jllama.folders.tensors import WITH_CODES, map_tensors, save_tensors, stored_hashes
 from jllama.names import block_of
 from jllama.text.tokenizer import FILE_NAME
 
@@ -42,6 +44,7 @@ class ModelWriter:
     Args:
         source: where the tensors come from, for people.
         transformers_name: the same model as `transformers` opens it, where that is known.
+        base: the format of its linears, where they are not stored as they are.
     """
 
     def __init__(
@@ -50,18 +53,21 @@ class ModelWriter:
         config: LlamaConfig,
         source: str,
         transformers_name: str | None = None,
+        base: Base | None = None,
     ):
-        self._folder, self._config = folder, config
-        self._origin = {"source": source}
+        self._folder, self._blocks, self._config = folder, stored_shapes(config, base), config
+        self._origin: dict[str, Any] = {"source": source}
         if transformers_name is not None:
             self._origin["transformers_name"] = transformers_name
+        if base is not None:
+            self._origin["base"] = base.entry
         (folder / BLOCKS).mkdir(exist_ok=True)
         begun = (folder / MANIFEST).is_file()
         self._tensors: dict[str, Any] = read_manifest(folder)["tensors"] if begun else {}
 
     def has_block(self, block: str) -> bool:
         """Whether the block was written before, and is whole."""
-        if not tensor_shapes(self._config)[block].keys() <= self._tensors.keys():
+        if not self._blocks[block].keys() <= self._tensors.keys():
             return False
         try:
             read_block(self._folder, block)
@@ -75,7 +81,7 @@ class ModelWriter:
         Raises:
             InputError: if names or shapes are not those of the config, or a value is not finite.
         """
-        expected = tensor_shapes(self._config)[block]
+        expected = self._blocks[block]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise InputError(f"{block}: expected {expected}, found {found}")
@@ -85,9 +91,10 @@ class ModelWriter:
 
     def finish(self, tokenizer: bytes | None) -> None:
         """Writes the config, the tokenizer and the last manifest."""
-        blocks = tensor_shapes(self._config)
         missing = [
-            block for block, names in blocks.items() if not names.keys() <= self._tensors.keys()
+            block
+            for block, names in self._blocks.items()
+            if not names.keys() <= self._tensors.keys()
         ]
         if missing:
             raise ValueError(f"blocks never written: {', '.join(missing)}")
@@ -133,6 +140,30 @@ def read_config(path: str | Path) -> LlamaConfig:
         ) from error
 
 
+def read_base(path: str | Path) -> Base | None:
+    """In what format a model folder's linears are stored; None if as they are."""
+    return Base.of(read_manifest(path).get("base"))
+
+
+def base_of(model: str | Path, asked: Base | None) -> Base | None:
+    """In what format the linears of a model are held once it is loaded.
+
+    Args:
+        model: a model folder, or the name of what has none yet.
+        asked: by the user; None takes them as they are stored.
+
+    Raises:
+        InputError: if another format is asked for than they are stored in.
+    """
+    stored = read_base(model) if (Path(model) / MANIFEST).is_file() else None
+    if stored is not None and asked is not None and stored != asked:
+        raise InputError(
+            f"{model} is stored as {stored.words}, and {asked.words} was asked for; leave --base "
+            "out, or convert the original again"
+        )
+    return asked or stored
+
+
 def transformers_name(path: str | Path) -> str:
     """What `transformers` opens as the model of a folder; the folder itself where none is known."""
     name = read_manifest(path).get("transformers_name", "")
@@ -168,7 +199,7 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
     if not file.exists():
         raise InputError(f"{file}: block missing; {advice}")
     wanted = "a block of the model"
-    tensors = map_tensors(file, wanted, advice)
+    tensors = map_tensors(file, wanted, advice, WITH_CODES)
     try:
         hashes = stored_hashes(file)
     except OSError as error:
@@ -189,8 +220,9 @@ def read_block(path: str | Path, block: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_manifest(path: Path, blocks: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+def check_manifest(path: Path, config: LlamaConfig) -> None:
     """Refuses a model folder whose manifest and config do not name the same tensors and shapes."""
+    blocks = stored_shapes(config, read_base(path))
     tensors = read_manifest(path)["tensors"]
     found = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     expected = {name: shape for block in blocks.values() for name, shape in block.items()}

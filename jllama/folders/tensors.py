@@ -33,7 +33,11 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "F32": np.dtype(np.float32),
     }
 )
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# A block may also hold weights in 8 and 4 bits.
+WITH_CODES: Mapping[str, np.dtype] = MappingProxyType(
+    {**DTYPES, "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+)
+_NAMES = {dtype: name for name, dtype in WITH_CODES.items()}
 # Of a number that is not finite all bits of the exponent are set.
 _EXPONENTS: Mapping[np.dtype, int] = {
     DTYPES["F16"]: 0x7C00,
@@ -53,7 +57,7 @@ def save_tensors(
     """Writes a file that takes its name when it is whole; gives the sha256 of every tensor.
 
     Args:
-        tensors: fp16, bf16 or fp32.
+        tensors: fp16, bf16 or fp32; int8 or uint8.
         metadata: texts for the header; readers of Hugging Face's want {"format": "pt"}.
         hashed: False for no hashes.
 
@@ -65,7 +69,7 @@ def save_tensors(
     for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):  # keeps all aligned
         tensor = tensors[name]
         offsets = [end, end + tensor.nbytes]
-        code, shape = _CODES[tensor.dtype], list(tensor.shape)
+        code, shape = _NAMES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -93,7 +97,7 @@ def _write(file: int, tensor: np.ndarray, offset: int, hashed: bool) -> str | No
     digest = hashlib.sha256()
     for start in range(0, len(content), _PIECE):
         piece = content[start : start + _PIECE]
-        if not is_finite(piece.view(tensor.dtype)):
+        if tensor.dtype in _EXPONENTS and not is_finite(piece.view(tensor.dtype)):
             return None
         if hashed:
             digest.update(piece.data)
@@ -133,15 +137,18 @@ def write_at(file: int, content: bytes | memoryview, offset: int) -> None:
         os.posix_fadvise(file, offset, len(content), os.POSIX_FADV_DONTNEED)
 
 
-def map_tensors(file: Path, wanted: str, advice: str) -> dict[str, np.ndarray]:
+def map_tensors(
+    file: Path, wanted: str, advice: str, dtypes: Mapping[str, np.dtype] = DTYPES
+) -> dict[str, np.ndarray]:
     """The tensors of a file, mapped: only what is read of them takes memory.
 
     Args:
         wanted: what the file should be, for messages.
         advice: what to do if it is damaged.
+        dtypes: those that are expected.
 
     Raises:
-        InputError: if it is missing or unreadable, its header lies, or a dtype is none of weights.
+        InputError: if it is missing or unreadable, its header lies, or a dtype is none of these.
     """
     check_readable(file, wanted)
     try:
@@ -153,16 +160,16 @@ def map_tensors(file: Path, wanted: str, advice: str) -> dict[str, np.ndarray]:
     except (OSError, ValueError) as error:
         raise unreadable(file, error, wanted) from error
     header, start = _header(raw)
-    odd = [f"{name} is {at['dtype']}" for name, at in header.items() if at["dtype"] not in DTYPES]
+    odd = [f"{name} is {at['dtype']}" for name, at in header.items() if at["dtype"] not in dtypes]
     if odd:
         more = f" ({len(odd)} in all)" if len(odd) > 3 else ""
         raise InputError(
-            f"{file}: {', '.join(odd[:3])}{more}, expected {', '.join(DTYPES)}; {advice}"
+            f"{file}: {', '.join(odd[:3])}{more}, expected {', '.join(dtypes)}; {advice}"
         )
     tensors = {}
     for name, stored in header.items():
         begin, end = (start + offset for offset in stored["data_offsets"])
-        tensors[name] = raw[begin:end].view(DTYPES[stored["dtype"]]).reshape(stored["shape"])
+        tensors[name] = raw[begin:end].view(dtypes[stored["dtype"]]).reshape(stored["shape"])
     return tensors
 
 

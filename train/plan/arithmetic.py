@@ -13,7 +13,15 @@ Causal attention is counted once: half of T x T.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from jllama.config import LlamaConfig, LoraConfig, Precision, Remat, linear_shapes
+from jllama.config import (
+    Base,
+    LlamaConfig,
+    LoraConfig,
+    Precision,
+    Remat,
+    linear_shapes,
+    weight_bytes,
+)
 from train.config import OptimizerName
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -36,6 +44,7 @@ class Step:
     optimizer: OptimizerName = "adamw"
     documents: tuple[tuple[int, int], ...] = ()  # packing: rows for each sequence, their length
     gpus: int = 1
+    base: Base | None = None  # the format of the frozen linears, if they are in codes
 
     def of_length(self, tokens: int) -> "Step":
         """The same with sequences of another length, as densely packed."""
@@ -84,7 +93,8 @@ def flops_per_token(step: Step) -> float:
 
 def memory_classes(step: Step) -> dict[str, int]:
     """Bytes on one GPU of what stays between steps; weights lie cut over the GPUs."""
-    frozen = step.model.parameter_count * BYTES[step.precision] // step.gpus if step.lora else 0
+    weights = weight_bytes(step.model, step.precision, step.base)
+    frozen = weights // step.gpus if step.lora else 0
     learned = step.learned * ADAPTER_BYTES // (1 if step.lora else step.gpus)
     return {
         "base_weights": frozen,
@@ -120,8 +130,12 @@ def saved_activations(step: Step) -> int:
 def working_memory(step: Step) -> int:
     """Bytes of one block's forward and backward pass, and of the loss's chunk of logits."""
     tokens = step.micro_batch_size * step.max_seq_len
-    block = tokens * (4 * step.model.hidden_dim + 6 * step.model.dim) * BYTES[step.precision]
-    return block + 128 * 2**20
+    model, size = step.model, BYTES[step.precision]
+    block = tokens * (4 * model.hidden_dim + 6 * model.dim) * size
+    # nf4 is made into matrices before it is multiplied with, a few at a time.
+    unfused = step.base is not None and step.base.format == "nf4"
+    copies = 3 * model.hidden_dim * model.dim * size if unfused else 0
+    return block + copies + 128 * 2**20
 
 
 def widened_weights(step: Step) -> int:
@@ -130,7 +144,7 @@ def widened_weights(step: Step) -> int:
     XLA keeps one of each for the forward pass of all micro-batches, one for the backward pass, and
     one of the head.
     """
-    if step.precision == "fp32" or step.lora is None:
+    if step.precision == "fp32" or step.lora is None or step.base:
         return 0
     weights, head, _ = matmul_parameters(step.model)
     return BYTES["fp32"] * (2 * (weights - head) + head)
@@ -156,7 +170,9 @@ def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float
     computing = tokens * (flops_per_token(step) - spared) / flops
     again = {"block": block - model.hidden_dim * model.dim}.get(step.remat, 0.0)
     read = model.n_layers * (2 * block + again) - (block if step.lora else 0)
-    reading = read * BYTES[step.precision] / step.gpus / bandwidth
+    others = (model.parameter_count - (weights - head)) * BYTES[step.precision]
+    held = weight_bytes(model, step.precision, step.base) - others  # bytes of all linears
+    reading = read * held / (weights - head) / step.gpus / bandwidth
     return tokens * step.gpus / max(computing, reading)
 
 

@@ -8,6 +8,7 @@ import jax
 
 from jllama.config import PRESETS, LlamaConfig, LoraConfig, Precision
 from jllama.errors import InputError
+from jllama.folders.model import base_of
 from jllama.machine import host_memory_mib
 from train.config import TrainConfig
 from train.data.documents import Shapes
@@ -55,6 +56,7 @@ def step_of(
         sequences,
         config.optimizer,
         documents,
+        base=base_of(config.model, config.asked_base),
     )
 
 

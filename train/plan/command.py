@@ -16,10 +16,10 @@ import tyro
 from jllama.cli.card import CONTEXT_MIB, FRACTION, FRAGMENTATION, usable_bytes
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
-from jllama.config import LoraConfig, Precision, Remat
+from jllama.config import BaseChoice, BaseSkip, LoraConfig, Precision, Remat, asked_base
 from jllama.decode.generate import CHUNK
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
-from jllama.folders.model import model_sizes
+from jllama.folders.model import base_of, model_sizes
 from jllama.machine import AnyCase, GpuName
 from jllama.names import LINEAR_CHOICES
 from train.config import OptimizerName, Tune
@@ -52,6 +52,10 @@ class PlanConfig:
     --max-seq-len)."""
     precision: Precision = "bf16"
     """Of frozen weights and activations."""
+    base: BaseChoice = "stored"
+    """Format of the frozen linears, as in train.lora; a preset is stored as it was published."""
+    base_skip: BaseSkip = "none"
+    """With --base: linears that stay as they are."""
     remat: Remat = "block"
     """What the backward pass recomputes, as in train.lora."""
     micro_batch_size: AtLeast1 = 4
@@ -88,6 +92,9 @@ class PlanConfig:
     def __post_init__(self):
         if self.fit and (self.program == "generate" or self.gpus > 1):
             raise InputError("--fit plans training on one GPU; drop --for generate and --gpus")
+        base = asked_base(self.base, self.base_skip)
+        if self.tune == "full" and base:
+            raise InputError(f"--tune full and --base {self.base}, which cannot learn")
         if self.tune == "full" and (self.dora or self.ffn_bias):
             raise InputError(
                 "--tune full has no adapters and stores no biases; drop --dora, --ffn-bias"
@@ -111,6 +118,7 @@ class PlanConfig:
             self.optimizer,
             evenly(self.row_tokens, self.max_seq_len) if self.packing else (),
             self.gpus,
+            base_of(self.model, asked_base(self.base, self.base_skip)),
         )
 
 

@@ -8,7 +8,6 @@ JSON on standard output when it is there.
 
 import functools
 import json
-import math
 import pickle
 import sys
 import time
@@ -24,12 +23,21 @@ import optax
 from jax.sharding import Mesh
 
 from jllama.attention import Documents
-from jllama.decode.generate import decode, prefill
+from jllama.compiler import CODES
+from jllama.decode.generate import decoder, prefill
 from jllama.decode.sampling import Sampling, make_choice
 from jllama.folders.load import abstract_model
 from jllama.lora import split
 from jllama.loss import chunk_size
-from jllama.sharding import cut_largest_axis, deal_rows, make_mesh, whole
+from jllama.sharding import (
+    cut_largest_axis,
+    deal_rows,
+    local_bytes,
+    make_mesh,
+    placed,
+    platform_of,
+    whole,
+)
 from train.optimizer import make_optimizer, split_learned
 from train.plan.arithmetic import Step, between
 from train.plan.cards import Gpu, target_config
@@ -163,10 +171,12 @@ def extended(few: Weight, more: Weight, layers: int) -> Weight:
 
 def compile_each(lowered: Any, request: Request, mesh: Mesh) -> dict[str, Weight]:
     """By who computes the matmuls; time and text are of the first, which is all on a CPU."""
-    ways = MATMULS if platform_of(mesh) == "gpu" else {"": {}}
-    memory_only = replace(request, rates=None, text="")
+    ways: dict[str, dict[str, Any]] = MATMULS if platform_of(mesh) == "gpu" else {"": {}}
+    if request.step.base is not None and platform_of(mesh) == "gpu":
+        ways = {"triton": dict(CODES)}  # it alone multiplies with codes
+    memory_only, first = replace(request, rates=None, text=""), next(iter(ways))
     return {
-        who: compile_and_weigh(lowered, memory_only if options else request, options)
+        who: compile_and_weigh(lowered, request if who == first else memory_only, options)
         for who, options in ways.items()
     }
 
@@ -214,25 +224,6 @@ def devices_of(gpu: Gpu | None, count: int) -> Any:
     ).devices
 
 
-def placed(tree: Any, place: Any) -> Any:
-    """Shapes with a sharding, which `place` gives for a shape."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x.shape)), tree
-    )
-
-
-def local_bytes(tree: Any) -> int:
-    """Of placed shapes, on one device."""
-    return sum(
-        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
-    )
-
-
-def platform_of(mesh: Mesh) -> str:
-    """As `jax.default_backend` names it."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name := mesh.devices.flat[0].platform, name)
-
-
 def lower_training(step: Step, mesh: Mesh) -> Any:
     """The train step, ready to compile."""
     arguments, static, _ = training_arguments(step, mesh)
@@ -242,8 +233,9 @@ def lower_training(step: Step, mesh: Mesh) -> Any:
 def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], dict[str, int]]:
     """The shapes of the train step's arguments, its static ones, and bytes by class."""
     model = abstract_model(
-        step.model, step.precision, remat=step.remat, platform=platform_of(mesh), lora=step.lora
-    )
+        step.model, step.precision, remat=step.remat, platform=platform_of(mesh), lora=step.lora,
+        base=step.base,
+    )  # fmt: skip
     graphdef, learned, frozen = split_learned(model, "lora" if step.lora else "full")
     optimizer = make_optimizer(
         {"learned": learned, "frozen": frozen}, optax.constant_schedule(1e-4),
@@ -287,7 +279,9 @@ def lower_generation(
     step: Step, mesh: Mesh, program: Program, sampling: Sampling
 ) -> tuple[Any, dict[str, int]]:
     """The lowered prefill or decode for `micro_batch_size` prompts and `max_seq_len` slots."""
-    model = abstract_model(step.model, step.precision, platform=platform_of(mesh), lora=step.lora)
+    model = abstract_model(
+        step.model, step.precision, platform=platform_of(mesh), lora=step.lora, base=step.base
+    )
     graphdef, adapters, base = split(model)
     B, slots = step.micro_batch_size, step.max_seq_len
     weights = placed(
@@ -300,8 +294,8 @@ def lower_generation(
         jax.ShapeDtypeStruct((B,), jnp.int32),
     )
     prompts, choice = placed((prompts, choice), lambda _: whole(mesh))
-    read = functools.partial(prefill, graphdef=graphdef, slots=slots)
-    state = placed(jax.eval_shape(read, weights, *prompts, choice)[0], lambda _: whole(mesh))
+    state, _ = prefill.eval_shape(weights, *prompts, choice, graphdef=graphdef, slots=slots)
+    state = placed(state, lambda _: whole(mesh))
     classes = {
         "base_weights": local_bytes(weights[1]),
         "adapters": local_bytes(weights[0]),
@@ -309,7 +303,7 @@ def lower_generation(
     }
     if program == "prefill":
         return prefill.lower(weights, *prompts, choice, graphdef=graphdef, slots=slots), classes
-    return decode.lower(weights, state, choice, graphdef=graphdef), classes
+    return decoder(model).lower(weights, state, choice, graphdef=graphdef), classes
 
 
 if __name__ == "__main__":

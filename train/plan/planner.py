@@ -171,6 +171,8 @@ def train_command(step: Step) -> str:
     words += ["--gradient-accumulation-steps", step.accumulation]
     words += ["--max-seq-len", step.max_seq_len]
     words += ["--packing"] if step.documents else []
+    words += ["--base", step.base.format] if step.base else []
+    words += ["--base-skip", ",".join(step.base.skip)] if step.base and step.base.skip else []
     words += ["--tune", "full"] if step.lora is None else []
     return command_line(*words)
 

@@ -48,4 +48,5 @@ def make_passport(config: TrainConfig, record: Record) -> dict[str, Any]:
         "epochs": config.epochs,
         "turns": record["data"]["turns"],
         **{name: record[name] for name in OF_PASSPORT},  # type: ignore[literal-required]
+        **({"base": config.asked_base.entry} if config.asked_base else {}),
     }

@@ -137,7 +137,7 @@ def _timed(
         shutil.rmtree(destination, ignore_errors=True)
         _read_all(source)
         arguments = [module, str(source), str(destination), json.dumps(more)]
-        runs.append(json.loads(children.run("convert.speed_side", arguments).splitlines()[-1]))
+        runs.append(json.loads(children.run("convert.speed.side", arguments).splitlines()[-1]))
     seconds = statistics.median(run["seconds"] for run in runs)
     return {
         "seconds": seconds,

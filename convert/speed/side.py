@@ -1,6 +1,6 @@
 """One conversion, alone in its process: what it took after its imports, as JSON.
 
-python -m convert.speed_side from_meta SRC DST '["--more", "flags"]'
+python -m convert.speed.side from_meta SRC DST '["--more", "flags"]'
 """
 
 import importlib
