@@ -116,6 +116,12 @@ def compare(
     rounded: list[str] = []
     if (source / MANIFEST).exists():
         verify(Verify(source))
+        stored, other = (x.words if x else "it came" for x in (base, read_base(source)))
+        if stored != other:
+            raise InputError(
+                f"this folder is stored as {stored}, and {source} as {other}; give what both were "
+                "made from, Meta's or Hugging Face's files"
+            )
         found, theirs = read_manifest(source)["tensors"], read_config(source)
     else:
         weights = open_weights(source)

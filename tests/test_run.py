@@ -150,6 +150,7 @@ def test_each_length_bucket_is_compiled_once(place, tmp_path):
     assert [line["compilations"] for line in steps(tmp_path / "run")][-1] == 2 + 1
 
 
+@pytest.mark.as_stored
 def test_full_tuning_leaves_a_model_folder(place, tmp_path, capsys):
     more = {"tune": "full", "learning_rate": 1e-3}
     main(flags(place, tmp_path / "run", **more))
@@ -414,6 +415,7 @@ def test_a_full_disk_keeps_the_last_state_and_exits_with_a_message(place, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.as_stored
 def test_a_nan_ends_the_run_and_leaves_the_state_before_it(place, tmp_path, capsys):
     """Reliability 7, lesson 23: the embedding of `~` is NaN, and only the last rows hold one."""
     with_a_nan(place / "model", tmp_path / "model")
