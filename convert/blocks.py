@@ -178,7 +178,7 @@ def as_stored(
     kept: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if base is not None and base.holds(name):
-            from jllama.quantize import coded_arrays  # here: else nothing needs JAX
+            from jllama.folders.codes import coded_arrays  # here: else nothing needs JAX
 
             kept |= coded_arrays(name, tensor, base)
         else:  # what came in codes has no dtype of its own

@@ -15,11 +15,11 @@ from jllama.cli.terminal import console
 from jllama.config import Base, tensor_shapes
 from jllama.errors import InputError, checked
 from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS, read_passport
+from jllama.folders.codes import coded_arrays, matrix_of
 from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
-from jllama.quantize import coded_arrays, matrix_of
 from jllama.text.tokenizer_file import FILE_NAME
 
 

@@ -24,11 +24,11 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
 from jllama.config import Base, BaseSkip, Format, LlamaConfig, asked_base, tensor_shapes
 from jllama.errors import InputError, checked
+from jllama.folders.codes import matrix_of
 from jllama.folders.files import check_destination
 from jllama.folders.manifest import read_manifest
 from jllama.folders.model import block_file, check_manifest, read_base, read_block, read_config
 from jllama.names import block_of
-from jllama.quantize import matrix_of
 from jllama.text.tokenizer_file import FILE_NAME
 
 

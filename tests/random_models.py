@@ -11,9 +11,9 @@ import numpy as np
 
 from convert.meta.params import config_from_meta
 from jllama.config import Base, tensor_shapes
+from jllama.folders.codes import coded_arrays
 from jllama.folders.files import whole_folder
 from jllama.folders.model import ModelWriter, read_block, read_config
-from jllama.quantize import coded_arrays
 
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
 GROUPED = BASE | {"n_kv_heads": 2}

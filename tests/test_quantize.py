@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 
 from jllama.config import GROUP, Base
 from jllama.errors import InputError
+from jllama.folders.codes import coded_arrays, from_disk, to_disk
 from jllama.layers import Weight
-from jllama.quantize import (
-    LEVELS,
-    coded_arrays,
-    from_disk,
-    nested_levels,
-    quantised,
-    to_disk,
-)
+from jllama.quantize import LEVELS, nested_levels, quantised
 
 BASES = [Base("int8"), Base("int4"), Base("nf4"), Base("nf4", double=False)]
 FORMATS = st.sampled_from(BASES)
@@ -106,7 +100,7 @@ def test_a_product_and_its_gradient_are_those_of_the_matrix(base, dtype):
     def pulled(some):
         return jax.vjp(some.product, x)[1](slope)[0]
 
-    near = {"rtol": 1e-5 if dtype == jnp.float32 else 1e-2, "atol": 1e-4}
+    near = {"rtol": 1e-5, "atol": 1e-4} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 0.1}
     for found, expected in (
         (weight.product(x), plain.product(x)),
         (pulled(weight), pulled(plain)),

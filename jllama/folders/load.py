@@ -24,6 +24,7 @@ from jllama.config import (
     weight_bytes,
 )
 from jllama.errors import InputError
+from jllama.folders.codes import from_disk, parts_of
 from jllama.folders.files import room_for, whole_folder
 from jllama.folders.model import (
     ModelWriter,
@@ -36,7 +37,7 @@ from jllama.folders.model import (
 from jllama.lora import attach
 from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
-from jllama.quantize import Coded, from_disk, parts_of, quantise_model, quantised
+from jllama.quantize import Coded, quantise_model, quantised
 
 
 def abstract_model(
