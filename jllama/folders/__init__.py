@@ -1,6 +1,6 @@
 """What lies on disk: every file name and field on which the packages meet is written here, once.
 
-model.py     the model folder; load.py makes a `Llama` of it, and back; codes.py has weights in codes
+model.py     the model folder; load.py makes a `Llama` of it; codes.py has weights in 8 and 4 bits
 adapter.py   the adapter folder: PEFT's files and a passport; peft_config.py reads its settings
 run.py       the run folder
 manifest.py  hashes of tensors and files            tensors.py     safetensors
