@@ -65,19 +65,16 @@ class Stored:
         for name, shape in shapes.items():
             kind: str
             if base is not None and base.holds(name):
-                kind, parts = base.format, base.parts(shape)
+                kind, size = base.format, base.bytes(shape)
             else:
-                kind = dtypes[name].name
-                parts = {"": (shape, kind)}
-            sizes = (math.prod(part) * np.dtype(of).itemsize for part, of in parts.values())
-            self.bytes += sum(sizes)
+                kind, size = dtypes[name].name, math.prod(shape) * dtypes[name].itemsize
+            self.bytes += size
             weights[kind] += math.prod(shape)
             tensors[kind] += 1
-        usual = weights.most_common(1)[0][0]
-        self.usual = usual
-        others = [f"{tensors[kind]} tensors {kind}" for kind in weights if kind != usual]
+        self.usual = weights.most_common(1)[0][0]
+        others = [f"{tensors[kind]} tensors {kind}" for kind in weights if kind != self.usual]
         self.words = ", ".join(
-            [f"{config.parameter_count:,} parameters", usual, *others,
+            [f"{config.parameter_count:,} parameters", self.usual, *others,
              f"{self.bytes:,} bytes"]
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
 
@@ -15,11 +16,12 @@ from jllama.cli.terminal import console
 from jllama.config import Base, tensor_shapes
 from jllama.errors import InputError, checked
 from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS, read_passport
-from jllama.folders.codes import coded_arrays, matrix_of
+from jllama.folders.codes import matrix_of
 from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
+from jllama.quantize import quantised
 from jllama.text.tokenizer_file import FILE_NAME
 
 
@@ -94,8 +96,11 @@ class Model:
             if base is None or not base.holds(name):
                 found[name] = tensors[name]
                 continue
-            coded = tensors if self.base else coded_arrays(name, tensors[name], base)
-            found[name] = matrix_of(name, coded, (shape[0], shape[1]), base)
+            if self.base is not None:
+                found[name] = matrix_of(name, tensors, (shape[0], shape[1]), base)
+            else:
+                weight = quantised(jnp.asarray(tensors[name]), base)
+                found[name] = np.asarray(weight.matrix(jnp.float32))
         return found
 
 

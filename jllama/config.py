@@ -192,6 +192,11 @@ class Base:
                   "nested_offset": ((), "float32")}  # fmt: skip
         return {"codes": packed, "absmax": ((blocks,), "uint8"), **nested}
 
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a matrix `[out, in]` in codes, on disk and in a GPU's memory."""
+        parts = self.parts(shape).values()
+        return sum(math.prod(part) * np.dtype(dtype).itemsize for part, dtype in parts)
+
 
 def asked_base(base: BaseChoice, skip: str = "none") -> Base | None:
     """What `--base` and `--base-skip` ask for; None for a model as it is stored.
@@ -208,13 +213,12 @@ def asked_base(base: BaseChoice, skip: str = "none") -> Base | None:
 
 def weight_bytes(config: LlamaConfig, precision: Precision, base: Base | None = None) -> int:
     """Bytes of the base weights in memory."""
-    size = config.parameter_count * PRECISIONS[precision].itemsize
-    for block in tensor_shapes(config).values() if base else ():
+    itemsize = PRECISIONS[precision].itemsize
+    size = config.parameter_count * itemsize
+    for block in tensor_shapes(config).values():
         for name, shape in block.items():
             if base is not None and base.holds(name):
-                size -= math.prod(shape) * PRECISIONS[precision].itemsize
-                parts = base.parts(shape).values()
-                size += sum(math.prod(part) * np.dtype(dtype).itemsize for part, dtype in parts)
+                size += base.bytes(shape) - math.prod(shape) * itemsize
     return size
 
 

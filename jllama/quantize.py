@@ -165,9 +165,9 @@ def quantise_model(model: Llama, base: Base) -> None:
             linear.weight = quantised(linear.weight.matrix(jnp.float32), base)
 
 
-def in_codes(model: Llama) -> bool:
-    """Whether any linear of a model is."""
-    return any(isinstance(linear.weight, Coded) for linear in model.linears().values())
+def in_codes(weights: nnx.State) -> bool:
+    """Whether any of a model's weights is: nothing else in them is a whole number."""
+    return any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(weights))
 
 
 @functools.partial(jax.jit, static_argnames="base")

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from flax import nnx
 
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console, show_table
@@ -33,7 +34,7 @@ from jllama.names import LINEAR_CHOICES
 from train.data.documents import evenly, lay_out, stacked
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
 from train.profile import profile
-from train.step import Programs, StepMetrics, Window, initial_state
+from train.step import Programs, StepMetrics, TrainState, Window, initial_state
 
 DOCUMENT = 300  # tokens of each in a packed row
 
@@ -112,17 +113,8 @@ def made_or_loaded(config: StepSpeed) -> Llama:
 
 def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
     """The figures: medians over the steps that count."""
-    graphdef, learned, frozen = split_learned(model, "lora")
-    optimizer = make_optimizer(
-        {"learned": learned, "frozen": frozen},
-        learning_rate_schedule("constant", config.learning_rate, 0, 1),
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        accumulation=config.gradient_accumulation_steps,
-    )
-    programs = Programs(graphdef, optimizer)
-    state = initial_state(learned, frozen, optimizer)
-    window, key = random_window(config, model.config.vocab_size), jax.random.key(0)
+    programs, state, frozen, window = ready(config, model)
+    key = jax.random.key(0)
 
     def step() -> StepMetrics:
         nonlocal state
@@ -168,6 +160,21 @@ def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
         "learned_sha256": learned_sha256,
         **profiled,
     }
+
+
+def ready(config: StepSpeed, model: Llama) -> tuple[Programs, TrainState, nnx.State, Window]:
+    """The step of a model with adapters, the arguments of its first call, and rows for all."""
+    graphdef, learned, frozen = split_learned(model, "lora")
+    optimizer = make_optimizer(
+        {"learned": learned, "frozen": frozen},
+        learning_rate_schedule("constant", config.learning_rate, 0, 1),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        accumulation=config.gradient_accumulation_steps,
+    )
+    state = initial_state(learned, frozen, optimizer)
+    window = random_window(config, model.config.vocab_size)
+    return Programs(graphdef, optimizer), state, frozen, window
 
 
 def random_window(config: StepSpeed, vocab_size: int) -> Window:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jllama.attention import Documents
 from jllama.compiler import CODES, READING, TRAINING
 from jllama.loss import cross_entropy
+from jllama.quantize import in_codes
 from train.optimizer import take_norms, tree_norm
 
 
@@ -205,8 +206,7 @@ class Programs:
 
 def options_for(frozen: nnx.State) -> dict[str, Any]:
     """What XLA is asked for beside `TRAINING`."""
-    coded = any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(frozen))
-    return dict(CODES) if coded else {}
+    return dict(CODES) if in_codes(frozen) else {}
 
 
 def planned_bytes(memory: Any) -> int:

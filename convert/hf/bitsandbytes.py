@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from jllama.config import GROUP, NESTED, Base
+from jllama.config import GROUP, NESTED, Base, LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.layers import to_interleaved
-from jllama.names import HF_LINEARS
+from jllama.names import HF_LINEARS, hf_name
 from jllama.quantize import LEVELS
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -36,25 +36,25 @@ def is_nf4(settings: object) -> bool:
     )
 
 
-def base_of_names(names: Mapping[str, Any], hf_name: Callable[[str], str], layers: int) -> Base:
+def base_of_names(names: Mapping[str, Any], config: LlamaConfig) -> Base:
     """The format of a folder with these tensors.
 
     Raises:
         InputError: if a linear is quantised in some layers only.
     """
-    places = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "w3")}
-    skip = []
-    for part, linears in places.items():
-        for linear in linears:
-            whole = {f"layers.{layer}.{part}.{linear}.weight" for layer in range(layers)}
-            coded = {name for name in whole if f"{hf_name(name)}.{STATE}" in names}
-            if coded and coded != whole:
-                raise InputError(
-                    f"{HF_LINEARS[linear]} is quantised in {len(coded)} of {layers} layers; "
-                    "expected all or none"
-                )
-            skip += [] if coded else [linear]
-    return Base("nf4", tuple(skip), double=False)
+    layers: dict[str, list[bool]] = {}  # of each linear: in which layers it is quantised
+    for block in tensor_shapes(config).values():
+        for name in filter(Base("nf4").holds, block):
+            linear = name.removesuffix(".weight").rpartition(".")[2]
+            layers.setdefault(linear, []).append(f"{hf_name(name)}.{STATE}" in names)
+    for linear, coded in layers.items():
+        if any(coded) and not all(coded):
+            raise InputError(
+                f"{HF_LINEARS[linear]} is quantised in {sum(coded)} of {len(coded)} layers; "
+                "expected all or none"
+            )
+    skip = tuple(linear for linear, coded in layers.items() if not all(coded))
+    return Base("nf4", skip, double=False)
 
 
 def expected_parts(

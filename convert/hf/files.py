@@ -131,7 +131,7 @@ def open_hf(folder: Path) -> HfWeights:
     config = config_from_hf(folder / CONFIG)
     stored, base = _headers(folder), None
     if read_json(folder / CONFIG).get("quantization_config") is not None:
-        base = bitsandbytes.base_of_names(stored, hf_name, config.n_layers)
+        base = bitsandbytes.base_of_names(stored, config)
     problems = list(_wrong_tensors(stored, config, base))
     if not problems and config.tied and hf_name(OUTPUT) in stored:
         head, table = (

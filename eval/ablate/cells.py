@@ -238,6 +238,11 @@ def check(done: Done, cell: Cell) -> None:
         raise InputError(f"the cell {name_of(asdict(cell))} failed (code {done.code}):\n{words}")
 
 
+def names_bases(cells: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is more to say of their bases than that they are stored weights."""
+    return any(cell.get("base", STORED) != STORED for cell in cells)
+
+
 def name_of(cell: Mapping[str, Any]) -> str:
     """{"precision": "bf16", ...} -> "bf16 lora block 1 x 8", with the base if it is in codes."""
     size = f"{cell['micro_batch_size']} x {cell['accumulation']}"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from eval.ablate.analysis import analyse, memory_disorder
-from eval.ablate.cells import STORED, Figures
+from eval.ablate.cells import STORED, Figures, names_bases
 from eval.ablate.figures import WORDS
 from jllama.cli.terminal import console, show_table
 
@@ -32,7 +32,7 @@ def show(cells: Sequence[Figures], note: str = "") -> None:
     planned = any("peak_mib" in cell for cell in cells)
     columns = COLUMNS["planned" if planned else "measured"]
     rows = []
-    bases = any(cell.get("base", STORED) != STORED for cell in cells)
+    bases = names_bases(cells)
     for cell in cells:
         batch = f"{cell['micro_batch_size']} x {cell['accumulation']}"
         figures = [_shown(cell, figure) for figure in columns.values()]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.ablate.analysis import PEAKS, Finding, analyse
-from eval.ablate.cells import STORED, name_of
+from eval.ablate.cells import STORED, name_of, names_bases
 from eval.ablate.figures import CLASSES, CLASSES_OF_LORA, WORDS
 from eval.ablate.store import CELLS, DESCRIPTION
 from eval.ablate.table import COLUMNS
@@ -33,7 +33,7 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
     kind = str(ablation.value(DESCRIPTION, "kind"))
     settings = ablation.value(DESCRIPTION, "settings")
     cells = ablation.content(CELLS)
-    bases = ["base"] if any("base" in cell and cell["base"] != STORED for cell in cells) else []
+    bases = ["base"] if names_bases(cells) else []
     model, device = Path(str(settings["model"])).name, str(ablation.value(DESCRIPTION, "device"))
     where = f"Measured on {device}" if kind == "measured" else f"Planned, {device}"
     yield Heading(f"{model}, {kind}")

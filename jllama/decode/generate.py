@@ -150,8 +150,8 @@ def decode_chunks(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    one_chunk = decoder(model)
     graphdef, adapters, base = split(model)
+    one_chunk = decoder(base)
     weights = widened((adapters, base, jnp.float32(adapter_scale)))
     state, first = prefill(weights, tokens, lengths, choice, graphdef=graphdef, slots=slots)
     yield _checked(state.token[:, None], first[:, None])
@@ -225,9 +225,9 @@ decode = _compiled(compiler_options=dict(DECODING))
 decode_codes = _compiled(compiler_options=dict(DECODING_CODES))
 
 
-def decoder(model: Llama) -> Any:
-    """The compiled function that decodes with a model: `decode`, or `decode_codes`."""
-    return decode_codes if in_codes(model) else decode
+def decoder(base: nnx.State) -> Any:
+    """The compiled function that decodes with these weights: `decode`, or `decode_codes`."""
+    return decode_codes if in_codes(base) else decode
 
 
 def check_prompts(model: Llama, prompts: Sequence[Sequence[int]], budgets: np.ndarray) -> None:

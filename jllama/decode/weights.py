@@ -19,10 +19,9 @@ def merged(graphdef: nnx.GraphDef, weights: Weights) -> Llama:
     model = nnx.merge(graphdef, scaled(adapters, adapter_scale), base)
     dtype = model.tok_embeddings.dtype
     for module in (model.tok_embeddings, model.output, *model.linears().values()):
-        if module is None or not isinstance(module.weight, Weight):
-            continue
-        if module.weight.dtype != dtype:
-            module.weight = WidenedWeight(module.weight[...])
+        weight = None if module is None else module.weight
+        if isinstance(weight, Weight) and weight.dtype != dtype:
+            module.weight = WidenedWeight(weight[...])
     fix(model)
     return model
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import tyro
 
 from jllama.cli.command import run_command
@@ -28,13 +27,11 @@ from jllama.folders.json_files import write_json
 from jllama.folders.load import random_model
 from jllama.lora import attach
 from jllama.machine import measured_here
-from train.optimizer import make_optimizer, split_learned
 from train.plan.arithmetic import Step
 from train.plan.compiled import loss_chunks
 from train.plan.hlo import read_program
 from train.plan.roofline import Kernel, Rates, Roofline
-from train.speed import StepSpeed, random_window
-from train.step import Programs, initial_state
+from train.speed import StepSpeed, ready
 
 SIZES = {
     "5m": LlamaConfig(256, 4, 4, 4, 688, 4096),
@@ -113,17 +110,12 @@ def run(step: Step, count: int) -> Timed:
     model = random_model(step.model, step.precision, remat=step.remat)
     assert step.lora is not None
     attach(model, step.lora, jax.random.key(0))
-    graphdef, learned, frozen = split_learned(model, "lora")
-    optimizer = make_optimizer(
-        {"learned": learned, "frozen": frozen}, optax.constant_schedule(1e-4),
-        weight_decay=0.01, max_grad_norm=1.0, accumulation=step.accumulation,
-    )  # fmt: skip
-    programs, state = Programs(graphdef, optimizer), initial_state(learned, frozen, optimizer)
     shape = StepSpeed(
         micro_batch_size=step.micro_batch_size, max_seq_len=step.max_seq_len,
         gradient_accumulation_steps=step.accumulation,
     )  # fmt: skip
-    window, key = random_window(shape, step.model.vocab_size), jax.random.key(0)
+    programs, state, frozen, window = ready(shape, model)
+    key = jax.random.key(0)
     seconds = []
     for _ in range(2 + count):
         started = time.perf_counter()

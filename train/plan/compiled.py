@@ -303,7 +303,7 @@ def lower_generation(
     }
     if program == "prefill":
         return prefill.lower(weights, *prompts, choice, graphdef=graphdef, slots=slots), classes
-    return decoder(model).lower(weights, state, choice, graphdef=graphdef), classes
+    return decoder(base).lower(weights, state, choice, graphdef=graphdef), classes
 
 
 if __name__ == "__main__":
