@@ -21,7 +21,7 @@ from jllama.folders.files import bytes_begun, check_destination, room_for, whole
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
-from jllama.quantize import quantised
+from jllama.quantize.weights import quantised
 from jllama.text.tokenizer_file import FILE_NAME
 
 

@@ -8,8 +8,8 @@ answers = jllama.generate(model, [prompt], max_new_tokens=64, stop_ids=tokenizer
 
 config.py      sizes, shapes, settings of an adapter    names.py     Meta's names, and others'
 model.py       the network; layers.py, attention.py     lora.py      adapters: attach, scale, merge
-quantize.py    weights in 8 and 4 bits                  loss.py      cross-entropy without [B, T, V]
-compiler.py    what is asked of XLA                     sharding.py  several GPUs
+loss.py        cross-entropy without [B, T, V]          sharding.py  several GPUs
+quantize/      weights in 8 and 4 bits
 text/          from text to ids and what is learned     decode/      from ids to ids
 folders/       what lies on disk: model, adapter, run   cli/         what every command shares
 bundled.py     the sample (sample/)                     machine.py   devices, memory, versions

@@ -11,7 +11,8 @@ from jllama.config import GROUP, Base
 from jllama.errors import InputError
 from jllama.folders.codes import coded_arrays, from_disk, to_disk
 from jllama.layers import Weight
-from jllama.quantize import LEVELS, nested_levels, quantised
+from jllama.quantize.formats import LEVELS, nested_levels
+from jllama.quantize.weights import quantised
 
 BASES = [Base("int8"), Base("int4"), Base("nf4"), Base("nf4", double=False)]
 FORMATS = st.sampled_from(BASES)

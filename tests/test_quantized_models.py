@@ -27,7 +27,7 @@ from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import read_base, read_config
 from jllama.layers import Weight
 from jllama.lora import adapted_linears, attach, merge
-from jllama.quantize import quantised
+from jllama.quantize.weights import quantised
 
 pytestmark = pytest.mark.as_stored  # their models are quantised by the tests themselves
 

@@ -14,7 +14,7 @@ from step_runs import LENGTH, LORA, PARAMS, build, build_full, run, windows
 from jllama.config import PRECISIONS, LoraConfig
 from jllama.folders.load import abstract_model, load_model
 from jllama.lora import attach, dropped_out, split
-from jllama.quantize import in_codes
+from jllama.quantize.weights import in_codes
 from train.config import TrainConfig
 from train.data.documents import lay_out, stacked
 from train.optimizer import (

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jllama.attention import Documents
-from jllama.compiler import CODES, READING, TRAINING
+from jllama.cli.compiler import CODES, READING, TRAINING
 from jllama.loss import cross_entropy
-from jllama.quantize import in_codes
+from jllama.quantize.weights import in_codes
 from train.optimizer import take_norms, tree_norm
 
 

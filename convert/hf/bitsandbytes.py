@@ -20,7 +20,7 @@ from jllama.config import GROUP, NESTED, Base, LlamaConfig, tensor_shapes
 from jllama.errors import InputError
 from jllama.layers import to_interleaved
 from jllama.names import HF_LINEARS, hf_name
-from jllama.quantize import LEVELS
+from jllama.quantize.formats import LEVELS
 
 STATE = "quant_state.bitsandbytes__nf4"
 _PARTS = ("absmax", "quant_map", STATE, "nested_absmax", "nested_quant_map")

@@ -18,13 +18,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jllama.compiler import DECODING, DECODING_CODES, READING
+from jllama.cli.compiler import DECODING, DECODING_CODES, READING
 from jllama.decode.sampling import Choice, Sampling, make_choice, pick
 from jllama.decode.weights import Weights, merged, widened
 from jllama.errors import InputError
 from jllama.lora import split
 from jllama.model import Cache, Llama
-from jllama.quantize import in_codes
+from jllama.quantize.weights import in_codes
 from jllama.text.tokenizer import Tokenizer
 
 CHUNK = 32  # at most so many tokens are decoded between two looks at who has stopped

@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt
 
 from jllama.config import Base
 from jllama.errors import InputError
-from jllama.quantize import CLASSES, Coded, quantised
+from jllama.quantize.weights import CLASSES, Coded, quantised
 
 
 def to_disk(weight: Coded) -> dict[str, np.ndarray]:

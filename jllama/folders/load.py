@@ -37,7 +37,7 @@ from jllama.folders.model import (
 from jllama.lora import attach
 from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
-from jllama.quantize import Coded, quantise_model, quantised
+from jllama.quantize.weights import Coded, quantise_model, quantised
 
 
 def abstract_model(

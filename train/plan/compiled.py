@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from jllama.attention import Documents
-from jllama.compiler import CODES
+from jllama.cli.compiler import CODES
 from jllama.decode.generate import decoder, prefill
 from jllama.decode.sampling import Sampling, make_choice
 from jllama.folders.load import abstract_model
