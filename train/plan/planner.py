@@ -234,8 +234,7 @@ def _compile(requests: Sequence[Request]) -> list[dict[str, Any]]:
 # What no kernel is run for is compiled in half the time; the program's text is the same.
 CHEAPER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_gpu_disable_gpuasm_optimizations=true --xla_gpu_force_compilation_parallelism=1 "
-    "--xla_gpu_enable_llvm_module_compilation_parallelism=true"
+    "--xla_gpu_disable_gpuasm_optimizations=true --xla_gpu_force_compilation_parallelism=1"
 )
 
 
