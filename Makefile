@@ -28,10 +28,10 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check
 	touch .venv/installed $@
 
 # Without torch, whose build on PyPI brings gigabytes of CUDA, and so without what needs it.
-.venv-3.12/installed: pyproject.toml pins/3.12.txt
+.venv-3.12/installed: pyproject.toml pins/3.12.txt pins/3.12-plan.txt
 	python=$$(.ci/python 3.12) && $$python -m venv .venv-3.12
 	grep -vE '^(torch|peft|accelerate|bitsandbytes)==' pins/3.12.txt | .venv-3.12/bin/python -m pip install -q --no-deps -r /dev/stdin
-	.venv-3.12/bin/python -m pip install -q --no-deps -e .
+	.venv-3.12/bin/python -m pip install -q --no-deps -r pins/3.12-plan.txt -e .
 	touch $@
 
 setup: .venv/installed
@@ -52,6 +52,7 @@ test: .venv/installed-test
 
 test-3.12: .venv-3.12/installed
 	.venv-3.12/bin/python -m pytest -n 2 --dist worksteal -m "not integration and not slow and not gpu" $(PYTEST)
+	.venv-3.12/bin/python -m pytest -n 2 -m "not slow" -k 7b tests/test_plan.py
 
 nightly: .venv/installed-test
 	.ci/resolve

@@ -8,7 +8,6 @@ The real train step is compiled for the card, from shapes alone, in a process of
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -27,7 +26,7 @@ from train.data.documents import evenly
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
 from train.plan.cards import Gpu, find_gpu, present_gpu
-from train.plan.compiled import Program, Request
+from train.plan.compiled import Request, file_beside
 from train.plan.ladder import fit_card
 from train.plan.planner import NO_EXTRA, Plan, make_plans, train_command
 
@@ -85,7 +84,8 @@ class PlanConfig:
     fit: bool = False
     """Which remat, micro-batch and length fit the card, and which is predicted fastest."""
     hlo: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Also write the compiled step's text, to be read."""
+    """Also write the compiled step's text, to be read: FILE with Triton's matmuls, and beside it
+    one with cuBLASLt's."""
     json: bool = False
     """Print one JSON object."""
 
@@ -133,7 +133,12 @@ def plan(config: PlanConfig) -> None:
         return
     programs: tuple[Any, ...] = ("train",) if config.program == "train" else ("prefill", "decode")
     requests = [
-        Request(config.step, program=program, text=_hlo_file(config.hlo, program))
+        # Prefill and decode are compiled at the same time.
+        Request(
+            config.step,
+            program=program,
+            text=config.hlo if program == "train" else file_beside(config.hlo, program),
+        )
         for program in programs
     ]
     with quiet_if(config.json):
@@ -148,14 +153,6 @@ def plan(config: PlanConfig) -> None:
         console.print(NO_EXTRA)
     for plan in plans:
         show(plan, config)
-
-
-def _hlo_file(name: str, program: Program) -> str:
-    """step.txt; step.prefill.txt and step.decode.txt, which are compiled at the same time."""
-    if not name or program == "train":
-        return name
-    file = Path(name)
-    return str(file.with_name(f"{file.stem}.{program}{file.suffix}"))
 
 
 def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:

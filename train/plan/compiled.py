@@ -72,7 +72,7 @@ class Request:
     program: Program = "train"
     whole: bool | None = None
     room: int = 0  # bytes that a step may take on the card; 0 where they are not known
-    text: str = ""  # file for the compiled program's HLO
+    text: str = ""  # file for the compiled program's HLO; a train step's other one is beside it
     rates: Rates | None = None  # what the time is predicted by; without them it is not
     sampling: Sampling = GREEDY  # of prefill and decode
 
@@ -170,15 +170,20 @@ def extended(few: Weight, more: Weight, layers: int) -> Weight:
 
 
 def compile_each(lowered: Any, request: Request, mesh: Mesh) -> dict[str, Weight]:
-    """By who computes the matmuls; time and text are of the first, which is all on a CPU."""
+    """By who computes the matmuls; time is of the first, which is all on a CPU."""
     ways: dict[str, dict[str, Any]] = MATMULS if platform_of(mesh) == "gpu" else {"": {}}
     if request.step.base is not None and platform_of(mesh) == "gpu":
         ways = {"triton": dict(CODES)}  # it alone multiplies with codes
-    memory_only, first = replace(request, rates=None, text=""), next(iter(ways))
-    return {
-        who: compile_and_weigh(lowered, request if who == first else memory_only, options)
-        for who, options in ways.items()
-    }
+    found = {}
+    for who, options in ways.items():
+        found[who] = compile_and_weigh(lowered, request, options)
+        request = replace(request, rates=None, text=file_beside(request.text, "cublaslt"))
+    return found
+
+
+def file_beside(file: str, part: str) -> str:
+    """step.txt -> step.prefill.txt."""
+    return str(Path(file).with_suffix(f".{part}{Path(file).suffix}")) if file else ""
 
 
 def compile_and_weigh(
