@@ -10,11 +10,14 @@ pytest.importorskip("torch")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
+import torch
 from flax import nnx
 from random_models import GROUPED, model_folder
 
 from convert.from_meta import main as from_meta
 from convert.quantize import main as quantize
+from convert.to_hf import main as to_hf
 from convert.to_meta import main as to_meta
 from convert.verify import main as verify
 from eval.score import main as score
@@ -22,6 +25,7 @@ from jllama.config import Base, LoraConfig, asked_base, stored_shapes, weight_by
 from jllama.decode.generate import generate_with_logprobs
 from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
+from jllama.folders.adapter import save_adapter
 from jllama.folders.load import abstract_model, load_model
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import read_base, read_config
@@ -48,9 +52,11 @@ def stored(request, plain, tmp_path_factory):
     return request.param, folder
 
 
+IDS = np.random.default_rng(0).integers(0, 256, (2, 12))
+
+
 def logits(model):
-    ids = np.random.default_rng(0).integers(0, 256, (2, 12))
-    return np.asarray(model(jnp.asarray(ids)))
+    return np.asarray(model(jnp.asarray(IDS)))
 
 
 def test_a_folder_in_codes_is_the_model_that_is_made_while_loading(stored, plain):
@@ -133,6 +139,23 @@ def test_an_adapter_is_merged_into_the_numbers_of_the_codes(stored, dora):
     expected = logits(model)
     merge(model)
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_has_the_same_logits_with_the_adapter_on_the_numbers(stored, dora, tmp_path, capsys):
+    lora = LoraConfig(4, targets=("wq", "w2"), dora=dora)
+    model = load_model(stored[1], "fp32")
+    attach(model, lora, jax.random.key(0))
+    for linear in adapted_linears(model).values():
+        linear.lora.b[...] = 0.3 * jax.random.normal(jax.random.key(1), linear.lora.b.shape)
+    to_hf([str(stored[1]), str(tmp_path / "hf"), "--dtype", "fp32"])
+    save_adapter(tmp_path / "adapter", model, lora, str(tmp_path / "hf"), {})
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        found = theirs(input_ids=torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits(model), found, rtol=0, atol=1e-4)
+    assert np.abs(found - logits(load_model(stored[1], "fp32"))).max() > 0.1
 
 
 def test_a_model_in_codes_answers_as_its_logits_say(stored):
