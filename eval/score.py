@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -28,13 +28,15 @@ from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console, print_json, quiet_if, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
+from jllama.folders.adapter import WEIGHTS
 from jllama.folders.json_files import read_json
-from jllama.folders.manifest import read_manifest, write_sealed
+from jllama.folders.manifest import file_sha256, manifest_sha256, read_manifest, write_sealed
 from jllama.folders.model import read_config
-from jllama.folders.run import SCORES
+from jllama.folders.run import SCORES, RunFolder
 from jllama.text.row_file import read_rows
 from jllama.text.rows import make_examples
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
+from train.data.batches import hold_out
 
 NEUTRAL = Path(__file__).parent / "neutral.json"
 # Rows of the table, and where their figures stand in the result of a model.
@@ -47,6 +49,9 @@ SHOWN = {
 }
 
 
+Part = Literal["held-out", "training", "all"]
+
+
 @checked
 class ScoreConfig(Subject):
     """Score the answers of a data file with the base and the tuned model.
@@ -56,7 +61,10 @@ class ScoreConfig(Subject):
     """
 
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """JSON or JSONL rows as for training; by default all that the run was given."""
+    """JSON or JSONL rows as for training; by default those of the run."""
+    rows: Part | None = None
+    """Which rows of the run's own data: those it held out, those it learned from, or all. By
+    default those held out, if there are any."""
     max_seq_len: AtLeast0 = 0
     """Tokens after which a row is cut; 0 takes the run's, else 512."""
     skip_bad_rows: AtLeast0 = 0
@@ -86,9 +94,15 @@ def complete(config: ScoreConfig) -> ScoreConfig:
     if config.tuned:
         _check_tuned(config.model, config.tuned)
     settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0} | run
+    own = not config.data or Path(config.data).resolve() == Path(run.get("data", "")).resolve()
+    parted = own and bool(run.get("val_size"))
+    if config.rows not in (None, "all") and not parted:
+        why = f"{config.run} held no rows out" if own else "that data is not the run's"
+        raise InputError(f"--rows {config.rows}: {why}")
     return dataclasses.replace(
         config,
         data=config.data or settings["data"],
+        rows=config.rows or ("held-out" if parted else "all"),
         max_seq_len=config.max_seq_len or settings["max_seq_len"],
         skip_bad_rows=max(config.skip_bad_rows, settings["skip_bad_rows"]),
     )
@@ -108,8 +122,8 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
 
     The figures at the top are those of the model that `scored` names: the tuned one, if any.
 
-        {"nll_per_token": 0.5, "tokens": 900, "rows": 60, "scored": "tuned", "cut": 0,
-         "skipped": [],
+        {"nll_per_token": 0.5, "tokens": 900, "rows": 60, "part": "held-out", "scored": "tuned",
+         "tuned_sha256": "...", "cut": 0, "skipped": [],
          "base": {...},
          "tuned": {"answers": {"tokens": 900, "nll": 450.0, "nll_per_token": 0.5,
                                "perplexity": 1.6, "kl_per_token": 0.9},
@@ -120,11 +134,17 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
     """
     assert config.prompt_style
     tokenizer = jllama.load_tokenizer(config.model)
-    rows = read_rows(config.data)[: config.limit or None]
+    rows = read_rows(config.data)
+    if config.rows == "all":
+        rows = rows[: config.limit or None]
     examples, skipped = make_examples(
         rows, tokenizer, config.prompt_style, max_seq_len=config.max_seq_len,
         train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
     )  # fmt: skip
+    if config.rows != "all":
+        run = RunFolder(Path(config.run)).read_settings()
+        parts = hold_out(examples, run["val_size"], run["seed"])
+        examples = parts[config.rows == "held-out"].take(slice(config.limit or None))
     paragraphs = [
         [tokenizer.bos_id, *tokenizer.encode(text)] for text in read_json(NEUTRAL)["paragraphs"]
     ]
@@ -159,7 +179,9 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
         "nll_per_token": found[last]["answers"]["nll_per_token"],
         "tokens": found[last]["answers"]["tokens"],
         "rows": len(examples),
+        "part": config.rows,
         "scored": last,
+        "tuned_sha256": result_sha256(config.adapter or config.tuned),
         "cut": int(examples.cut.sum()),
         "skipped": skipped,
         **found,
@@ -170,6 +192,14 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
             for example, score in zip(examples, answers, strict=True)
         ],
     }
+
+
+def result_sha256(folder: str | Path) -> str:
+    """Of an adapter's weights, or of a model folder's certificate; empty of none."""
+    if not folder:
+        return ""
+    file = Path(folder) / WEIGHTS
+    return file_sha256(file) if file.is_file() else manifest_sha256(folder)
 
 
 def share(right: Mapping[int, bool]) -> dict[str, Any]:
@@ -203,9 +233,16 @@ def show(result: Mapping[str, Any]) -> None:
             rows.append([title, *cells, *change])
     show_table(["", *models, *(["change"] if len(models) > 1 else [])], rows)
     console.print(
-        f"{result['rows']} rows, {result['tokens']} answer tokens; {result['cut']} rows cut at "
+        f"{rows_scored(result)}, {result['tokens']} answer tokens; {result['cut']} rows cut at "
         f"{result['settings']['max_seq_len']} tokens, {len(result['skipped'])} left out"
     )
+
+
+def rows_scored(result: Mapping[str, Any]) -> str:
+    """`40 held-out rows`, `the first 10 rows`."""
+    part = result.get("part", "all")
+    words = "rows" if part == "all" else f"{part} rows"
+    return f"{'the first ' if result['settings']['limit'] else ''}{result['rows']} {words}"
 
 
 def score_data(config: ScoreConfig) -> None:

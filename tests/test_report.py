@@ -1,6 +1,7 @@
 """The report: every number followed back to its file, what is missing said, and the page seen."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -14,9 +15,11 @@ import yaml
 from random_models import BASE, model_folder
 
 from eval.ablate.command import main as ablate
+from eval.ablate.staircase import TECHNIQUES, staircase
 from eval.report.command import main as report
 from eval.report.document import Code, Heading, Paragraph, Picture, Section, Table, write_report
 from eval.report.evidence import repetition
+from eval.score import main as score
 from jllama.cli.terminal import command_line
 from jllama.folders.json_files import read_json_lines, write_json_lines
 from jllama.folders.run import GENERATIONS
@@ -25,8 +28,8 @@ from train.lora import main as train
 pytestmark = pytest.mark.integration
 
 PLANNED = Path(__file__).parents[1] / "docs" / "results" / "ablation-llama-2-7b-a100-40gb"
-SECTIONS = ["Settings", "Parameters", "Memory", "Gradient checkpointing", "Loss", "Techniques",
-            "Scores", "Prompts", "Data", "How to reproduce"]  # fmt: skip
+SECTIONS = ["At a glance", "The techniques", "Parameters", "Memory", "Gradient checkpointing",
+            "Loss", "Scores", "Prompts", "Data", "Settings", "How to reproduce"]  # fmt: skip
 FILES = ["run.json", "config.yaml", "metrics.jsonl", "score.json", "generations.jsonl"]
 RECORDED = [{"prompt": "Explain why a given topic is important. Environmental protection",
              "report_tuned_answer": "It <b>matters</b> | a lot."}]  # fmt: skip
@@ -119,6 +122,10 @@ def follow(run, source):
             return first / others[0] * 100
         case "difference":
             return first - sum(others)
+        case "change in percent":
+            return (others[0] / first - 1) * 100
+        case "hundredfold":
+            return first * 100
         case "MiB":
             return first / 1024 / 1024
         case "sum":
@@ -284,6 +291,37 @@ def test_a_generation_of_another_type_is_named(field, made, tmp_path, capsys):
     assert f"{file}: 0, {field} is 1.5" in capsys.readouterr().err
 
 
+def test_only_scores_of_this_adapter_are_shown_and_parts_are_called_so(made, tmp_path, capsys):
+    place = copied(made, tmp_path)
+    run = place / "run"
+    assert json.loads((run / "score.json").read_text())["part"] == "held-out"
+    score(["--run", str(run), "--limit", "3", "--exact-tokens", "8"])
+    assert "the first 3 held-out rows" in capsys.readouterr().out
+    report(flags(place, "--only-read"))
+    text = " ".join((run / "report.md").read_text().split())
+    assert text.count("only the first 3 held-out rows of") == 2  # the first screen, and Scores
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"!")
+    report(flags(place, "--only-read"))
+    html = (run / "report.html").read_text()
+    assert "Missing: score.json is of another adapter than adapter/." in html
+    assert "exact, share" not in html
+
+
+def test_the_stairs_go_from_no_technique_to_all_and_each_is_one_pair_of_cells():
+    cells = read_json_lines(PLANNED / "cells.jsonl").values
+    stairs = staircase(cells)
+    axes = ("precision", "accumulation", "remat", "tune")
+    assert [stair.technique for stair in stairs] == [TECHNIQUES[axis] for axis in axes]
+    assert [cells[stairs[0].before][axis] for axis in axes] == ["fp32", 1, "none", "full"]
+    assert [cells[stairs[-1].after][axis] for axis in axes] == ["bf16", 8, "block", "lora"]
+    for axis, stair in zip(axes, stairs, strict=True):
+        before, after = cells[stair.before], cells[stair.after]
+        assert {a for a in axes if before[a] != after[a]} == {axis}
+    assert all(b.after == a.before for b, a in itertools.pairwise(stairs))
+    assert staircase([cell for cell in cells if cell["reference"]]) == []
+
+
 def test_a_run_that_was_killed_is_reported_as_far_as_it_came(made, tmp_path):
     place = copied(made, tmp_path)
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
@@ -337,7 +375,8 @@ def test_the_original_rows_on_a_real_model(assets, tmp_path, rows):
         assert f">{loss:.4f}</data>" in html
     sources = [json.loads(attributes["data-source"]) for attributes, _ in page.data]
     assert sum(source.get("path", [0])[-1] == "epoch_loss" for source in sources) == 5
-    assert sum(source.get("path", [0])[-1] == "eval_loss" for source in sources) == 6
+    held_out = [source for source in sources if source.get("path", [0])[-1] == "eval_loss"]
+    assert len(held_out) == 2 + 6  # before and after on the first screen, and the table
     prompts = json.loads((given / "prompts.json").read_text())
     assert len(prompts) == 8
     shown = " ".join("".join(page.bare["Prompts"]).split())
@@ -365,7 +404,21 @@ def browser():
     found.quit()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+def contrast(one, other):
+    """Of two colours as CSS writes them, by WCAG 2."""
+
+    def luminance(colour):
+        parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
+        red, green, blue = (
+            x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_looks_right_in_a_browser(made, browser, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -375,23 +428,46 @@ def test_the_page_looks_right_in_a_browser(made, browser, width, scheme):
     browser.get(f"file://{made / 'run' / 'report.html'}")
     seen = browser.execute_script("""
         const box = x => x.getBoundingClientRect();
+        const all = x => [...document.querySelectorAll(x)];
+        const ground = x => {
+          for (; x; x = x.parentElement) {
+            const found = getComputedStyle(x).backgroundColor;
+            if (!found.endsWith(", 0)")) return found;
+          }
+        };
+        const cards = all(".cards dd b").map(x => [x.textContent, box(x).bottom]);
+        const folds = all("summary").map(x => { x.focus(); return document.activeElement === x; });
+        for (const fold of all("details")) fold.open = true;
         return {
-          headings: [...document.querySelectorAll("h2")].map(x => x.textContent),
-          pictures: [...document.querySelectorAll("figure svg")].map(
-            x => [box(x).width, box(x).height]),
-          labels: [...document.querySelectorAll("figure")].map(x => x.getAttribute("aria-label")),
+          cards, folds,
+          headings: all("h2").map(x => x.textContent),
+          levels: all("h1, h2, h3").map(x => +x.tagName[1]),
+          pictures: all("figure svg").map(x => [box(x).width, box(x).height, box(x).right]),
+          labels: all("figure").map(x => x.getAttribute("aria-label")),
           overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-          cut: [...document.querySelectorAll("table.wide")].filter(
-            x => box(x).width > box(x.parentNode).width + 1).length,
-          colours: ["color", "backgroundColor"].map(x => getComputedStyle(document.body)[x]),
-          ids: [...document.querySelectorAll("[id]")].map(x => x.id),
+          cut: all("table.wide").filter(x => box(x).width > box(x.parentNode).width + 1).length,
+          colours: all("p, td, th, a, b, small, dt, summary, .better, .worse, figcaption").map(
+            x => [getComputedStyle(x).color, ground(x)]),
         }""")
     assert seen["headings"] == SECTIONS
-    assert len(seen["pictures"]) == 4
-    assert all(w > 200 and h > 50 for w, h in seen["pictures"])
+    assert len(seen["pictures"]) == 6
+    assert all(w > 200 and h > 50 and right <= width for w, h, right in seen["pictures"])
     assert all(seen["labels"])
+    assert all(seen["folds"])
+    assert len(seen["folds"]) > 5
     assert seen["overflow"] <= 0
-    text, ground = (sum(map(int, re.findall(r"\d+", c)[:3])) for c in seen["colours"])
+    assert seen["cut"] == 0
+    # The first screen says what was learned, in what memory and time, and what it gained.
+    learned, peak, seconds, held_out, exact = (text for text, _ in seen["cards"])
+    assert re.fullmatch(r"[\d.]+ %", learned)
+    assert re.fullmatch(r"[\d,]+ MiB", peak)
+    assert re.fullmatch(r"[\d,]+ s", seconds)
+    assert re.fullmatch(r"[\d.]+ → [\d.]+", held_out)
+    assert re.fullmatch(r"\d+ → \d+ %", exact)
+    assert width < 500 or all(bottom < 900 for _, bottom in seen["cards"])
+    assert all(b - a <= 1 for a, b in itertools.pairwise(seen["levels"]))
+    assert min(contrast(*pair) for pair in seen["colours"]) >= 4.5
+    text, ground = (sum(map(int, re.findall(r"\d+", x)[:3])) for x in seen["colours"][0])
     assert (text - ground > 400) if scheme == "dark" else (ground - text > 400)
     asked = [
         json.loads(line["message"])["message"]["params"].get("request", {}).get("url", "")

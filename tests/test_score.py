@@ -22,6 +22,7 @@ from eval.likelihood import compare, hidden, score_sequences
 from eval.score import NEUTRAL, main
 from jllama.config import LoraConfig
 from jllama.folders.adapter import save_adapter
+from jllama.folders.json_files import read_json_lines
 from jllama.folders.manifest import read_sealed
 from jllama.lora import attach
 from jllama.text.rows import make_examples
@@ -133,6 +134,38 @@ def torch_scores(peer, ids, learned):
            for log in (base, tuned)]  # fmt: skip
     kl = torch.nn.functional.kl_div(base[mask], tuned[mask], reduction="sum", log_target=True)
     return *nll, kl.item()
+
+
+def test_held_out_rows_and_those_that_were_learned_are_scored_apart(place, capsys, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(
+        [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(9)]
+    ))  # fmt: skip
+    train([
+        "--model", str(place / "model"), "--data", str(tmp_path / "rows.json"), "--epochs", "1",
+        "--output-dir", str(tmp_path / "run"), "--val-size", "3", "--seed", "5",
+    ])  # fmt: skip
+    run = ["--run", tmp_path / "run", "--exact-tokens", "0"]
+    parts = [scored(capsys, *run), *(scored(capsys, *run, "--rows", part) for part in
+             ("training", "all", "held-out"))]  # fmt: skip
+    assert [part["part"] for part in parts] == ["held-out", "training", "all", "held-out"]
+    held, learned, every = ({row["row"] for row in part["per_row"]} for part in parts[:3])
+    assert (len(held), len(learned)) == (3, 6)
+    assert held | learned == every == set(range(9))
+    evaluated = [
+        line["eval_loss"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl").values
+        if "eval_loss" in line
+    ]  # fmt: skip
+    assert parts[0]["nll_per_token"] == pytest.approx(evaluated[-1], rel=1e-3)
+    limited = scored(capsys, *run, "--limit", 2)
+    assert [row["row"] for row in limited["per_row"]] == sorted(held)[:2]
+    for arguments, message in (
+        (["--run", place / "run", "--rows", "held-out"], "held no rows out"),
+        ([*run, "--data", place / "rows.json", "--rows", "training"], "not the run's"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments)])
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert scored(capsys, *run, "--data", place / "rows.json")["part"] == "all"
 
 
 def test_nll_and_kl_of_every_row_equal_transformers_and_peft(pair, sequences, result):

@@ -98,13 +98,13 @@ def _batches(cell: Figures) -> str:
     return f"{count} micro-batch{'es' if count > 1 else ''} of {cell['micro_batch_size']}"
 
 
-def with_classes(cell: Figures) -> Figures:
+def with_classes(cell: Mapping[str, Any]) -> Figures:
     """The cell with its memory by class as figures of their own."""
     classes = cell.get("classes_mib")
     if classes is None:
-        return cell
+        return dict(cell)
     sums = CLASSES | (CLASSES_OF_LORA if cell["tune"] == "lora" else {})
-    return cell | {
+    return {**cell} | {
         figure: sum(classes.get(name, 0.0) for name in names) for figure, names in sums.items()
     }
 

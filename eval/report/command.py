@@ -17,6 +17,8 @@ from eval.prompt_file import read_references
 from eval.report import sections
 from eval.report.document import Block, Section, write_report
 from eval.report.evidence import Evidence, Figure, Missing
+from eval.report.overview import overview
+from eval.report.scored import scores
 from eval.report.sections import Reference, lacking
 from eval.report.techniques import techniques
 from jllama.cli.children import Children
@@ -65,15 +67,16 @@ def report(config: ReportConfig) -> None:
     reference = read_reference(config.reference, folder)
     failures = {} if config.only_read else make_missing(run)
     parts: dict[str, Write] = {
-        "Settings": lambda: sections.settings(run),
+        "At a glance": lambda: overview(run, reference),
+        "The techniques": lambda: techniques(config.ablation, folder),
         "Parameters": lambda: sections.parameters(run),
         "Memory": lambda: sections.memory(run),
         "Gradient checkpointing": lambda: sections.checkpointing(run),
         "Loss": lambda: sections.loss(run, reference),
-        "Techniques": lambda: techniques(config.ablation, folder),
-        "Scores": lambda: sections.scores(run),
+        "Scores": lambda: scores(run),
         "Prompts": lambda: sections.answers(run, reference),
         "Data": lambda: sections.data(run),
+        "Settings": lambda: sections.settings(run),
         "How to reproduce": lambda: sections.reproduce(run),
     }
     advice = {

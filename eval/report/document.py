@@ -5,7 +5,7 @@ number stands.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,33 @@ class Picture:
     kind: str = "picture"
 
 
-Block = Paragraph | Lacking | Code | Heading | Table | Picture
+@dataclass(frozen=True)
+class Card:
+    """One of the figures that a reader sees first, and a line that explains it."""
+
+    label: str
+    words: Words
+    note: Words = ()
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Cards side by side."""
+
+    cards: Sequence[Card]
+    kind: str = "cards"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that are shown when their title is opened."""
+
+    title: str
+    blocks: Sequence["Block"]
+    kind: str = "fold"
+
+
+Block = Paragraph | Lacking | Code | Heading | Table | Picture | Cards | Fold
 
 
 @dataclass(frozen=True)
@@ -116,7 +142,7 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[
         name: templates.get_template(f"{name}.j2").render(content)
         for name in ("report.html", "report.md")
     }
-    blocks = (block for section in sections for block in section.blocks)
+    blocks = [block for section in sections for block in _unfolded(section.blocks)]
     texts |= {f"report-{b.name}.svg": b.svg for b in blocks if isinstance(b, Picture)}
     try:
         for name, text in texts.items():
@@ -129,6 +155,13 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[
         for name in texts:
             (folder / (name + NEW)).unlink(missing_ok=True)
     return [folder / name for name in texts]
+
+
+def _unfolded(blocks: Iterable[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield block
+        if isinstance(block, Fold):
+            yield from _unfolded(block.blocks)
 
 
 def _markdown(words: Text | Words) -> str:

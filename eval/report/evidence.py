@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.ablate.store import ADVICE, DESCRIPTION
 from jllama.cli.settings import read_yaml
@@ -26,6 +26,7 @@ SEALED = {
     SCORES: "make it again with: jllama score",
     DESCRIPTION: ADVICE,
 }
+Tone = Literal["", "better", "worse"]
 EVERY = "*"  # in a path: all lines of a file that have the field
 
 
@@ -41,6 +42,8 @@ def repetition(ids: Sequence[int], length: int = 4) -> float:
 OPERATIONS: Mapping[str, Callable[..., float]] = {
     "percent": lambda part, whole: 100 * part / whole,
     "difference": lambda a, *others: a - sum(others),
+    "change in percent": lambda before, after: 100 * (after - before) / before,
+    "hundredfold": lambda share: 100 * share,
     "MiB": lambda size: size / 2**20,
     "sum": sum,
     "total": lambda *parts: sum(parts),
@@ -66,6 +69,7 @@ class Figure:
     value: float
     text: str
     source: Mapping[str, Any]  # {"file", "path"} or {"operation", "of": [sources]}
+    tone: Tone = ""  # its colour, beside a sign that says the same
 
     @property
     def origin(self) -> str:

@@ -4,17 +4,18 @@ A section that misses a file or a field raises `Missing`; `eval.report` then say
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from eval.report.document import Block, Code, Heading, Lacking, Paragraph, Picture, Table, Text
+from eval.report.document import Block, Code, Fold, Lacking, Paragraph, Picture, Table, Text
 from eval.report.evidence import EVERY, Evidence, Figure, Missing, combine
-from eval.report.pictures import losses, memory_bars
-from eval.score import SHOWN
+from eval.report.pictures import memory_bars
 from jllama.cli.terminal import command_line, quoted
-from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD, SCORES
+from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD
+from train.config import TrainConfig
 
-PROMPTS = 16  # shown side by side; all are counted
+PROMPTS = 200  # shown side by side; all are counted
 
 # What `remat` recomputes in the backward pass -> of each block, what is kept and what is not.
 PLACES: Mapping[str, tuple[str, str]] = {
@@ -35,23 +36,27 @@ class Reference:
 
 
 def settings(run: Evidence) -> Iterator[Block]:
-    """Every setting, and the sizes of the model."""
+    """The settings that were chosen; all others, and the sizes of the model, to be opened."""
     yield Paragraph([
         f"Trained on {run.value(RECORD, 'device')} by jllama "
         f"{run.value(RECORD, 'versions', 'jllama')}; config.yaml has these settings and "
         "gives the same run again."
     ])  # fmt: skip
-    yield Table(
-        ["setting", "value"],
-        [[name, _setting(run, CONFIG, name)] for name, value in run.content(CONFIG).items()
-         if value not in ("", None)],
-    )  # fmt: skip
-    yield Heading("The model")
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    rows: dict[bool, list[list[Text]]] = {True: [], False: []}
+    for name, value in run.content(CONFIG).items():
+        if value not in ("", None):
+            chosen = value != defaults.get(name)
+            rows[chosen].append([name, _setting(run, CONFIG, name)])
+    if rows[True]:
+        yield Table(["setting", "value"], rows[True])
+    yield Fold("All settings that are the defaults", [Table(["setting", "value"], rows[False])])
     sizes = run.value(RECORD, "model")
-    yield Table(
+    table = Table(
         ["size", "value"],
         [[name, _setting(run, RECORD, "model", name)] for name in sizes],
     )
+    yield Fold("The sizes of the model", [table])
 
 
 def _setting(run: Evidence, file: str, *path: str) -> Text:
@@ -143,7 +148,7 @@ def checkpointing(run: Evidence) -> Iterator[Block]:
 
 
 def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
-    """Every epoch's average, held-out loss and the reference's, as a table and as a curve."""
+    """Every epoch's average, held-out loss and the reference's."""
     lines = run.content(METRICS)
     epochs = [i for i, line in enumerate(lines) if "epoch_loss" in line]
     held_out = {line["step"]: i for i, line in enumerate(lines) if "eval_loss" in line}
@@ -173,47 +178,6 @@ def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
     asked = run.figure(CONFIG, "epochs", form=",")
     if len(epochs) < asked.value:
         yield Lacking(["Not all of the ", asked, " epochs have ended."])
-    steps = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
-    ends = [lines[i]["step"] for i in epochs]
-    yield Picture(
-        "loss",
-        losses(
-            steps,
-            {lines[i]["step"]: lines[i]["epoch_loss"] for i in epochs},
-            {step: lines[i]["eval_loss"] for step, i in held_out.items()},
-            {s: figure.value for s, figure in zip(ends, reference.losses, strict=False)},
-        ),
-        f"Loss by optimizer step over {len(epochs)} epochs"
-        + (", with held-out rows" if held_out else "")
-        + (", beside the reference" if reference.losses else "") + ".",
-    )  # fmt: skip
-
-
-def scores(run: Evidence) -> Iterator[Block]:
-    """What `eval.score` measured of the base and the tuned model."""
-    models = [who for who in ("base", "tuned") if who in run.content(SCORES)]
-    rows: list[list[Text]] = []
-    for title, (part, name) in SHOWN.items():
-        row: list[Text] = [title]
-        figures: list[Figure] = []
-        for who in models:
-            if run.value(SCORES, who, part).get(name) is None:
-                row.append("")
-                continue
-            figures.append(run.figure(SCORES, who, part, name, form=".4f"))
-            row.append(figures[-1])
-        if len(models) > 1:
-            both = len(figures) == len(models)
-            row.append(combine("difference", *figures[::-1], form="+.4f") if both else "")
-        if figures:
-            rows.append(row)
-    yield Table(["measure", *models, *(["change"] if len(models) > 1 else [])], rows)
-    yield Paragraph([
-        run.figure(SCORES, "rows", form=","), " rows of ",
-        short(str(run.value(SCORES, "settings", "data"))), ", ",
-        run.figure(SCORES, "tokens", form=","), " answer tokens; ",
-        run.figure(SCORES, "cut", form=","), " rows were cut.",
-    ])  # fmt: skip
 
 
 def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
@@ -227,8 +191,9 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         right = run.compute("exact answers", *places, form=",")
         asked = run.compute("length", (GENERATIONS, EVERY, who), form=",")
         yield Paragraph([f"Exact answers, {who}: ", right, " of ", asked, "."])
-    for number, line in enumerate(lines[:PROMPTS]):
-        yield Heading(f"{number + 1}. {line['prompt']}")
+    wrong_first = sorted(range(len(lines)), key=lambda number: _right(lines[number], models[-1]))
+    for number in wrong_first[:PROMPTS]:
+        line = lines[number]
         rows = [_answer(run, number, who) for who in models]
         if "expected" in line:
             rows.append(["expected", line["expected"], "", "", "", ""])
@@ -236,7 +201,8 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         known |= reference.answers.get(line["prompt"].strip(), {})
         for name, text in known.items():
             rows.append([name.removesuffix("_answer").replace("_", ", "), text, "", "", "", ""])
-        yield Table(["who", "answer", "ends", "repeats", "NLL", "KL"], rows, wide=True)
+        table = Table(["who", "answer", "ends", "repeats", "NLL", "KL"], rows, wide=True)
+        yield Fold(f"{number + 1}. {' '.join(line['prompt'].split())}", [table])
     if len(lines) > PROMPTS:
         yield Paragraph([f"{GENERATIONS} has the others."])
     yield Paragraph([
@@ -245,6 +211,11 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         "that the answering model gives its own answer. KL: of the tuned model from the base along "
         "that answer, nats per token."
     ])  # fmt: skip
+
+
+def _right(line: Mapping[str, Any], who: str) -> bool:
+    """Whether an answer is what was expected; also where nothing was."""
+    return "expected" not in line or line[who].strip() == line["expected"].strip()
 
 
 def _answer(run: Evidence, number: int, who: str) -> list[Text | Sequence[Text]]:
