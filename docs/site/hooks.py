@@ -49,9 +49,9 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Every flag of every command, written from the declaration that checks it. `jllama COMMAND",
-        "--help` shows the same. The flags of `jllama train`, with `_` for `-`, are also the fields",
-        "of its `--config FILE` and of a run's `config.yaml`.",
+        "Every flag of every command, from the declaration that checks it, as `--help` shows it.",
+        "The flags of `jllama train`, with `_` for `-`, are also the fields of its `--config FILE`",
+        "and of a run's `config.yaml`.",
     ]
     for name, (module, does) in COMMANDS.items():
         lines += ["", f"## jllama {name}", "", f"{does[0].upper()}{does[1:]}."]
@@ -66,7 +66,7 @@ def settings_page() -> str:
 
 
 def table(settings: Any) -> list[str]:
-    """A row for each field: its flag, what it takes, its default, and its own words."""
+    """A row for each field: its flag, its default, its own words, and what it takes."""
     declared = get_type_hints(settings, include_extras=True)
     words = {
         param.arg_name: param.description
@@ -74,10 +74,14 @@ def table(settings: Any) -> list[str]:
         if dataclasses.is_dataclass(kind)
         for param in docstring_parser.parse_from_object(kind).params
     }
-    lines = ["", "| flag | takes | default | |", "| --- | --- | --- | --- |"]
+    lines = ["", "| flag | default | |", "| --- | --- | --- |"]
     for field in dataclasses.fields(settings):
         takes = in_words(declared[field.name]).replace("true or false", "yes or no")
-        cells = (flag(settings, field.name), takes, default(field.default), words[field.name])
+        cells = (
+            flag(settings, field.name),
+            default(field.default),
+            f"{words[field.name]} Takes {takes}.",
+        )
         lines.append("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |")
     return lines
 
