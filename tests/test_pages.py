@@ -108,8 +108,14 @@ def test_what_the_pages_make_is_in_the_makefile():
 
 def test_the_table_of_models_has_the_presets():
     text = (ROOT / "README.md").read_text()
-    table = text.split("\n## Models\n")[1].split("\n## ")[0]
-    assert set(re.findall(r"`([a-z0-9.-]+)`", table.strip().split("\n\n")[0])) == set(PRESETS)
+    table = text.split("\n## Models\n")[1].strip().split("\n\n")[0]
+    contexts = {
+        name: int(context.replace(",", ""))
+        for names, context in re.findall(r"\| (`.+`) \| ([\d,]+) \|", table)
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    known = {name: config.max_seq_len for name, config in PRESETS.items() if name != "sample"}
+    assert contexts == known
 
 
 def test_what_fits_is_what_was_planned():
