@@ -1,5 +1,6 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
+# make docs: the documentation as pages, in build/site.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ PINS := pins/$(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info 
 OF_ANY_BASE := tests/test_step.py tests/test_adapter.py tests/test_generate.py tests/test_run.py
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup demo report test test-3.12 nightly check format clean
+.PHONY: setup demo report docs test test-3.12 nightly check format clean
 
 # torch alone comes from TORCH_INDEX: such an index has copies of other packages, too.
 .venv/made: pyproject.toml $(PINS).txt
@@ -26,6 +27,10 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check
 	$(PIP) -c $(PINS).txt -e ".[test]"
 	$(PIP) --no-deps -r $(PINS)-plan.txt
 	touch .venv/installed $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) -c $(PINS).txt -e ".[docs]"
+	touch $@
 
 # Without torch, whose build on PyPI brings gigabytes of CUDA, and so without what needs it.
 .venv-3.12/installed: pyproject.toml pins/3.12.txt pins/3.12-plan.txt
@@ -46,6 +51,10 @@ report: .venv/installed
 	test -d runs/report || $(BIN)/python -m train.lora --precision bf16 --val-size 40 --output-dir runs/report
 	$(BIN)/python -m eval.ablate --output runs/report/ablation
 	$(BIN)/python -m eval.report --run runs/report --ablation runs/report/ablation docs/results/ablation-llama-2-7b-a100-40gb
+
+# Into build/site; a link that leads nowhere is an error.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(PYTEST)
