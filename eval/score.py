@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 import jllama
@@ -36,7 +37,6 @@ from jllama.folders.run import SCORES, RunFolder
 from jllama.text.row_file import read_rows
 from jllama.text.rows import make_examples
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
-from train.data.batches import hold_out
 
 NEUTRAL = Path(__file__).parent / "neutral.json"
 # Rows of the table, and where their figures stand in the result of a model.
@@ -95,7 +95,8 @@ def complete(config: ScoreConfig) -> ScoreConfig:
         _check_tuned(config.model, config.tuned)
     settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0} | run
     own = not config.data or Path(config.data).resolve() == Path(run.get("data", "")).resolve()
-    parted = own and bool(run.get("val_size"))
+    record: Any = RunFolder(Path(config.run)).read_record() if run else {"data": {}}
+    parted = own and bool(record["data"].get("held_out"))
     if config.rows not in (None, "all") and not parted:
         why = f"{config.run} held no rows out" if own else "that data is not the run's"
         raise InputError(f"--rows {config.rows}: {why}")
@@ -142,9 +143,9 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
         train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
     )  # fmt: skip
     if config.rows != "all":
-        run = RunFolder(Path(config.run)).read_settings()
-        parts = hold_out(examples, run["val_size"], run["seed"])
-        examples = parts[config.rows == "held-out"].take(slice(config.limit or None))
+        held = np.isin(examples.rows, RunFolder(Path(config.run)).read_record()["data"]["held_out"])
+        examples = examples.take(held if config.rows == "held-out" else ~held)
+        examples = examples.take(slice(config.limit or None))
     paragraphs = [
         [tokenizer.bos_id, *tokenizer.encode(text)] for text in read_json(NEUTRAL)["paragraphs"]
     ]

@@ -4,7 +4,7 @@ A section that misses a file or a field raises `Missing`; `eval.report` then say
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from eval.report.evidence import EVERY, Evidence, Figure, Missing, combine
 from eval.report.pictures import memory_bars
 from jllama.cli.terminal import command_line, quoted
 from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD
-from train.config import TrainConfig
 
 PROMPTS = 200  # shown side by side; all are counted
 
@@ -42,12 +41,11 @@ def settings(run: Evidence) -> Iterator[Block]:
         f"{run.value(RECORD, 'versions', 'jllama')}; config.yaml has these settings and "
         "gives the same run again."
     ])  # fmt: skip
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    chosen = run.value(RECORD, "chosen")
     rows: dict[bool, list[list[Text]]] = {True: [], False: []}
     for name, value in run.content(CONFIG).items():
         if value not in ("", None):
-            chosen = value != defaults.get(name)
-            rows[chosen].append([name, _setting(run, CONFIG, name)])
+            rows[name in chosen].append([name, _setting(run, CONFIG, name)])
     if rows[True]:
         yield Table(["setting", "value"], rows[True])
     yield Fold("All settings that are the defaults", [Table(["setting", "value"], rows[False])])

@@ -71,6 +71,7 @@ class DataFacts(TypedDict):
 
     rows: int
     held_out_rows: int
+    held_out: NotRequired[list[int]]  # their numbers in the file
     tokens: int
     learned_tokens: int
     longest: int
@@ -91,6 +92,7 @@ class Record(TypedDict):
     data_sha256: str
     config_sha256: str
     init_adapter_sha256: NotRequired[str]  # of its weights
+    chosen: NotRequired[list[str]]  # settings of config.yaml that are not the defaults
     changed: NotRequired[dict[str, Any]]  # settings that a resume gave anew, over config.yaml's
     parameters: dict[str, int]  # {"trainable": 8388608, "total": 6746804224}
     model: dict[str, Any]  # LlamaConfig

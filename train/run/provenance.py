@@ -1,5 +1,6 @@
 """Where a run comes from: what a second person needs to repeat it."""
 
+import dataclasses
 import hashlib
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ def provenance(config: TrainConfig) -> dict[str, Any]:
     """The part of run.json that says what the run is made of."""
     return {
         "command": [sys.executable, *sys.argv],
+        "chosen": [
+            field.name
+            for field in dataclasses.fields(config)
+            if getattr(config, field.name) != field.default
+        ],
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],

@@ -62,8 +62,9 @@ def run_facts(
          "model": {"dim": 4096, ...}, "steps": 125, "warmup_steps": 4,
          "device_memory_mib": 40960,
          "memory_bytes": {"base_weights": 13476831232, "adapters": 33554432, ...},
-         "data": {"rows": 200, "held_out_rows": 0, "tokens": 20000, "learned_tokens": 12000,
-                  "longest": 251, "cut_rows": 3, "padding_share": 0.6, "turns": 1}}
+         "data": {"rows": 200, "held_out_rows": 0, "held_out": [], "tokens": 20000,
+                  "learned_tokens": 12000, "longest": 251, "cut_rows": 3, "padding_share": 0.6,
+                  "turns": 1}}
     """
     training, held_out = examples
     return {
@@ -76,6 +77,7 @@ def run_facts(
         "data": {
             "rows": len(training),
             "held_out_rows": len(held_out),
+            "held_out": held_out.rows.tolist(),
             "tokens": int(training.lengths.sum()),
             "learned_tokens": int(training.learned_counts.sum()),
             "longest": int(training.lengths.max()),
