@@ -241,8 +241,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def rows_scored(result: Mapping[str, Any]) -> str:
     """`40 held-out rows`, `the first 10 rows`."""
-    part = result.get("part", "all")
-    words = "rows" if part == "all" else f"{part} rows"
+    words = "rows" if result["part"] == "all" else f"{result['part']} rows"
     return f"{'the first ' if result['settings']['limit'] else ''}{result['rows']} {words}"
 
 

@@ -9,7 +9,7 @@ from eval.report.document import Block, Card, Cards, Paragraph, Picture, Table, 
 from eval.report.evidence import EVERY, Evidence, Figure, Missing, Tone, combine
 from eval.report.pictures import losses
 from eval.report.scored import refuse_stale, scored_rows
-from eval.report.sections import Reference, short
+from eval.report.sections import Reference, learned, short
 from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD, SCORES
 
 ANSWERS = 3  # shown here; all stand further down
@@ -56,11 +56,7 @@ def _sentence(run: Evidence) -> Words:
 
 def _loss_curve(run: Evidence, reference: Reference) -> Picture:
     """Every step, every epoch's average, held-out loss and the reference's."""
-    lines = run.content(METRICS)
-    epochs = [i for i, line in enumerate(lines) if "epoch_loss" in line]
-    held_out = {line["step"]: i for i, line in enumerate(lines) if "eval_loss" in line}
-    if not epochs:
-        raise Missing(f"{METRICS} has no epoch_loss: no epoch has ended")
+    lines, epochs, held_out = learned(run)
     steps = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
     ends = [lines[i]["step"] for i in epochs]
     return Picture(

@@ -145,13 +145,19 @@ def checkpointing(run: Evidence) -> Iterator[Block]:
     )  # fmt: skip
 
 
-def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
-    """Every epoch's average, held-out loss and the reference's."""
+def learned(run: Evidence) -> tuple[Sequence[Any], list[int], dict[int, int]]:
+    """The lines of metrics.jsonl, which of them end an epoch, and step -> that of an evaluation."""
     lines = run.content(METRICS)
     epochs = [i for i, line in enumerate(lines) if "epoch_loss" in line]
     held_out = {line["step"]: i for i, line in enumerate(lines) if "eval_loss" in line}
     if not epochs:
         raise Missing(f"{METRICS} has no epoch_loss: no epoch has ended")
+    return lines, epochs, held_out
+
+
+def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
+    """Every epoch's average, held-out loss and the reference's."""
+    lines, epochs, held_out = learned(run)
     header = ["epoch", "after step", "training", *(["held-out"] if held_out else [])]
     header += ["reference"] if reference.losses else []
     rows: list[list[Text]] = []

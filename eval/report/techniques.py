@@ -59,11 +59,11 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
     stairs = staircase(cells)
     if stairs:
         yield _effects(ablation, cells, stairs)
-        yield from _pictures(ablation, cells, _bars_of(cells, stairs), f"{name}-stairs",
+        yield from _pictures(cells, _bars_of(cells, stairs), f"{name}-stairs",
                              "from no technique to all")  # fmt: skip
     yield Fold(f"All {len(cells)} settings of {model}, {kind}", [
         _all_cells(ablation, cells, kind),
-        *_pictures(ablation, cells, {name_of(cell): cell for cell in cells}, name,
+        *_pictures(cells, {name_of(cell): cell for cell in cells}, name,
                    f"in {len(cells)} settings"),
     ])  # fmt: skip
     findings = analyse(cells)
@@ -180,7 +180,6 @@ def _bars_of(
 
 
 def _pictures(
-    ablation: Evidence,
     cells: Sequence[Mapping[str, Any]],
     shown: Mapping[str, Mapping[str, Any]],
     name: str,

@@ -174,10 +174,10 @@ def compile_each(lowered: Any, request: Request, mesh: Mesh) -> dict[str, Weight
     ways: dict[str, dict[str, Any]] = MATMULS if platform_of(mesh) == "gpu" else {"": {}}
     if request.step.base is not None and platform_of(mesh) == "gpu":
         ways = {"triton": dict(CODES)}  # it alone multiplies with codes
-    found = {}
+    found: dict[str, Weight] = {}
     for who, options in ways.items():
-        found[who] = compile_and_weigh(lowered, request, options)
-        request = replace(request, rates=None, text=file_beside(request.text, "cublaslt"))
+        beside = replace(request, rates=None, text=file_beside(request.text, who))
+        found[who] = compile_and_weigh(lowered, beside if found else request, options)
     return found
 
 
