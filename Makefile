@@ -1,5 +1,6 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
+# make docs-reports: the two reports in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
 # make docs: the documentation as pages, in build/site.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
@@ -8,9 +9,11 @@ BIN := .venv/bin
 PINS := pins/$(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")')
 # What holds for a base in codes as for weights as they are.
 OF_ANY_BASE := tests/test_step.py tests/test_adapter.py tests/test_generate.py tests/test_run.py
+ASSETS ?= ../shared/assets
+PLANNED := docs/results/ablation-llama-2-7b-a100-40gb
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup demo report docs test test-3.12 nightly check format clean
+.PHONY: setup demo report report-alpaca docs docs-reports test test-3.12 nightly check format clean
 
 # torch alone comes from TORCH_INDEX: such an index has copies of other packages, too.
 .venv/made: pyproject.toml $(PINS).txt
@@ -49,8 +52,20 @@ demo: .venv/installed
 report: .venv/installed
 	test -d models/sample || $(BIN)/python -m convert.from_meta
 	test -d runs/report || $(BIN)/python -m train.lora --precision bf16 --val-size 40 --output-dir runs/report
-	$(BIN)/python -m eval.ablate --output runs/report/ablation
-	$(BIN)/python -m eval.report --run runs/report --ablation runs/report/ablation docs/results/ablation-llama-2-7b-a100-40gb
+	$(BIN)/python -m eval.ablate --remat none,block --repeats 1 --output runs/report/ablation
+	$(BIN)/python -m eval.report --run runs/report --ablation runs/report/ablation $(PLANNED)
+
+# The original report's recipe and rows, on a small real model, beside the original's figures.
+report-alpaca: .venv/installed
+	test -d models/stories260k || $(BIN)/python -m convert.from_meta $(ASSETS)/stories260K-meta models/stories260k
+	test -d runs/alpaca || $(BIN)/python -m train.lora --config train/recipes/report.yaml --model models/stories260k \
+		--data $(ASSETS)/alpaca/alpaca_data_200.json --max-seq-len 512 --skip-bad-rows 200 --val-size 20 --output-dir runs/alpaca
+	$(BIN)/python -m eval.report --run runs/alpaca --ablation $(PLANNED) --reference original $(ASSETS)/../report/prompts.json
+
+docs-reports: report report-alpaca
+	mkdir -p docs/report docs/report-alpaca
+	cp runs/report/report*.* docs/report
+	cp runs/alpaca/report*.* docs/report-alpaca
 
 # Into build/site; a link that leads nowhere is an error.
 docs: .venv/installed-docs

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import signal
 import threading
 from itertools import product
@@ -13,10 +14,12 @@ from random_models import BASE, model_folder
 
 from eval.ablate import cells
 from eval.ablate import command as ablate
-from eval.ablate.analysis import analyse, memory_disorder
-from eval.ablate.cells import Children, Done, grid, out_of_memory
+from eval.ablate.accuracy import Trial, accuracies, mean_and_range, methods_of, more_seeds, sweep
+from eval.ablate.analysis import AXES as ALL_AXES
+from eval.ablate.analysis import PEAKS, analyse
+from eval.ablate.cells import Children, Done, grid, name_of, out_of_memory
 from eval.ablate.command import AblateConfig, main
-from eval.ablate.store import CELLS, DESCRIPTION, opened
+from eval.ablate.store import CELLS, DESCRIPTION, TRIALS, opened
 from jllama.errors import InputError
 from jllama.folders.json_files import read_json_lines
 from jllama.folders.manifest import read_sealed
@@ -57,6 +60,7 @@ def measured(change=None, axes=AXES):
         seconds *= cell.accumulation
         figures = {
             "planned_memory_mib": memory, "step_seconds": seconds, "loss": 2.0,
+            "trainable_parameters": 10 if cell.tune == "lora" else 1000,
             "peak_memory_mib": 500.0 + (10 if cell.tune == "lora" else 0),
             "repeats": {"step_seconds": [seconds * 0.99, seconds * 1.01], "loss": [2.0, 2.0],
                         "peak_memory_mib": [490.0, 530.0]},
@@ -80,109 +84,104 @@ def test_the_grid_has_every_combination_with_the_same_sequences():
 
 
 def test_each_technique_is_judged_by_the_pairs_that_differ_in_it_alone():
-    found = analyse(measured())
-    for technique, change in (
-        ("LoRA instead", -0.75),
-        ("bf16 instead", -0.5),
-        ("ffn remat", -0.2),
-        ("block remat", -0.5),
-        ("8 micro-batches of 1 instead of 1 micro-batch of 8", -0.875),
+    cells_ = measured()
+    found = analyse(cells_)
+    for technique, axis, change in (
+        ("LoRA instead", "tune", -0.75),
+        ("bf16 instead", "precision", -0.5),
+        ("ffn remat", "remat", -0.2),
+        ("block remat", "remat", -0.5),
+        ("8 micro-batches of 1 instead of 1 micro-batch of 8", "accumulation", -0.875),
     ):
         one = finding(found, technique, "planned_memory_mib")
-        assert one.direction == "fell"
         assert one.change == pytest.approx(change)
-        assert one.after == pytest.approx(one.before * (1 + change))
+        assert one.words == (f"{100 * change:+.0f} %",
+                             f"{100 * change:+.0f} to {100 * change:+.0f} %")  # fmt: skip
         assert one.pairs == (8 if "remat" in technique else 12)
-        assert f"fell by {-100 * change:.0f} %" in one.text
-        assert len(one.cells) == 2
+        before, after = cells_[one.before], cells_[one.after]
+        assert {name for name in ALL_AXES if before[name] != after[name]} == {axis}
+        assert after["planned_memory_mib"] == before["planned_memory_mib"] * (1 + change)
 
 
 def test_what_did_not_help_is_said():
     found = analyse(measured())
     slower = finding(found, "bf16 instead", "step_seconds")
-    assert slower.direction == "rose"
-    assert slower.after == 2 * slower.before
-    assert "time of a step rose by 100 %: 8,000 -> 16,000 ms, median of 12 pairs" in slower.text
+    assert slower.words == ("+100 %", "+100 to +100 %")
     peak = finding(found, "LoRA instead", "peak_memory_mib")
-    assert peak.direction == "within spread"
     assert peak.spread == pytest.approx(0.08)
-    assert "no difference beyond the spread of the repeats (8 %)" in peak.text
-    assert finding(found, "LoRA instead", "loss").text.endswith("the same in all 12 pairs")
+    assert peak.words == ("(+2.0 %)", "+2.0 to +2.0 %")  # it does not pass the spread
+    # What no pair changed is not told, nor the loss of so few steps at one rate.
+    told = {one.figure for one in found if one.technique.startswith("bf16")}
+    assert told == {"planned_memory_mib", "step_seconds"}
 
 
-def test_pairs_that_go_another_way_are_counted():
+def test_pairs_that_go_another_way_are_in_the_range():
     cells_ = measured(
         lambda cell: (
             {"planned_memory_mib": 9999.0} if (cell.tune, cell.remat) == ("lora", "ffn") else {}
         )
     )
     one = finding(analyse(cells_), "LoRA instead", "planned_memory_mib")
-    assert one.direction == "mixed"  # 4 of 12
-    assert "fell in 8 and rose in 4 of 12 pairs (-75 to +19,898 %)" in one.text
-
-
-def test_rounding_is_not_told_as_a_difference():
-    cells_ = measured(lambda c: {"loss": 2.000001, "repeats": {}} if c.tune == "lora" else {})
-    one = finding(analyse(cells_), "LoRA instead", "loss")
-    assert one.direction == "equal"
-    assert "no difference in the digits shown: 2.0000 -> 2.0000" in one.text
+    assert one.words == ("-75 %", "-75 to +19,898 %")
 
 
 def test_accumulating_itself_is_compared_with_the_small_batch():
-    one = finding(analyse(measured()), "8 micro-batches of 1 instead of a single one (bf16 lora",
-                  "planned_memory_mib")  # fmt: skip
-    assert (one.before, one.after) == (15.625 / 2, 15.625 / 2)
-    assert "accumulating itself saves none" in one.text
+    name = "8 micro-batches of 1 instead of a single one, "
+    found = analyse(measured())
+    assert finding(found, f"{name}full", "step_seconds").change == 7
+    assert not [x for x in found if x.technique.startswith(name) and x.figure in PEAKS]
     dear = measured(lambda cell: {"planned_memory_mib": 1.0} if cell.reference else {})
-    one = finding(analyse(dear), "8 micro-batches of 1 instead of a single one (bf16 lora",
-                  "planned_memory_mib")  # fmt: skip
-    assert "more" in one.text
-    assert "saves" not in one.text
-    slow = finding(analyse(measured()), "8 micro-batches of 1 instead of a single one (bf16 full",
-                   "step_seconds")  # fmt: skip
-    assert "8.0 times as long" in slow.text
+    one = finding(analyse(dear), f"{name}lora", "planned_memory_mib")
+    assert dear[one.before]["reference"]
+    assert one.change == 15.625 / 2 - 1
 
 
-def test_cells_without_memory_are_counted_and_not_averaged():
+def test_cells_without_memory_are_not_averaged():
     cells_ = measured()
     for cell in cells_:
         if cell["tune"] == "full" and cell["precision"] == "fp32":
             for name in ("planned_memory_mib", "step_seconds", "loss", "peak_memory_mib"):
                 del cell[name]
             cell["failed"] = "out of memory: "
-    found = analyse(cells_)
-    assert (
-        finding(found, "LoRA", "failed").text == "cells that ran out of memory: 6 of 12 -> 0 of 12"
-    )
-    assert finding(found, "LoRA", "planned_memory_mib").pairs == 6
+    assert finding(analyse(cells_), "LoRA", "planned_memory_mib").pairs == 6
 
 
 def test_one_run_of_each_cell_has_no_spread():
     cells_ = measured()
     for cell in cells_:
         cell["repeats"] = {name: values[:1] for name, values in cell["repeats"].items()}
-    one = finding(analyse(cells_), "bf16 instead", "step_seconds")
+    one = finding(analyse(cells_), "LoRA instead", "peak_memory_mib")
     assert one.spread is None
-    assert "the spread is unknown" in one.text
+    assert one.words[0] == "+2.0 %"
 
 
-def test_every_number_of_a_sentence_stands_in_its_finding():
-    for one in analyse(measured()):
-        if one.direction in ("fell", "rose") and one.figure == "planned_memory_mib":
-            assert f"{one.before:,.1f} -> {one.after:,.1f} MiB" in one.text
+# --- what a method learns ---
 
 
-def test_the_order_of_memory_is_checked_pair_by_pair():
-    assert memory_disorder(measured()) == []
-    bad = measured(
-        lambda c: {"planned_memory_mib": 9999.0} if (c.remat, c.tune) == ("ffn", "lora") else {}
-    )
-    (first, *_) = memory_disorder(bad)
-    assert "takes 9,999.0 MiB, not less than" in first
-    for tune, holds in (("full", True), ("lora", False)):  # ties count for adapters only
-        tied = measured(lambda c, t=tune: {"planned_memory_mib": 50.0} if c.tune == t else {})
-        remats = [line for line in memory_disorder(tied) if line.count(f" {tune} ") == 2]
-        assert (not remats) == holds
+def test_each_method_is_compared_at_its_own_best_rate_over_seeds():
+    methods = methods_of(measured())
+    assert methods == [("fp32", "full", "stored"), ("bf16", "full", "stored"),
+                       ("bf16", "lora", "stored")]  # fmt: skip
+    trials = sweep(methods, 0.003, seed=5)
+    assert [x.learning_rate for x in trials if x.tune == "lora"] == [0.01, 0.03, 0.09]
+    assert [x.learning_rate for x in trials if x.tune == "full"] == [0.001, 0.003, 0.009] * 2
+    reached = {0.001: 0.5, 0.003: 0.25, 0.009: 9.0, 0.01: 0.75, 0.03: 1.0}
+    lines = [
+        trial.__dict__
+        | ({"eval_loss": reached[trial.learning_rate]} if trial.learning_rate < 0.09
+           else {"failed": "diverged"})
+        for trial in trials
+    ]  # fmt: skip
+    more = more_seeds(lines, [6, 7])
+    assert more[:2] == [Trial("fp32", "full", "stored", 0.003, seed) for seed in (6, 7)]
+    assert len(more) == 6
+    # A lower loss with another seed is no reason to take another rate.
+    lines += [trial.__dict__ | {"eval_loss": 0.1 * trial.seed} for trial in more]
+    full, _, lora = accuracies(lines)
+    assert (full.name, full.learning_rate, full.at_the_edge) == ("fp32 full", 0.003, False)
+    assert (lora.name, lora.learning_rate, lora.at_the_edge) == ("bf16 lora", 0.01, True)
+    assert mean_and_range(lines, full) == pytest.approx(((0.25 + 0.6 + 0.7) / 3, 0.45))
+    assert accuracies([line for line in lines if "failed" in line]) == []
 
 
 # --- trained ---
@@ -201,7 +200,8 @@ def flags(place, output, **more):
     settings = {
         "model": place / "model", "data": place / "rows.json", "output": output, "steps": 2,
         "precision": "fp32", "accumulation": "1", "remat": "none,block", "tune": "lora",
-        "sequences": 2, "repeats": 1, "max-seq-len": 32, "val-size": 2,
+        "sequences": 2, "repeats": 1, "max-seq-len": 32, "val-size": 2, "accuracy-steps": 3,
+        "seeds": 2,
     } | more  # fmt: skip
     return [w for name, value in settings.items() for w in (f"--{name}", str(value))]
 
@@ -230,7 +230,13 @@ def test_cells_are_trained_and_their_figures_read_back(trained):
     assert block["planned_memory_mib"] <= none["planned_memory_mib"]
     # Recomputing gives the same numbers, but for rounding.
     assert block["loss"] == pytest.approx(none["loss"], rel=1e-5)
-    assert block["eval_loss"] == pytest.approx(none["eval_loss"], rel=1e-5)
+    trials = read_json_lines(trained / TRIALS).values
+    assert [(t["learning_rate"], t["seed"]) for t in trials[3:]] == [
+        (min(trials[:3], key=lambda t: t["eval_loss"])["learning_rate"], 1)
+    ]
+    assert sorted(t["learning_rate"] for t in trials[:3]) == [0.00333, 0.01, 0.03]
+    assert all(t["eval_loss"] > 0 and t["steps"] == 3 for t in trials)
+    assert len({t["tokens"] for t in trials[:3]}) == 1  # the same budget
 
 
 @pytest.mark.integration
@@ -245,6 +251,7 @@ def test_only_missing_cells_run_again(place, trained, monkeypatch, capsys):
     )
     main(flags(place, trained))
     assert [c[c.index("--remat") + 1] for c in asked] == [json.loads(second)["remat"]]
+    assert len(read_json_lines(trained / TRIALS).values) == 4
     assert file.read_text().startswith(first)
     assert {cell["remat"] for cell in read_ablation(trained)[1]} == {"none", "block"}
     said = capsys.readouterr().out
@@ -296,6 +303,9 @@ def test_running_out_of_memory_is_a_result(place, tmp_path, monkeypatch, capsys,
     (cell,) = read_ablation(tmp_path / "ablation")[1]
     assert cell["failed"].startswith("out of memory: ")
     assert "peak_memory_mib" not in cell
+    assert {t["failed"] for t in read_json_lines(tmp_path / "ablation" / TRIALS).values} == {
+        "none of its cells ended"
+    }
     assert "no memory" in capsys.readouterr().out
     main(flags(place, tmp_path / "ablation", remat="none"))  # a result: it is not tried again
     assert len(read_ablation(tmp_path / "ablation")[1]) == 1
@@ -360,6 +370,7 @@ def test_an_interruption_ends_the_children_and_says_how_to_go_on(
         (["--steps", "1"], "--steps 1, expected a whole number, at least 2"),
         (["--repeats", "0"], "--repeats 0, expected a whole number, at least 1"),
         (["--model", "nowhere"], "--data FILE is missing"),
+        (["--val-size", "0"], "--val-size 0 leaves no rows to compare methods on"),
         (["--model", "nowhere", "--data", "rows.json"], "nowhere"),
         (["--gpu", "a100-40gb", "--data", "rows.json"], "reads no rows"),
         (["--gpu", "rtx-9090"], "--gpu rtx-9090, expected rtx-3060"),
@@ -401,9 +412,8 @@ def test_a_card_is_planned_for_in_all_24_cells(estimated, tmp_path, capsys):
         assert cell["compiled"] is False
     said = capsys.readouterr().out
     assert "not compiled, but estimated" in said
-    assert "of it optimizer state fell" in said
-    assert "cells that fit the card: 0 of 12" in said
-    assert memory_disorder(found) == []
+    assert "optimizer state, MiB" in said
+    assert_order_of_memory(found)
     full = {cell["free_mib"] for cell in found if cell["tune"] == "full"}
     assert max(full) < 0  # negative, and a result
 
@@ -413,14 +423,34 @@ def test_classes_of_memory_have_sentences_of_their_own(estimated, tmp_path):
     main(["--gpu", "h200", "--model", "llama-2-7b", "--output", str(output), "--remat", "none"])
     found = analyse(read_ablation(output)[1])
     moments = finding(found, "LoRA", "optimizer_state_mib")
-    assert moments.before == pytest.approx(2 * 4 * 6_738_415_616 / 2**20)
-    assert moments.after == pytest.approx(2 * 4 * 8_388_608 / 2**20)
-    weights = finding(found, "bf16", "weights_mib")
-    assert "of it weights" in weights.text
+    assert moments.change == pytest.approx(8_388_608 / 6_738_415_616 - 1)
+    assert finding(found, "bf16", "weights_mib").least == pytest.approx(-0.5, abs=0.01)
     # With full tuning a layer also adds its gradients: its activations are not known apart.
     assert finding(found, "bf16", "activations_mib").pairs == 2
     assert finding(found, "bf16", "working_mib").pairs == 4
     assert not [x for x in found if x.technique.startswith("LoRA") and "activations_" in x.figure]
+
+
+def assert_order_of_memory(cells):
+    """fp32 full > fp32 LoRA > bf16 LoRA, and no remat > ffn > block, wherever compared."""
+    known = {tuple(cell[axis] for axis in ALL_AXES if axis in cell): cell for cell in cells
+             if not cell["reference"]}  # fmt: skip
+    compared = 0
+    for more, less in (
+        ({"tune": "full", "precision": "fp32"}, {"tune": "lora", "precision": "fp32"}),
+        ({"tune": "lora", "precision": "fp32"}, {"tune": "lora", "precision": "bf16"}),
+        ({"remat": "none"}, {"remat": "ffn"}),
+        ({"remat": "ffn"}, {"remat": "block"}),
+    ):
+        for cell in known.values():
+            if more.items() <= cell.items():
+                other = known[tuple((cell | less)[axis] for axis in ALL_AXES if axis in cell)]
+                # The peak of full tuning can be that of the update, which has no activations.
+                ties = "remat" in less and cell["tune"] == "full"
+                most = 1.001 * cell["peak_mib"] if ties else math.nextafter(cell["peak_mib"], 0)
+                assert other["peak_mib"] <= most, (name_of(other), name_of(cell))
+                compared += 1
+    assert compared == 6 + 6 + 8 + 8
 
 
 def lines_of(file):
@@ -436,7 +466,7 @@ def test_the_compiled_7b_cells_keep_the_order_of_memory():
         product(("fp32", "bf16"), (1, 8), ("none", "ffn", "block"), ("full", "lora"))
     )
     assert all(cell["compiled"] for cell in found)
-    assert memory_disorder(found) == []
+    assert_order_of_memory(found)
     assert description["settings"]["model"] == "llama-2-7b"
 
 
@@ -452,9 +482,9 @@ def test_a_folder_without_cells_takes_other_settings(place, tmp_path, monkeypatc
 def test_a_kill_before_the_description_had_its_name_is_gone_on_from(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / f"{DESCRIPTION}.new").write_text('{"kind": "mea')
-    with opened(tmp_path / "a", {"kind": "measured"}) as cells:
-        assert cells == []
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [DESCRIPTION, CELLS]
+    with opened(tmp_path / "a", {"kind": "measured"}) as lines:
+        assert lines == {CELLS: [], TRIALS: []}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [DESCRIPTION]
 
 
 def test_the_defaults_are_24_cells():
@@ -479,7 +509,7 @@ def test_bases_in_codes_are_a_fifth_axis_of_lora_alone():
     assert finding.technique == "an int4 base instead of weights as stored"
     assert finding.pairs == 12
     assert finding.change == pytest.approx(-0.7)
-    assert all("int4" in name for name in finding.cells[1:])
+    assert found[finding.after]["base"] == "int4"
     # Cells from before there was such an axis say the same as those of stored weights.
     before = [{k: v for k, v in cell.items() if k != "base"} for cell in measured()]
     assert analyse(before) == analyse(measured())

@@ -28,11 +28,17 @@ from train.lora import main as train
 pytestmark = pytest.mark.integration
 
 PLANNED = Path(__file__).parents[1] / "docs" / "results" / "ablation-llama-2-7b-a100-40gb"
-SECTIONS = ["At a glance", "The techniques", "Parameters", "Memory", "Gradient checkpointing",
-            "Loss", "Scores", "Prompts", "Data", "Settings", "How to reproduce"]  # fmt: skip
+SECTIONS = ["At a glance", "Beside the reference", "The techniques", "Parameters", "Memory",
+            "Gradient checkpointing", "Loss", "Scores", "Prompts", "Data", "Settings",
+            "How to reproduce"]  # fmt: skip
 FILES = ["run.json", "config.yaml", "metrics.jsonl", "score.json", "generations.jsonl"]
 RECORDED = [{"prompt": "Explain why a given topic is important. Environmental protection",
              "report_tuned_answer": "It <b>matters</b> | a lot."}]  # fmt: skip
+
+EARLIER = {"average_loss_per_epoch": [1.5, 1.25, 1.125], "total_parameters": 6_747_639_808,
+           "trainable_parameters": 8_388_608, "gpu_memory_mib": {"used": 40402, "total": 40960},
+           "settings": {"lora_rank": 16, "learning_rate": 5e-5, "val_size": 4},
+           "notes": ["Its rows were <200>."]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def made(tmp_path_factory):
     rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(24)]
     (place / "rows.json").write_text(json.dumps(rows))
     (place / "answers.json").write_text(json.dumps(RECORDED))
-    (place / "losses.json").write_text(json.dumps({"average_loss_per_epoch": [1.5, 1.25]}))
+    (place / "losses.json").write_text(json.dumps(EARLIER))
     train([
         "--model", str(place / "model"), "--data", str(place / "rows.json"), "--epochs", "2",
         "--output-dir", str(place / "run"), "--val-size", "4", "--prompt-style", "report",
@@ -52,7 +58,8 @@ def made(tmp_path_factory):
     ablate([
         "--model", str(place / "model"), "--data", str(place / "rows.json"), "--precision", "fp32",
         "--accumulation", "1", "--remat", "none,block", "--tune", "lora", "--steps", "2",
-        "--repeats", "1", "--val-size", "4", "--output", str(place / "ablation"),
+        "--repeats", "1", "--val-size", "4", "--accuracy-steps", "2", "--seeds", "2",
+        "--output", str(place / "ablation"),
     ])  # fmt: skip
     report(flags(place))
     return place
@@ -134,6 +141,10 @@ def follow(run, source):
             return sum(values)
         case "max":
             return max(first)
+        case "mean":
+            return sum(values) / len(values)
+        case "range":
+            return max(values) - min(values)
         case "median":
             return statistics.median(first)
         case "length":
@@ -184,6 +195,35 @@ def test_the_report_says_what_was_trained(made, page):
     for name in re.findall(r"\((report-\S+\.svg)\)", markdown):
         assert (made / "run" / name).read_text().startswith("<svg")
     assert not re.search(r'(src|href)="(?!#|data:)', html)  # asks for nothing
+
+
+def test_the_reference_stands_beside_the_run(made, page, tmp_path):
+    """Its parameters, memory and losses; only settings that differ; its notes."""
+    text = (made / "run" / "report.md").read_text()
+    section = text[text.index("## Beside the reference") : text.index("## The techniques")]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in section.splitlines() if line[:1] == "|"]  # fmt: skip
+    found = {row[0]: row[1:] for row in rows}
+    trained = json.loads((made / "run" / "run.json").read_text())
+    assert found["parameters, trainable"] == [
+        "8,388,608",
+        f"{trained['parameters']['trainable']:,}",
+    ]
+    assert found["parameters, total"][0] == "6,747,639,808"
+    assert found["memory at the peak, MiB"][0] == "40,402"
+    assert found["of it used, percent"][0] == "98.6"
+    assert found["training loss of epoch 2"][0] == "1.2500"
+    assert found["training loss of epoch 3"] == ["1.1250", ""]  # this run has two
+    assert found["learning\\_rate"] == ["5e-05", "0.0002"]
+    assert "lora\\_rank" not in found  # the same in both
+    assert "Its rows were \\<200\\>." in section
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    report(["--run", str(run), "--only-read", "--reference", "original"])
+    text = (run / "report.md").read_text()
+    assert "| 1.3251 |" in text
+    assert "were read from nvidia-smi" in text
+    report(["--run", str(run), "--only-read"])
+    assert "Beside the reference" not in (run / "report.md").read_text()
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -15,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.speed.train import step_figures
 from jllama.cli.children import Children, Done
 from jllama.errors import InputError
 from jllama.folders.run import RunFolder
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 # What a child says when memory runs out: train.lora and XLA, numpy, C++.
 NO_MEMORY = ("out of memory", "resource_exhausted", "memoryerror", "bad_alloc")
-MEASURED = (
-    "peak_memory_mib", "step_seconds", "tokens_per_second", "loss", "eval_loss",
-)  # fmt: skip
+MEASURED = ("peak_memory_mib", "step_seconds", "tokens_per_second", "loss")
 PLANNED = (
     "peak_mib", "free_mib", "margin_mib", "classes_mib", "flops_per_token",
     "bound_tokens_per_second", "compiled", "compile_seconds",
@@ -76,7 +77,7 @@ def grid(axes: Mapping[str, Sequence[str]], sequences: int) -> list[Cell]:
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    cells: Sequence["DataclassInstance"],
     figures_of: Callable[..., Figures],
     places: Sequence[set[int] | None],
     ended: Callable[[Figures], None],
@@ -97,7 +98,7 @@ def run_cells(
         if cores := free.get():
             os.sched_setaffinity(0, cores)
 
-    def whole(cell: Cell) -> Figures:
+    def whole(cell: "DataclassInstance") -> Figures:
         started = time.monotonic()
         found = figures_of(cell, children=children)
         return asdict(cell) | found | {"wall_seconds": time.monotonic() - started}
@@ -121,45 +122,43 @@ def halves() -> list[set[int] | None]:
 
 @dataclass(frozen=True)
 class Training:
-    """What all cells of a measured ablation have in common."""
+    """What trainings of an ablation have in common."""
 
     model: str
     data: str
     max_seq_len: int
     epochs: int
     steps: int
-    repeats: int
     val_size: float
     learning_rate: float
     seed: int
 
 
-def train_cell(cell: Cell, *, shared: Training, children: Children) -> Figures:
+def train_cell(cell: Cell, *, shared: Training, repeats: int, children: Children) -> Figures:
     """The median of each figure over the repeats, and the repeats' own values.
 
     Raises:
         InputError: if a run fails for another reason than memory.
     """
-    repeats = []
-    for _ in range(shared.repeats):
+    runs = []
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as place:
             run = Path(place) / "run"
             done = children.run("train.lora", train_flags(cell, shared, run))
             if out_of_memory(done):
                 return {"failed": out_of_memory(done)}
             check(done, cell)
-            repeats.append(run_figures(RunFolder(run), shared.steps))
-    values = {name: [repeat[name] for repeat in repeats] for name in MEASURED if name in repeats[0]}
+            runs.append(run_figures(RunFolder(run), shared))
+    values = {name: [figures[name] for figures in runs] for name in MEASURED}
     medians = {name: statistics.median(found) for name, found in values.items()}
-    planned = {"planned_memory_mib": repeats[0]["planned_memory_mib"]}
-    return medians | planned | {"repeats": values, "device": repeats[0]["device"]}
+    once = {name: runs[0][name] for name in ("planned_memory_mib", "device")}
+    return medians | once | {"repeats": values}
 
 
 def train_flags(cell: Cell, shared: Training, run: Path) -> list[str]:
     """How a cell is trained.
 
-    No dropout: its masks depend on how a step is cut into micro-batches. A constant rate, so that
-    more steps begin with the same ones.
+    No dropout: its masks depend on how a step is cut into micro-batches.
     """
     dropout = ["--lora-dropout", "0"] if cell.tune == "lora" else []
     return [
@@ -170,35 +169,39 @@ def train_flags(cell: Cell, shared: Training, run: Path) -> list[str]:
         "--max-seq-len", str(shared.max_seq_len), "--no-packing",
         "--max-steps", str(shared.steps), "--epochs", str(shared.epochs),
         "--eval-steps", str(shared.steps), "--val-size", str(shared.val_size),
-        "--learning-rate", str(shared.learning_rate), "--lr-scheduler", "constant",
-        "--warmup-ratio", "0", "--seed", str(shared.seed), "--skip-bad-rows", "1000000",
-        "--output-dir", str(run), *dropout,
+        "--learning-rate", str(shared.learning_rate), "--seed", str(shared.seed),
+        "--skip-bad-rows", "1000000", "--output-dir", str(run), *dropout,
     ]  # fmt: skip
 
 
-def run_figures(run: RunFolder, asked: int) -> Figures:
-    """Of one run of so many steps; the first, which compiles, is left out of the times.
+def run_figures(run: RunFolder, shared: Training) -> Figures:
+    """Of one run; the first step, which compiles, is left out of the times."""
+    lines = run.read_metrics().values
+    last = steps_of(lines, shared)[-1]
+    times = step_figures(lines, warmup_steps=1)
+    return {
+        "peak_memory_mib": times["peak_memory_mib"],
+        "planned_memory_mib": last["planned_memory_mib"],
+        "step_seconds": times["median_step_seconds"],
+        "tokens_per_second": times["supervised_tokens_per_second"],
+        "loss": last["loss"],
+        "device": run.read_record()["device"],
+    }
+
+
+def steps_of(lines: Sequence[Figures], shared: Training) -> list[Figures]:
+    """The steps of a run's metrics.
 
     Raises:
         InputError: if there were rows for fewer steps only.
     """
-    lines = run.read_metrics().values
     steps = [line for line in lines if "step_seconds" in line]
-    if len(steps) < asked:
+    if len(steps) < shared.steps:
         raise InputError(
-            f"there are rows for {len(steps)} steps, but --steps {asked}; give more rows"
+            f"there are rows for {len(steps)} steps, but {shared.steps} were asked for; give more "
+            "rows"
         )
-    times = step_figures(lines, warmup_steps=1)
-    found = {
-        "peak_memory_mib": times["peak_memory_mib"],
-        "planned_memory_mib": steps[-1]["planned_memory_mib"],
-        "step_seconds": times["median_step_seconds"],
-        "tokens_per_second": times["supervised_tokens_per_second"],
-        "loss": steps[-1]["loss"],
-        "device": run.read_record()["device"],
-    }
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return found | ({"eval_loss": evaluations[-1]} if evaluations else {})
+    return steps
 
 
 def plan_cell(cell: Cell, *, model: str, gpu: str, max_seq_len: int, children: Children) -> Figures:

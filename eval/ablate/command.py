@@ -10,9 +10,10 @@ is told by two more cells, references: one micro-batch of 1 alone, with LoRA and
 
 Measured, a cell is a run of `train.lora` in a process of its own, repeated: its peak memory (of the
 device; on a CPU of the process, with what compiling took), the planned memory of its compiled step,
-the median time of its steps without the first, which compiles, the loss of its last step and the
-held-out loss. No dropout, no packing, a constant learning rate, the same for all. On a CPU two
-cells run at a time, each on half of the cores. Running out of memory is a result.
+the median time of its steps without the first, which compiles, and the loss of its last step. No
+dropout, no packing, the same for all. On a CPU two cells run at a time, each on half of the cores.
+Running out of memory is a result. How well a method learns so few steps cannot tell: accuracy.py
+trains each longer, at its own best rate.
 
 Planned, a cell is what `train.plan` says of it: memory by class, what is free on the card (below 0
 it does not fit), operations per token and the bound on tokens per second. LoRA as in `train.plan`.
@@ -21,23 +22,25 @@ it does not fit), operations per token and the bound on tokens per second. LoRA 
       ablation.json   kind, date, command, device, versions, settings, hashes of base and data
       cells.jsonl     {"precision": "bf16", "accumulation": 8, "remat": "ffn", "tune": "lora",
                        "micro_batch_size": 1, "reference": false, "peak_memory_mib": ..., ...}
+      accuracy.jsonl  {"precision": "bf16", "tune": "lora", "learning_rate": 0.01, "seed": 0,
+                       "eval_loss": ..., ...}
 
-A cell is written when it ends; the same command goes on with those that are missing.
+A line is written when it ends; the same command goes on with those that are missing.
 """
 
 import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
+from eval.ablate.accuracy import methods_of, more_seeds, sweep, train_trial
 from eval.ablate.cells import (
     STORED,
-    Cell,
     Figures,
     Training,
     grid,
@@ -46,7 +49,7 @@ from eval.ablate.cells import (
     run_cells,
     train_cell,
 )
-from eval.ablate.store import append_cell, opened
+from eval.ablate.store import CELLS, TRIALS, append, opened
 from eval.ablate.table import show
 from jllama import bundled
 from jllama.cli import children
@@ -70,11 +73,16 @@ from jllama.folders.run import LATEST
 from jllama.machine import AnyCase, GpuName, measured_here
 from jllama.text.row_file import read_rows
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 PACKAGES = ("jllama", "jax", "jaxlib", "flax", "optax")
 PLAN_PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
 # The settings that make an ablation what it is; one with others needs another folder.
 BOTH = ("model", "precision", "accumulation", "remat", "tune", "sequences", "max_seq_len")
-ONLY_MEASURED = ("data", "steps", "repeats", "val_size", "learning_rate", "seed")
+ONLY_MEASURED = (
+    "data", "steps", "repeats", "accuracy_steps", "seeds", "val_size", "learning_rate", "seed",
+)  # fmt: skip
 
 LIST = tyro.conf.arg(metavar="LIST")
 
@@ -109,15 +117,19 @@ class AblateConfig:
     max_seq_len: AtLeast0 = 0
     """Tokens of a sequence; 0 takes 64, with --gpu 512."""
     steps: AtLeast2 = 6
-    """Optimizer steps of each run; the first is not timed."""
+    """Optimizer steps of each cell; the first is not timed."""
     repeats: AtLeast1 = 2
     """Runs of each cell; the median counts, and their spread is what a difference must pass."""
+    accuracy_steps: AtLeast0 = 60
+    """Optimizer steps in which methods are compared by what they learn; 0 compares none."""
+    seeds: AtLeast1 = 3
+    """Trainings of each method at its best rate."""
     val_size: NotNegative = 32
-    """Rows held out, as in train.lora; 0 holds out none."""
+    """Rows held out to compare methods, as in train.lora."""
     learning_rate: Positive = 1e-3
-    """Of every cell, constant."""
+    """Of full tuning; LoRA's is ten times that. Methods try a third, one and three times theirs."""
     seed: Seed = 0
-    """Of adapters, order and held-out rows."""
+    """Of adapters, order and held-out rows; the first of --seeds."""
 
     def __post_init__(self):
         wrong, counts = [], self.axes["accumulation"]
@@ -130,6 +142,9 @@ class AblateConfig:
             wrong.append("--data with --gpu, which plans and reads no rows")
         if not self.gpu and not self.data and self.model != bundled.MODEL:
             wrong.append("--data FILE is missing: the rows to train on")
+        if not self.val_size and self.accuracy_steps and not self.gpu:
+            wrong.append("--val-size 0 leaves no rows to compare methods on; --accuracy-steps 0 "
+                         "compares none")  # fmt: skip
         if wrong:
             raise InputError("; ".join(wrong))
 
@@ -163,81 +178,102 @@ class AblateConfig:
 
 
 def ablate(config: AblateConfig) -> None:
-    """Runs the cells that are missing, and shows all with what follows from them."""
+    """Runs the cells and trials that are missing, and shows all with what follows from them."""
     cells = grid(config.axes, config.sequences)
     with tempfile.TemporaryDirectory() as place:
         model = str(bundled.model_folder(config.model, Path(place)))
-        learned = learned_parameters(config.model, model)
         kind = "" if config.gpu else device()
         places = [None, None] if config.gpu else halves() if kind == "cpu" else [None]
         with opened(config.folder, describe(config, model, kind, len(places))) as known:
-            missing = [cell for cell in cells if find(cell, known) is None]
-            if known:
-                console.print(f"{config.folder} has {len(known)} of {len(cells)} cells")
-            if missing:
-                known = known + run_missing(config, missing, model, learned, places, len(cells))
-    found = [figures for cell in cells if (figures := find(cell, known))]
-    note = (
-        f"loss: after {config.steps} steps at a rate of {config.learning_rate:g} for all cells; "
-        "more steps may order them in another way"
-    )
-    show(found, "" if config.gpu else note)
+            found = complete(config, CELLS, cells, known, measure_of(config, model), places)
+            trials: list[Figures] = []
+            if config.accuracy_steps and not config.gpu:
+                shared = replace(
+                    training(config, model, config.accuracy_steps), val_size=config.val_size
+                )
+                measure = functools.partial(train_trial, cells=found, shared=shared)
+                rates = sweep(methods_of(found), config.learning_rate, config.seed)
+                trials = complete(config, TRIALS, rates, known, measure, places)
+                seeds = range(config.seed + 1, config.seed + config.seeds)
+                trials += complete(
+                    config, TRIALS, more_seeds(trials, seeds), known, measure, places
+                )
+    show(found, trials)
     console.print(
-        f"wrote {config.folder}/: ablation.json, cells.jsonl\n"
+        f"wrote {config.folder}/: ablation.json, {CELLS}{f', {TRIALS}' if trials else ''}\n"
         "next: " + command_line("report", "--run", LATEST, "--ablation", config.folder)
     )
 
 
-def run_missing(
-    config: AblateConfig,
-    cells: Sequence[Cell],
-    model: str,
-    learned: Mapping[str, int],
-    places: Sequence[set[int] | None],
-    total: int,
-) -> list[Figures]:
-    """Runs cells, and appends each to the folder when it ends."""
+def measure_of(config: AblateConfig, model: str) -> Callable[..., Figures]:
+    """What gives the figures of a cell."""
     measure: Callable[..., Figures]
     if config.gpu:
         measure = functools.partial(
             plan_cell, model=model, gpu=config.gpu, max_seq_len=config.length
         )
     else:
-        shared = Training(
-            model, config.rows, config.length, epochs(config), config.steps, config.repeats,
-            config.val_size, config.learning_rate, config.seed,
-        )  # fmt: skip
-        measure = functools.partial(train_cell, shared=shared)
-    made: list[Figures] = []
+        measure = functools.partial(
+            train_cell, shared=training(config, model, config.steps), repeats=config.repeats
+        )
+    learned = learned_parameters(config.model, model)
+    return lambda cell, children: (
+        measure(cell, children=children) | {"trainable_parameters": learned[cell.tune]}
+    )
+
+
+def training(config: AblateConfig, model: str, steps: int) -> Training:
+    """Trainings of so many steps, with no rows held out."""
+    return Training(
+        model, config.rows, config.length, epochs(config, steps), steps, 0,
+        config.learning_rate, config.seed,
+    )  # fmt: skip
+
+
+def complete(
+    config: AblateConfig,
+    file: str,
+    jobs: Sequence["DataclassInstance"],
+    known: Mapping[str, list[Figures]],
+    measure: Callable[..., Figures],
+    places: Sequence[set[int] | None],
+) -> list[Figures]:
+    """The figures of all jobs; those that the folder lacks are run, and each is added to it."""
+    lines = known[file]
+    missing = [job for job in jobs if find(job, lines) is None]
+    there = len(jobs) - len(missing)
+    what = {CELLS: "cells", TRIALS: "trainings"}[file]
 
     def ended(figures: Figures) -> None:
-        figures["trainable_parameters"] = learned[figures["tune"]]
-        append_cell(config.folder, figures)
-        made.append(figures)
+        append(config.folder / file, figures)
+        lines.append(figures)
         progress.advance(figures.get("failed", "")[:40])
 
-    done = total - len(cells)
+    if there and missing:
+        console.print(f"{config.folder} has {there} of {len(jobs)} {what}")
     try:
-        with Progress("ablation", total, "cells", done) as progress:
-            run_cells(cells, measure, places, ended)
+        if missing:
+            with Progress("ablation", len(jobs), what, there) as progress:
+                run_cells(missing, measure, places, ended)
     except KeyboardInterrupt:
+        done = sum(find(job, lines) is not None for job in jobs)
         console.print(
-            f"{done + len(made)} of {total} cells are in {config.folder}; the same command goes on"
+            f"{done} of {len(jobs)} {what} are in {config.folder}; the same command goes on"
         )
         raise
-    return made
+    return [figures for job in jobs if (figures := find(job, lines))]
 
 
-def epochs(config: AblateConfig) -> int:
+def epochs(config: AblateConfig, steps: int) -> int:
     """Passes over the rows that give twice the sequences needed, for some rows may be left out."""
     rows = len(read_rows(config.rows))
     kept = rows - (config.val_size if config.val_size >= 1 else round(rows * config.val_size))
-    return math.ceil(2 * config.steps * config.sequences / max(1, kept))
+    return math.ceil(2 * steps * config.sequences / max(1, kept))
 
 
-def find(cell: Cell, known: Sequence[Figures]) -> Figures | None:
-    """The figures of a cell, if it is there."""
-    wanted = asdict(cell).items()
+def find(job: "DataclassInstance", known: Sequence[Figures]) -> Figures | None:
+    """The figures of a cell or a trial, if they are there."""
+    wanted = asdict(job).items()
     with_base = ({"base": STORED} | figures for figures in known)
     return next((figures for figures in with_base if wanted <= figures.items()), None)
 

@@ -11,30 +11,36 @@ class Words(NamedTuple):
     factor: float = 1
     digits: int = 0
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
     def write(self, value: float) -> str:
         return f"{self.factor * value:,.{self.digits}f}"
 
 
 FIGURES = {
     "peak_memory_mib": Words("measured peak memory", "MiB"),
-    "planned_memory_mib": Words("planned memory of the step", "MiB", digits=1),
-    "peak_mib": Words("planned peak memory", "MiB"),
-    "weights_mib": Words("of it weights", "MiB"),
-    "accumulator_mib": Words("of it the accumulator of gradients", "MiB"),
-    "optimizer_state_mib": Words("of it optimizer state", "MiB"),
-    "working_mib": Words("of it activations, gradients and other temporaries", "MiB"),
-    "activations_mib": Words("of them saved activations", "MiB"),
-    "temporaries_mib": Words("of them other temporaries", "MiB"),
+    "planned_memory_mib": Words("planned memory", "MiB", digits=1),
+    "peak_mib": Words("planned memory", "MiB"),
+    "weights_mib": Words("weights", "MiB"),
+    "accumulator_mib": Words("gradient accumulator", "MiB"),
+    "optimizer_state_mib": Words("optimizer state", "MiB"),
+    "working_mib": Words("working memory", "MiB"),
+    "activations_mib": Words("saved activations", "MiB"),
+    "temporaries_mib": Words("other temporaries", "MiB"),
     "step_seconds": Words("time of a step", "ms", 1000),
-    "tokens_per_second": Words("supervised tokens per second", "tokens/s"),
+    "tokens_per_second": Words("learned", "tokens/s"),
     "flops_per_token": Words("operations per token", "GFLOP", 1e-9, 1),
-    "bound_tokens_per_second": Words("upper bound of tokens per second", "tokens/s"),
-    "loss": Words("loss of the last step", "nats/token", digits=4),
-    "eval_loss": Words("held-out loss", "nats/token", digits=4),
+    "bound_tokens_per_second": Words("at most", "tokens/s"),
     "trainable_parameters": Words("trainable parameters", ""),
 }
 # With what a table shows, but no technique is judged by.
-WORDS = FIGURES | {"free_mib": Words("free on the card", "MiB")}
+WORDS = FIGURES | {
+    "free_mib": Words("free on the card", "MiB"),
+    "loss": Words("last loss", "nats/token", digits=4),
+}
+PEAKS = ("peak_mib", "planned_memory_mib")  # of planned cells, of measured ones
 # Figure -> classes of `train.plan` that it sums.
 CLASSES = {
     "weights_mib": ("base_weights", "adapters", "learned_weights"),

@@ -1,7 +1,8 @@
-"""The folder of an ablation: what it is, and its cells, written one by one.
+"""The folder of an ablation: what it is, its cells and its trials, written one by one.
 
-ablation.json   {"kind": "measured", "date": ..., "device": ..., "settings": {...}, ...}
-cells.jsonl     one cell a line; the last line may be cut by a kill
+ablation.json    {"kind": "measured", "date": ..., "device": ..., "settings": {...}, ...}
+cells.jsonl      one cell a line; the last line may be cut by a kill
+accuracy.jsonl   likewise, one training of a method a line
 """
 
 import contextlib
@@ -14,17 +15,19 @@ from jllama.folders.files import held
 from jllama.folders.json_files import NEW, as_line, naming, read_json_lines, write_json_lines
 from jllama.folders.manifest import read_sealed, write_sealed
 
-DESCRIPTION, CELLS = "ablation.json", "cells.jsonl"
+DESCRIPTION, CELLS, TRIALS = "ablation.json", "cells.jsonl", "accuracy.jsonl"
 ADVICE = "restore it, or make the ablation anew"
 # What may differ between the calls that fill a folder.
 OF_A_CALL = ("date", "command")
 
 
 @contextlib.contextmanager
-def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """Holds a new or begun folder for this process, and yields the cells that it has.
+def opened(
+    folder: Path, description: Mapping[str, Any]
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Holds a new or begun folder for this process, and yields the lines of its two files.
 
-    Of a folder without cells only the description is replaced.
+    Of a folder without cells and trials only the description is replaced.
 
     Raises:
         InputError: if it holds another ablation or something else, or another process fills it.
@@ -36,19 +39,22 @@ def opened(folder: Path, description: Mapping[str, Any]) -> Iterator[list[dict[s
         begun = folder / (DESCRIPTION + NEW)  # which a kill may leave
         if not described and any(path != begun for path in folder.iterdir()):
             raise InputError(f"{folder} holds something else; choose another --output")
-        cells = read_json_lines(folder / CELLS).values  # what a kill has cut is measured again
-        if described and cells:
+        # What a kill has cut is measured again.
+        lines = {name: read_json_lines(folder / name).values for name in (CELLS, TRIALS)}
+        if described and any(lines.values()):
             refuse_another(folder, read_sealed(folder / DESCRIPTION, ADVICE), description)
         else:
             write_sealed(folder / DESCRIPTION, description)
-        write_json_lines(folder / CELLS, cells)  # without a line that was cut
-        yield cells
+        for name, values in lines.items():
+            if values:
+                write_json_lines(folder / name, values)  # without a line that was cut
+        yield lines
 
 
-def append_cell(folder: Path, cell: Mapping[str, Any]) -> None:
+def append(path: Path, figures: Mapping[str, Any]) -> None:
     """Adds a whole line."""
-    with naming(folder / CELLS), (folder / CELLS).open("a", encoding="utf-8") as file:
-        file.write(as_line(cell))
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(as_line(figures))
 
 
 def refuse_another(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

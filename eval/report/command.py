@@ -13,13 +13,13 @@ from typing import Annotated
 
 import tyro
 
-from eval.prompt_file import read_references
 from eval.report import sections
 from eval.report.document import Block, Section, write_report
-from eval.report.evidence import Evidence, Figure, Missing
+from eval.report.evidence import Evidence, Missing
 from eval.report.overview import overview
+from eval.report.reference import beside, read_reference
 from eval.report.scored import scores
-from eval.report.sections import Reference, lacking
+from eval.report.sections import lacking
 from eval.report.techniques import techniques
 from jllama.cli.children import Children
 from jllama.cli.command import run_command
@@ -27,9 +27,6 @@ from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError, checked
 from jllama.folders.manifest import file_sha256
 from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
-from jllama.text.row_file import read_rows
-
-SERIES = "average_loss_per_epoch"
 
 Write = Callable[[], Iterator[Block]]
 
@@ -43,8 +40,9 @@ class ReportConfig:
     ablation: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = ()
     """Folders of eval.ablate, measured or planned."""
     reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """JSON of an earlier report: recorded answers (a list with `prompt` and `..._answer`), or
-    its losses (`average_loss_per_epoch`)."""
+    """Earlier reports to show beside this one: `original`, which is the course report's figures, or
+    JSON with recorded answers (a list with `prompt` and `..._answer`) or with losses
+    (`average_loss_per_epoch`) and other figures."""
     only_read: bool = False
     """Make no missing scores and answers; report what is there."""
 
@@ -67,14 +65,15 @@ def report(config: ReportConfig) -> None:
     reference = read_reference(config.reference, folder)
     failures = {} if config.only_read else make_missing(run)
     parts: dict[str, Write] = {
-        "At a glance": lambda: overview(run, reference),
+        "At a glance": lambda: overview(run, reference.losses),
+        **({"Beside the reference": lambda: beside(run, reference)} if reference.figures else {}),
         "The techniques": lambda: techniques(config.ablation, folder),
         "Parameters": lambda: sections.parameters(run),
         "Memory": lambda: sections.memory(run),
         "Gradient checkpointing": lambda: sections.checkpointing(run),
-        "Loss": lambda: sections.loss(run, reference),
+        "Loss": lambda: sections.loss(run, reference.losses),
         "Scores": lambda: scores(run),
-        "Prompts": lambda: sections.answers(run, reference),
+        "Prompts": lambda: sections.answers(run, reference.answers),
         "Data": lambda: sections.data(run),
         "Settings": lambda: sections.settings(run),
         "How to reproduce": lambda: sections.reproduce(run),
@@ -124,32 +123,6 @@ def make_missing(run: Evidence) -> dict[str, str]:
         if done.code:
             failures[file] = f"jllama {command} failed: {done.reason}"
     return failures
-
-
-def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
-    """Losses and answers of earlier reports.
-
-    Raises:
-        InputError: if a file is neither.
-    """
-    series: list[Figure] = []
-    answers: dict[str, dict[str, str]] = {}
-    for name in files:
-        path = Path(name)
-        if "prompt" in read_rows(path)[0]:
-            answers |= read_references(name)
-            continue
-        evidence = Evidence(path.parent, shown_from)
-        try:
-            values = evidence.value(path.name, SERIES)
-            if not isinstance(values, list):
-                raise Missing("")
-            series = [evidence.figure(path.name, SERIES, i, form=".4f") for i in range(len(values))]
-        except Missing:
-            raise InputError(
-                f"{path}: neither a list of recorded answers nor an object with {SERIES}"
-            ) from None
-    return Reference(series, answers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

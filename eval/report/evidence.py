@@ -48,6 +48,8 @@ OPERATIONS: Mapping[str, Callable[..., float]] = {
     "sum": sum,
     "total": lambda *parts: sum(parts),
     "max": max,
+    "mean": lambda *parts: statistics.mean(parts),
+    "range": lambda *parts: max(parts) - min(parts),
     "median": statistics.median,
     "length": len,
     "repetition": repetition,

@@ -1,7 +1,7 @@
 """The first screen of a report: what was tuned, five figures, the curve and three answers."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +9,13 @@ from eval.report.document import Block, Card, Cards, Paragraph, Picture, Table, 
 from eval.report.evidence import EVERY, Evidence, Figure, Missing, Tone, combine
 from eval.report.pictures import losses
 from eval.report.scored import refuse_stale, scored_rows
-from eval.report.sections import Reference, learned, short
+from eval.report.sections import learned, short
 from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD, SCORES
 
 ANSWERS = 3  # shown here; all stand further down
 
 
-def overview(run: Evidence, reference: Reference) -> Iterator[Block]:
+def overview(run: Evidence, reference: Sequence[Figure]) -> Iterator[Block]:
     """Everything that a reader wants to know first; what is not there yet is said to be missing."""
     yield Paragraph(_sentence(run))
     makers: dict[str, Callable[[Evidence], tuple[Words, Words]]] = {
@@ -54,7 +54,7 @@ def _sentence(run: Evidence) -> Words:
     return words
 
 
-def _loss_curve(run: Evidence, reference: Reference) -> Picture:
+def _loss_curve(run: Evidence, reference: Sequence[Figure]) -> Picture:
     """Every step, every epoch's average, held-out loss and the reference's."""
     lines, epochs, held_out = learned(run)
     steps = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
@@ -65,11 +65,11 @@ def _loss_curve(run: Evidence, reference: Reference) -> Picture:
             steps,
             {lines[i]["step"]: lines[i]["epoch_loss"] for i in epochs},
             {step: lines[i]["eval_loss"] for step, i in held_out.items()},
-            {s: figure.value for s, figure in zip(ends, reference.losses, strict=False)},
+            {s: figure.value for s, figure in zip(ends, reference, strict=False)},
         ),
         f"Loss by optimizer step over {len(epochs)} epochs"
         + (", with held-out rows" if held_out else "")
-        + (", beside the reference" if reference.losses else "") + ".",
+        + (", beside the reference" if reference else "") + ".",
     )  # fmt: skip
 
 

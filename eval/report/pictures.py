@@ -43,7 +43,6 @@ def losses(
         ):
             if points:
                 axes.plot(*_xy(points), color=colour, marker=marker, label=title)
-        axes.set_ylim(bottom=0)
         axes.legend()
         return _svg(figure, name)
 

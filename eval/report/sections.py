@@ -4,7 +4,6 @@ A section that misses a file or a field raises `Missing`; `eval.report` then say
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ PLACES: Mapping[str, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What an earlier report says: its losses, and answers by prompt."""
-
-    losses: Sequence[Figure]
-    answers: Mapping[str, Mapping[str, str]]
-
-
 def settings(run: Evidence) -> Iterator[Block]:
     """The settings that were chosen; all others, and the sizes of the model, to be opened."""
     yield Paragraph([
@@ -45,19 +36,19 @@ def settings(run: Evidence) -> Iterator[Block]:
     rows: dict[bool, list[list[Text]]] = {True: [], False: []}
     for name, value in run.content(CONFIG).items():
         if value not in ("", None):
-            rows[name in chosen].append([name, _setting(run, CONFIG, name)])
+            rows[name in chosen].append([name, setting(run, CONFIG, name)])
     if rows[True]:
         yield Table(["setting", "value"], rows[True])
     yield Fold("All settings that are the defaults", [Table(["setting", "value"], rows[False])])
     sizes = run.value(RECORD, "model")
     table = Table(
         ["size", "value"],
-        [[name, _setting(run, RECORD, "model", name)] for name in sizes],
+        [[name, setting(run, RECORD, "model", name)] for name in sizes],
     )
     yield Fold("The sizes of the model", [table])
 
 
-def _setting(run: Evidence, file: str, *path: str) -> Text:
+def setting(run: Evidence, file: str, *path: str) -> Text:
     """A number as a figure, a path by its end, all else as text."""
     value = run.value(file, *path)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -155,16 +146,16 @@ def learned(run: Evidence) -> tuple[Sequence[Any], list[int], dict[int, int]]:
     return lines, epochs, held_out
 
 
-def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
+def loss(run: Evidence, reference: Sequence[Figure]) -> Iterator[Block]:
     """Every epoch's average, held-out loss and the reference's."""
     lines, epochs, held_out = learned(run)
     header = ["epoch", "after step", "training", *(["held-out"] if held_out else [])]
-    header += ["reference"] if reference.losses else []
+    header += ["reference"] if reference else []
     rows: list[list[Text]] = []
     if 0 in held_out:
         rows.append(["before", run.figure(METRICS, held_out[0], "step", form=","), "",
                      run.figure(METRICS, held_out[0], "eval_loss", form=".4f"),
-                     *([""] if reference.losses else [])])  # fmt: skip
+                     *([""] if reference else [])])  # fmt: skip
     for number, i in enumerate(epochs):
         row: list[Text] = [
             run.figure(METRICS, i, "epoch", form=","),
@@ -174,8 +165,8 @@ def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
         if held_out:
             at = held_out.get(lines[i]["step"])
             row.append("" if at is None else run.figure(METRICS, at, "eval_loss", form=".4f"))
-        if reference.losses:
-            row.append(reference.losses[number] if number < len(reference.losses) else "")
+        if reference:
+            row.append(reference[number] if number < len(reference) else "")
         rows.append(row)
     yield Table(header, rows)
     yield Paragraph(["Nats per learned token, averaged over tokens; one row an epoch."])
@@ -184,7 +175,7 @@ def loss(run: Evidence, reference: Reference) -> Iterator[Block]:
         yield Lacking(["Not all of the ", asked, " epochs have ended."])
 
 
-def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
+def answers(run: Evidence, recorded: Mapping[str, Mapping[str, str]]) -> Iterator[Block]:
     """The prompts with every answer side by side, and what can be counted of each."""
     lines = run.content(GENERATIONS)
     if not lines:
@@ -202,7 +193,7 @@ def answers(run: Evidence, reference: Reference) -> Iterator[Block]:
         if "expected" in line:
             rows.append(["expected", line["expected"], "", "", "", ""])
         known = {k: str(v) for k, v in line.items() if k.endswith("answer")}
-        known |= reference.answers.get(line["prompt"].strip(), {})
+        known |= recorded.get(line["prompt"].strip(), {})
         for name, text in known.items():
             rows.append([name.removesuffix("_answer").replace("_", ", "), text, "", "", "", ""])
         table = Table(["who", "answer", "ends", "repeats", "NLL", "KL"], rows, wide=True)

@@ -1,18 +1,19 @@
 """The section of a report about the techniques: what each adds to those before, and all cells."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.ablate.analysis import PEAKS, Finding, analyse, with_classes
+from eval.ablate.accuracy import accuracies
+from eval.ablate.analysis import analyse, with_classes
 from eval.ablate.cells import STORED, name_of, names_bases
-from eval.ablate.figures import CLASSES, CLASSES_OF_LORA, WORDS
+from eval.ablate.figures import CLASSES, CLASSES_OF_LORA, PEAKS, WORDS
 from eval.ablate.staircase import Stair, staircase
-from eval.ablate.store import CELLS, DESCRIPTION
-from eval.ablate.table import COLUMNS
+from eval.ablate.store import CELLS, DESCRIPTION, TRIALS
+from eval.ablate.table import COLUMNS, FINDING
+from eval.report.accuracy import Learned, accuracy_table, changed, effect_on_loss
 from eval.report.document import Block, Fold, Heading, Paragraph, Picture, Table, Text, Words
-from eval.report.evidence import Evidence, Figure, Missing, Tone, combine
+from eval.report.evidence import Evidence, Figure, Missing, combine
 from eval.report.pictures import memory_bars
 from jllama.cli.terminal import command_line
 
@@ -28,7 +29,6 @@ EFFECTS = {
     "working_mib": "activations and temporaries",
     "flops_per_token": "operations per token",
     "step_seconds": "time of a step",
-    "eval_loss": "held-out loss",
 }
 
 
@@ -57,32 +57,44 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
         " tokens in a step. Each technique is added to those above it.",
     ])  # fmt: skip
     stairs = staircase(cells)
+    trials = ablation.content(TRIALS) if ablation.has(TRIALS) else []
+    learned = {accuracy.method: accuracy for accuracy in accuracies(trials)}
     if stairs:
-        yield _effects(ablation, cells, stairs)
+        yield _effects(ablation, cells, stairs, learned)
         yield from _pictures(cells, _bars_of(cells, stairs), f"{name}-stairs",
                              "from no technique to all")  # fmt: skip
+    if learned:
+        yield from accuracy_table(ablation, trials, list(learned.values()))
     yield Fold(f"All {len(cells)} settings of {model}, {kind}", [
         _all_cells(ablation, cells, kind),
         *_pictures(cells, {name_of(cell): cell for cell in cells}, name,
                    f"in {len(cells)} settings"),
     ])  # fmt: skip
     findings = analyse(cells)
-    tables = [
-        Table(
-            [technique, "median pair, before", "after"],
+    tables: list[Block] = []
+    for technique in dict.fromkeys(finding.technique for finding in findings):
+        rows: list[list[Text | Words]] = [
             [
-                [finding.text, *_ends(ablation, cells, finding)]
-                for finding in findings
-                if finding.technique == technique
-            ],
-        )
-        for technique in dict.fromkeys(finding.technique for finding in findings)
-    ]
+                WORDS[finding.figure].title,
+                [
+                    _found(ablation, finding.before, finding.figure),
+                    " → ",
+                    _found(ablation, finding.after, finding.figure),
+                ],
+                *finding.words,
+            ]
+            for finding in findings
+            if finding.technique == technique
+        ]
+        tables += [Heading(technique), Table(FINDING, rows)]
     yield Fold(f"Every technique over all pairs of settings of {model}, {kind}", tables)
 
 
 def _effects(
-    ablation: Evidence, cells: Sequence[Mapping[str, Any]], stairs: Sequence[Stair]
+    ablation: Evidence,
+    cells: Sequence[Mapping[str, Any]],
+    stairs: Sequence[Stair],
+    learned: Learned,
 ) -> Table:
     """A row for each technique: what each figure was before it and after, and the change."""
     known = with_classes(cells[stairs[0].before])
@@ -91,10 +103,12 @@ def _effects(
         [
             stair.technique + (f": {stair.words}" if stair.words != stair.technique else ""),
             *(_effect(ablation, cells, stair, figure) for figure in figures),
+            *([effect_on_loss(ablation, cells, stair, learned)] if learned else []),
         ]
         for stair in stairs
     ]
     titles = [f"{EFFECTS[figure]}, {WORDS[figure].unit}" for figure in figures]
+    titles += ["held-out loss at its own best rate, nats/token"] if learned else []
     return Table(["technique", *titles], rows)
 
 
@@ -108,15 +122,7 @@ def _effect(
     before, after = (_found(ablation, place, figure) for place in places)
     if before.text == after.text:
         return [after]
-    rises = after.value > before.value
-    tone: Tone = "worse" if rises else "better"
-    sign = "↑ " if rises else "↓ "
-    if not before.value:
-        return [sign, before, " → ", replace(after, tone=tone)]
-    change = combine("change in percent", before, after, form="+.0f")
-    if change.text in ("+0", "-0"):
-        change = combine("change in percent", before, after, form="+.2f")
-    return [sign, replace(change, tone=tone), " %: ", before, " → ", after]
+    return changed(before, after)
 
 
 def _all_cells(ablation: Evidence, cells: Sequence[Mapping[str, Any]], kind: str) -> Table:
@@ -130,12 +136,7 @@ def _all_cells(ablation: Evidence, cells: Sequence[Mapping[str, Any]], kind: str
         for i, cell in enumerate(cells)
     ]
     named = ["precision", "tune", "remat", "accumulation", "micro-batch", *bases]
-    return Table([*named, *map(_title, figures)], rows)
-
-
-def _title(figure: str) -> str:
-    words = WORDS[figure]
-    return f"{words.name}, {words.unit}" if words.unit else words.name
+    return Table([*named, *(WORDS[figure].title for figure in figures)], rows)
 
 
 def _cell(ablation: Evidence, line: int, figure: str) -> Text:
@@ -147,17 +148,6 @@ def _cell(ablation: Evidence, line: int, figure: str) -> Text:
 
 def _written(found: Figure, figure: str) -> Figure:
     return Figure(found.value, WORDS[figure].write(found.value), found.source)
-
-
-def _ends(
-    ablation: Evidence, cells: Sequence[Mapping[str, Any]], finding: Finding
-) -> tuple[Text, Text]:
-    """The two numbers of a finding, where they stand; empty where it only counts cells."""
-    if len(finding.cells) < 2:
-        return "", ""
-    names = [name_of(cell) for cell in cells]  # type: ignore[arg-type]
-    before, after = (_found(ablation, names.index(name), finding.figure) for name in finding.cells)
-    return before, after
 
 
 def _found(ablation: Evidence, line: int, figure: str) -> Figure:
