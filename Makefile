@@ -52,7 +52,7 @@ demo: .venv/installed
 report: .venv/installed
 	test -d models/sample || $(BIN)/python -m convert.from_meta
 	test -d runs/report || $(BIN)/python -m train.lora --precision bf16 --val-size 40 --output-dir runs/report
-	$(BIN)/python -m eval.ablate --remat none,block --repeats 1 --output runs/report/ablation
+	$(BIN)/python -m eval.ablate --remat none,block --repeats 1 --accuracy-steps 40 --output runs/report/ablation
 	$(BIN)/python -m eval.report --run runs/report --ablation runs/report/ablation $(PLANNED)
 
 # The original report's recipe and rows, on a small real model, beside the original's figures.

@@ -178,8 +178,8 @@ def test_each_method_is_compared_at_its_own_best_rate_over_seeds():
     # A lower loss with another seed is no reason to take another rate.
     lines += [trial.__dict__ | {"eval_loss": 0.1 * trial.seed} for trial in more]
     full, _, lora = accuracies(lines)
-    assert (full.name, full.learning_rate, full.at_the_edge) == ("fp32 full", 0.003, False)
-    assert (lora.name, lora.learning_rate, lora.at_the_edge) == ("bf16 lora", 0.01, True)
+    assert (full.name, full.learning_rate, full.at_the_edge) == ("fp32, full tuning", 0.003, False)
+    assert (lora.name, lora.learning_rate, lora.at_the_edge) == ("bf16, LoRA", 0.01, True)
     assert mean_and_range(lines, full) == pytest.approx(((0.25 + 0.6 + 0.7) / 3, 0.45))
     assert accuracies([line for line in lines if "failed" in line]) == []
 

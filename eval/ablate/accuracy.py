@@ -60,8 +60,10 @@ class Accuracy(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`bf16 lora`, with the base if it is in codes."""
-        return " ".join(word for word in self.method if word != STORED)
+        """`bf16, LoRA`, with the base if it is in codes."""
+        precision, tune, base = self.method
+        words = [precision, {"full": "full tuning", "lora": "LoRA"}[tune]]
+        return ", ".join(words + ([f"{base} base"] if base != STORED else []))
 
 
 def methods_of(cells: Sequence[Figures]) -> list[Method]:

@@ -23,7 +23,7 @@ def effect_on_loss(
         if any("loss" not in cells[place] for place in places):
             return ["the same sums"]
         losses = [ablation.figure(CELLS, place, "loss") for place in places]
-        change = combine("change in percent", *losses, form="+.3f")
+        change = combine("change in percent", *losses, form="+.2f")
         return ["the same sums; by rounding ", change, " %"]
     if not all(method in learned for method in methods):
         return ["not known"]
@@ -77,7 +77,7 @@ def _tried(
     """`0.001: 0.1128, 0.003: 0.3204`, with the first seed."""
     first = trials[accuracy.places[0]]["seed"]
     words: list[Text] = []
-    for place, trial in enumerate(trials):
+    for place, trial in sorted(enumerate(trials), key=lambda x: x[1]["learning_rate"]):
         if (method_of(trial), trial["seed"]) == (accuracy.method, first):
             reached = (
                 ablation.figure(TRIALS, place, "eval_loss", form=".4f")

@@ -1,6 +1,7 @@
 """The first screen of a report: what was tuned, five figures, the curve and three answers."""
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,15 @@ from eval.report.scored import refuse_stale, scored_rows
 from eval.report.sections import learned, short
 from jllama.folders.run import CONFIG, GENERATIONS, METRICS, RECORD, SCORES
 
-ANSWERS = 3  # shown here; all stand further down
+ANSWERS = 3  # shown here; all stand further down, whole
+CHARACTERS = 120  # of an answer shown here
 
 
 def overview(run: Evidence, reference: Sequence[Figure]) -> Iterator[Block]:
     """Everything that a reader wants to know first; what is not there yet is said to be missing."""
     yield Paragraph(_sentence(run))
     makers: dict[str, Callable[[Evidence], tuple[Words, Words]]] = {
-        "learned": _learned,
+        "share that learned": _learned,
         "memory at the peak": _memory,
         "training": _time,
         "held-out loss": _held_out,
@@ -32,9 +34,14 @@ def overview(run: Evidence, reference: Sequence[Figure]) -> Iterator[Block]:
         lines = run.content(GENERATIONS)[:ANSWERS]
         models = [who for who in ("base", "tuned") if who in lines[0]]
         rows: list[list[Text]] = [
-            [line["prompt"], *(line[who] for who in models)] for line in lines
+            [_begin(line[name]) for name in ("prompt", *models)] for line in lines
         ]
         yield Table(["prompt", *models], rows, wide=True)
+
+
+def _begin(text: str) -> str:
+    """In one line, the beginning of a long text."""
+    return textwrap.shorten(text, CHARACTERS, placeholder=" …")
 
 
 def _sentence(run: Evidence) -> Words:

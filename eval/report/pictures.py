@@ -62,7 +62,8 @@ def memory_bars(
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         if limit:
             axes.axvline(limit, color=COLOURS[4], linestyle="--", label="the card, less a margin")
-        figure.legend(loc="outside upper left", ncols=3, fontsize="small")
+        if limit or len(axes.containers) > 1:
+            figure.legend(loc="outside upper left", ncols=3, fontsize="small")
         return _svg(figure, name)
 
 

@@ -2,7 +2,7 @@
 
     {"average_loss_per_epoch": [1.32, 1.01], "total_parameters": 6747639808,
      "trainable_parameters": 8388608, "gpu_memory_mib": {"used": 40402, "total": 40960},
-     "settings": {"lora_rank": 16}, "notes": ["Its loss was averaged over ..."]}
+     "settings": {"lora_rank": 16}, "about": "LLaMA-7B on ...", "notes": ["Its loss was ..."]}
 
 All but the losses may be left out; settings have the names of config.yaml.
 """
@@ -66,6 +66,8 @@ def beside(run: Evidence, reference: Reference) -> Iterator[Block]:
     if figures is None:
         raise Missing("no reference with figures was given")
     known = figures.content(file)
+    if "about" in known:
+        yield Paragraph([str(known["about"])])
     rows: list[Sequence[Text]] = []
     for what in ("trainable", "total"):
         if f"{what}_parameters" in known:

@@ -50,12 +50,15 @@ def _ablation(ablation: Evidence, name: str) -> Iterator[Block]:
     model, device = Path(str(settings["model"])).name, str(ablation.value(DESCRIPTION, "device"))
     where = f"Measured on {device}" if kind == "measured" else f"Planned, {device}"
     yield Heading(f"{model}, {kind}")
-    yield Paragraph([
+    words: list[Text] = [
         where.replace("none: ", ""), ", ",
         ablation.figure(DESCRIPTION, "settings", "sequences", form=","),
         " sequences of ", ablation.figure(DESCRIPTION, "settings", "max_seq_len", form=","),
-        " tokens in a step. Each technique is added to those above it.",
-    ])  # fmt: skip
+        " tokens in a step",
+    ]  # fmt: skip
+    if kind == "measured":
+        words += [", runs of each setting: ", ablation.figure(DESCRIPTION, "settings", "repeats")]
+    yield Paragraph([*words, ". Each technique is added to those above it."])
     stairs = staircase(cells)
     trials = ablation.content(TRIALS) if ablation.has(TRIALS) else []
     learned = {accuracy.method: accuracy for accuracy in accuracies(trials)}
