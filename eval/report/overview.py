@@ -55,10 +55,12 @@ def _sentence(run: Evidence) -> Words:
         words += ["Full tuning of "]
     words += [
         f"{model}, in {config.get('precision')}, on ",
-        run.figure(RECORD, "data", "rows", form=","), f" rows of {data}, for ",
-        run.figure(CONFIG, "epochs", form=","), f" epochs, on {run.value(RECORD, 'device')}.",
+        run.figure(RECORD, "data", "rows", form=","), f" rows of {data}, for at most ",
+        run.figure(CONFIG, "epochs", form=","), f" epochs, on {run.value(RECORD, 'device')}",
     ]  # fmt: skip
-    return words
+    with contextlib.suppress(Missing):
+        words += [": ", run.compute("max", (METRICS, EVERY, "step"), form=","), " optimizer steps"]
+    return [*words, "."]
 
 
 def _loss_curve(run: Evidence, reference: Sequence[Figure]) -> Picture:

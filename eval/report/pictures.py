@@ -37,9 +37,9 @@ def losses(
         figure, axes = _axes("optimizer step", "loss (nats per token)")
         axes.plot(*_xy(steps), color=GREY, linewidth=0.8, alpha=0.7, label="each step")
         for points, title, marker, colour in (
-            (epochs, "epoch, training", "o", COLOURS[0]),
+            (epochs, "average of an epoch", "o", COLOURS[0]),
             (held_out, "held-out rows", "s", COLOURS[1]),
-            (reference, "epoch, reference", "^", COLOURS[2]),
+            (reference, "the reference's epochs", "^", COLOURS[2]),
         ):
             if points:
                 axes.plot(*_xy(points), color=colour, marker=marker, label=title)

@@ -82,9 +82,14 @@ def _report(case: Path) -> Any:
 
 
 def _cells(case: Path) -> Any:
-    lines = (case / "out" / "cells.jsonl").read_text().splitlines()
-    cells = [json.loads(line) for line in lines]
-    return sorted((cell["tune"], cell["micro_batch_size"], cell["loss"]) for cell in cells)
+    cells, trials = (
+        [json.loads(line) for line in (case / "out" / name).read_text().splitlines()]
+        for name in ("cells.jsonl", "accuracy.jsonl")
+    )
+    return (
+        sorted((cell["tune"], cell["micro_batch_size"], cell["loss"]) for cell in cells),
+        sorted((trial["tune"], trial["learning_rate"], trial["eval_loss"]) for trial in trials),
+    )
 
 
 _TRAINS = ("model", "rows.json")
@@ -92,6 +97,7 @@ _WORSE = {"learning_rate": 0.5, "epochs": 20, "patience": 1, "eval_steps": 1}
 _ABLATION = [
     "--precision", "fp32", "--accumulation", "1", "--remat", "none", "--tune", "full,lora",
     "--sequences", "2", "--max-seq-len", "32", "--steps", "2", "--repeats", "1", "--val-size", "2",
+    "--accuracy-steps", "2", "--seeds", "1",
 ]  # fmt: skip
 
 WRITERS = (
