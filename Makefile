@@ -1,6 +1,6 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
-# make docs-reports: the two reports in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
+# make docs-reports: the two reports and the screens in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
 # make docs: the documentation as pages, in build/site.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
@@ -66,6 +66,7 @@ docs-reports: report report-alpaca
 	mkdir -p docs/report docs/report-alpaca
 	cp runs/report/report*.* docs/report
 	cp runs/alpaca/report*.* docs/report-alpaca
+	$(BIN)/python docs/site/screens.py
 
 # Into build/site; a link that leads nowhere is an error.
 docs: .venv/installed-docs
