@@ -39,7 +39,7 @@ class Export:
     """Writes every tensor in this dtype; by default each in its own, and named for one that is
     stored in 8 or 4 bits."""
     force: bool = False
-    """Merge an adapter whose passport names another base model."""
+    """Merge an adapter that was trained on a different base model."""
 
 
 class Model:

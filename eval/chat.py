@@ -55,11 +55,11 @@ class ChatConfig(Subject):
     min_p: Likelihood = 0.0
     """Only tokens at least this likely, relative to the likeliest."""
     repetition_penalty: Positive = 1.0
-    """On tokens that the conversation holds; 1 does nothing."""
+    """Makes tokens that the conversation holds less likely; 1 does nothing."""
     max_new_tokens: AtLeast1 = 256
     """Tokens of an answer."""
     seed: AtLeast0 = 0
-    """Of the first turn; each further one adds 1."""
+    """Seed of the first turn; each further turn adds 1."""
     system: str = ""
     """A system prompt before the conversation."""
 

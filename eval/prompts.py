@@ -64,7 +64,7 @@ class PromptsConfig(Subject):
     max_new_tokens: AtLeast1 | None = None
     """Tokens of an answer; by default what the prompts' file says, else 128."""
     seed: Seed | None = None
-    """Of the samples; by default what the prompts' file says, else 1."""
+    """Seed of the samples; by default what the prompts' file says, else 1."""
     batch_size: AtLeast1 = 16
     """Prompts answered at a time."""
     limit: AtLeast0 = 0

@@ -1,4 +1,4 @@
-"""Whom a command of this package is about: a base model, and what was tuned of it."""
+"""The models that a command compares: a base model, and what was tuned of it."""
 
 import dataclasses
 from pathlib import Path
@@ -31,15 +31,15 @@ class Subject:
     """Model folder to compare with --model, instead of an adapter; without either there is only
     the base."""
     force: bool = False
-    """Load an adapter whose passport names another base model."""
+    """Load an adapter that was trained on a different base model."""
     precision: Precision | None = None
-    """Of weights and activations; by default that of the run, else bf16."""
+    """Dtype of weights and activations; by default that of the run, else bf16."""
     base: BaseChoice | None = None
     """Format of the base's linears; by default the one that was trained on, else as stored."""
     base_skip: BaseSkip = "none"
     """With --base: linears that stay as they are."""
     prompt_style: PromptStyle | None = None
-    """By default the one that was trained with, else plain."""
+    """How a prompt becomes text; by default as it was in training, else plain."""
 
     def __post_init__(self):
         if self.adapter and self.tuned:

@@ -232,7 +232,7 @@ def pass_over_absent_gpu() -> None:
 def use_private_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache; private, for they are executable code.
 
-    What cannot be read there or written costs a compilation, and no word.
+    What cannot be read there or written is compiled again, without a warning.
     """
     import jax
 

@@ -55,7 +55,7 @@ class TrainConfig:
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"
-    """Of frozen weights and activations; what learns, its moments and the loss are fp32."""
+    """Dtype of frozen weights and activations; what learns, its moments and the loss are fp32."""
     base: BaseChoice = "stored"
     """Holds the frozen linears of the blocks in 8 or 4 bits, made while the model is loaded: int8,
     int4 (the small card's), or nf4 (bitsandbytes' format)."""
@@ -93,7 +93,7 @@ class TrainConfig:
     init_adapter: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """A PEFT adapter to start from; it brings its own rank, alpha and targets."""
     force: bool = False
-    """Start from an adapter whose passport names another base model."""
+    """Start from an adapter that was trained on a different base model."""
     ffn_bias: bool = False
     """Feed-forward linears with zero biases, as the original report counted them."""
 
@@ -103,7 +103,7 @@ class TrainConfig:
     """DoRA: learn the length of every row of the weights apart from its direction."""
 
     optimizer: OptimizerName = "adamw"
-    """Rule of optax."""
+    """Optimizer; optax has the rule."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: Positive = 1.0
@@ -142,7 +142,7 @@ class TrainConfig:
     wandb_project: str = ""
     """Also log to this Weights & Biases project, if wandb is installed."""
     seed: Seed = 0
-    """Of the adapters, the order, the dropout and the held-out rows."""
+    """Seed of the adapters, the order, the dropout and the held-out rows."""
     resume: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
     """Run folder (or latest) to continue, with its own settings."""
     dry_run: bool = False

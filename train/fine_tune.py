@@ -126,13 +126,13 @@ def run_steps(
             config, model, batches, evaluation, steps, warmup, run, lambda: save(run.best)
         )
         save(run.result(config.tune))
-        of = "the device" if jax.default_backend() == "gpu" else "the whole process"
+        of = "on the device" if jax.default_backend() == "gpu" else "for the whole Python process"
         show_end(
             run,
             metrics.epoch_losses,
             metrics.eval_losses,
-            f"{metrics.seconds:,.0f} s; peak memory: {metrics.planned_mib:,.0f} MiB planned for "
-            f"the step, {peak_memory_mib():,.0f} measured for {of}",
+            f"{metrics.seconds:,.0f} s; peak memory {peak_memory_mib():,.0f} MiB {of} "
+            f"(training step alone: {metrics.planned_mib:,.0f} MiB planned)",
         )
 
 

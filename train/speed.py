@@ -46,7 +46,7 @@ class StepSpeed:
     model: str = "sample"
     """Model folder, or a preset such as llama-2-7b, whose weights are then random."""
     precision: Precision = "bf16"
-    """Of frozen weights and activations."""
+    """Dtype of frozen weights and activations."""
     remat: Remat = "none"
     """What the backward pass recomputes, as in train.lora."""
     micro_batch_size: AtLeast1 = 4
@@ -64,7 +64,7 @@ class StepSpeed:
     lora_dropout: Share = 0.05
     """Dropout of the adapter's input."""
     learning_rate: Positive = 2e-4
-    """Constant."""
+    """Learning rate of every step."""
     steps: AtLeast1 = 10
     """Optimizer steps that count."""
     warmup_steps: AtLeast1 = 2

@@ -100,6 +100,6 @@ def default(value: Any) -> str:
         return "must be given"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, Path):
-        value = value.relative_to(ROOT) if value.is_relative_to(ROOT) else value
-    return "" if value in (None, "") else f"`{value}`"
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return "" if value in (None, "") else f"`{value}`".replace(f"{ROOT}/", "")

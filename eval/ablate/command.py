@@ -99,7 +99,7 @@ class AblateConfig:
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Rows to train on; by default the sample's, for the sample."""
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Folder for the cells; by default runs/ablation, with --gpu runs/ablation-planned."""
+    """Folder for the results; by default runs/ablation, with --gpu runs/ablation-planned."""
     gpu: Annotated[Literal[GpuName, ""], AnyCase] = ""
     """Plan for this card instead of training."""
     precision: Annotated[str, SomeOf(get_args(Precision)), LIST] = "fp32,bf16"
@@ -113,13 +113,13 @@ class AblateConfig:
     base: Annotated[str, SomeOf(get_args(BaseChoice)), LIST] = STORED
     """Formats of the frozen linears: stored, int8, int4, nf4; with LoRA only."""
     sequences: AtLeast1 = 8
-    """Sequences in an optimizer step of every cell."""
+    """Sequences in an optimizer step, the same in every combination."""
     max_seq_len: AtLeast0 = 0
     """Tokens of a sequence; 0 takes 64, with --gpu 512."""
     steps: AtLeast2 = 6
-    """Optimizer steps of each cell; the first is not timed."""
+    """Optimizer steps of each combination; the first is not timed."""
     repeats: AtLeast1 = 2
-    """Runs of each cell; the median counts, and their spread is what a difference must pass."""
+    """Runs of each combination; the median counts, and a difference must pass their spread."""
     accuracy_steps: AtLeast0 = 60
     """Optimizer steps in which methods are compared by what they learn; 0 compares none."""
     seeds: AtLeast1 = 3
@@ -127,9 +127,9 @@ class AblateConfig:
     val_size: NotNegative = 32
     """Rows held out to compare methods, as in train.lora."""
     learning_rate: Positive = 1e-3
-    """Of full tuning; LoRA's is ten times that. Methods try a third, one and three times theirs."""
+    """Rate of full tuning; LoRA's is ten times that. A third and three times it are tried, too."""
     seed: Seed = 0
-    """Of adapters, order and held-out rows; the first of --seeds."""
+    """Seed of adapters, order and held-out rows; the first of --seeds."""
 
     def __post_init__(self):
         wrong, counts = [], self.axes["accumulation"]

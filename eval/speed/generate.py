@@ -59,7 +59,7 @@ class GenerateSpeed:
     random: tuple[RandomSize, ...] = ()
     """Also a random model of this size, made for the occasion."""
     precision: Precision = "fp32"
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     batch_size: AtLeast1 = 1
     """Prompts answered together."""
     prompt_tokens: AtLeast1 = 32

@@ -70,7 +70,7 @@ class TrainSpeed:
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Rows to train on; by default the bundled sample's."""
     precision: Precision = "fp32"
-    """Of weights and activations, unless compared."""
+    """Dtype of weights and activations, unless compared."""
     max_seq_len: AtLeast1 = 256
     """Tokens of a sequence."""
     micro_batch_size: AtLeast1 = 4

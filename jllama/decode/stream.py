@@ -26,7 +26,7 @@ def stream(
 ) -> Generator[str, None, bool]:
     """The answer to one prompt as pieces of text, which end at whole characters.
 
-    A stop string and what follows it are not given out. The generator's return value says whether
+    A stop string and what follows it are not yielded. The generator's return value says whether
     the answer was cut, by `max_new_tokens` or the context, before it ended by itself. Errors as for
     `generate_with_logprobs`.
     """

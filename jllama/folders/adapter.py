@@ -122,7 +122,7 @@ def read_passport(path: str | Path) -> dict[str, Any]:
 
 
 def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -> None:
-    """Refuses an adapter whose passport names another base model, or another tokenizer.
+    """Refuses an adapter that was trained on a different base model, or with another tokenizer.
 
     Raises:
         InputError: which base it wants; not with `force`.

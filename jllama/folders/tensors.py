@@ -148,7 +148,8 @@ def map_tensors(
         dtypes: those that are expected.
 
     Raises:
-        InputError: if it is missing or unreadable, its header lies, or a dtype is none of these.
+        InputError: if it is missing or unreadable, its header does not match the file, or a dtype
+            is none of these.
     """
     check_readable(file, wanted)
     try:

@@ -44,7 +44,7 @@ class LintConfig:
     val_size: NotNegative = 0.0
     """Rows held out, as in training: checked for leaks."""
     seed: Seed = 0
-    """Of the held-out rows."""
+    """Seed of the held-out rows."""
     show: AtLeast0 = 3
     """Rows to show."""
 

@@ -49,7 +49,7 @@ class RowsSpeed:
     epochs: AtLeast1 = 3
     """Passes over the data."""
     seed: Seed = 0
-    """Of the rows and their order."""
+    """Seed of the rows and their order."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 

@@ -53,7 +53,7 @@ class Check:
     """Compare predicted with measured training steps, on this machine's device."""
 
     precision: Precision = "fp32"
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     settings: AtLeast1 = len(STEPS)
     """How many of the settings, from the first."""
     steps: AtLeast1 = 7

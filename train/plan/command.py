@@ -1,4 +1,4 @@
-"""`python -m train.plan`: what a run will need, before it starts, for a GPU one need not own.
+"""`python -m train.plan`: memory and speed of a run, for any listed GPU, with no GPU there.
 
     python -m train.plan --model llama-2-7b --gpu rtx-4090 --remat block --max-seq-len 1024
     python -m train.plan --model llama-2-7b --gpu rtx-4090 --fit
@@ -41,16 +41,16 @@ class PlanConfig:
     model: str = "llama-2-7b"
     """A preset (llama-2-7b, llama-3-8b, ...) or a model folder."""
     gpu: Annotated[Literal[GpuName, "present"], AnyCase] = "h200"
-    """A card, or present: this machine's."""
+    """The card to plan for; present is this machine's."""
     gpu_memory: Annotated[Positive | None, tyro.conf.arg(metavar="GIB")] = None
     """Memory of a card that differs from the named one's."""
     gpus: AtLeast1 = 1
-    """How many of them; weights are cut over all, each has micro-batches of its own."""
+    """How many cards; weights are cut over all, each has micro-batches of its own."""
     program: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
     """What to plan: a train step, or generation (--micro-batch-size prompts in caches of
     --max-seq-len)."""
     precision: Precision = "bf16"
-    """Of frozen weights and activations."""
+    """Dtype of frozen weights and activations."""
     base: BaseChoice = "stored"
     """Format of the frozen linears, as in train.lora; a preset is stored as it was published."""
     base_skip: BaseSkip = "none"
@@ -76,11 +76,11 @@ class PlanConfig:
     lora_dropout: Share = 0.05
     """Dropout of the adapter's input."""
     dora: bool = False
-    """DoRA's magnitudes."""
+    """DoRA: learn the length of every row of the weights, too."""
     ffn_bias: bool = False
     """Feed-forward biases, as the original report counted them."""
     optimizer: OptimizerName = "adamw"
-    """Its moments take memory."""
+    """Optimizer, whose moments take memory."""
     fit: bool = False
     """Which remat, micro-batch and length fit the card, and which is predicted fastest."""
     hlo: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""

@@ -54,7 +54,7 @@ class SampleConfig:
     output_dir: Path = Path("jllama/sample")
     """Folder to make."""
     seed: Seed = 0
-    """Of the text, the split into taught and held-out facts, and the weights."""
+    """Seed of the text, the split into taught and held-out facts, and the weights."""
     steps: AtLeast1 = 2600
     """Optimizer steps of the pre-training."""
     batch_size: AtLeast1 = 16
