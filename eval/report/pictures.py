@@ -43,7 +43,7 @@ def losses(
         ):
             if points:
                 axes.plot(*_xy(points), color=colour, marker=marker, label=title)
-        axes.legend()
+        figure.legend(loc="outside upper left", ncols=4, fontsize="small")
         return _svg(figure, name)
 
 
