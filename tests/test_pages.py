@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -85,6 +86,40 @@ def test_every_command_of_the_pages_is_one(line, parse, capsys):
         return  # the name of a command alone
     if "--help" not in found[1]:
         parse(*found)
+
+
+# With the bundled sample, in this order: later ones read what earlier ones wrote.
+OF_THE_SAMPLE = ("from-meta", "lint", "train", "chat", "prompts", "score", "report")
+
+
+def run_without_weights() -> list[str]:
+    """Lines that need no weights but the sample's: its whole way, plans of presets, dry runs."""
+    ours = [(line, found) for line in ALL if (found := named(line))]
+    way = [
+        next(line for line, (name, words) in ours
+             if name == step and words in ([], ["--run", "runs/latest"]))
+        for step in OF_THE_SAMPLE
+    ]  # fmt: skip
+    presets = [
+        line for line, (name, words) in ours
+        if "--dry-run" in words or (name == "plan" and PRESETS.keys() & set(words))
+    ]  # fmt: skip
+    return ["jllama --help", *way, *presets]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_commands_that_need_no_weights_run(tmp_path):
+    lines = run_without_weights()
+    assert len(lines) > 15
+    for line in lines:
+        first, *words = shlex.split(line, comments=True)
+        program = {"jllama": [Path(sys.executable).with_name("jllama")], "python": [sys.executable]}
+        place = ROOT if "--dry-run" in words else tmp_path  # it reads a recipe and writes nothing
+        done = subprocess.run([*program[first], *words], cwd=place, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, (line, done.stdout[-2000:], done.stderr[-2000:])
+    assert (tmp_path / "runs/latest/report.html").is_file()
 
 
 def test_the_pages_name_every_command():
