@@ -339,7 +339,7 @@ def test_only_scores_of_this_adapter_are_shown_and_parts_are_called_so(made, tmp
     assert "the first 3 held-out rows" in capsys.readouterr().out
     report(flags(place, "--only-read"))
     text = " ".join((run / "report.md").read_text().split())
-    assert text.count("only the first 3 held-out rows of") == 2  # the first screen, and Scores
+    assert text.count("only the first 3 rows held out of") == 2  # the first screen, and Scores
     adapter = run / "adapter" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"!")
     report(flags(place, "--only-read"))

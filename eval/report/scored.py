@@ -42,7 +42,7 @@ def scored_rows(run: Evidence) -> Words:
     limited = bool(run.value(SCORES, "settings", "limit"))
     return [
         "only the first " if limited else "", run.figure(SCORES, "rows", form=","),
-        " rows of " if part == "all" else f" {part} rows of ",
+        {"held-out": " rows held out of ", "training": " training rows of "}.get(part, " rows of "),
         short(str(run.value(SCORES, "settings", "data"))),
     ]  # fmt: skip
 
