@@ -414,7 +414,8 @@ def test_the_original_rows_on_a_real_model(assets, tmp_path, rows):
     for loss in json.loads((given / "figures.json").read_text())["average_loss_per_epoch"]:
         assert f">{loss:.4f}</data>" in html
     sources = [json.loads(attributes["data-source"]) for attributes, _ in page.data]
-    assert sum(source.get("path", [0])[-1] == "epoch_loss" for source in sources) == 5
+    # Of each epoch beside the reference, and in the table of losses.
+    assert sum(source.get("path", [0])[-1] == "epoch_loss" for source in sources) == 2 * 5
     held_out = [source for source in sources if source.get("path", [0])[-1] == "eval_loss"]
     assert len(held_out) == 2 + 6  # before and after on the first screen, and the table
     prompts = json.loads((given / "prompts.json").read_text())
