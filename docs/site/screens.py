@@ -1,4 +1,4 @@
-"""The screens of the documentation, made anew: `make docs-screens`.
+"""The screens of the documentation, made anew: the last part of `make docs-reports`.
 
 Terminals are what the commands write, as SVG; the report's first screen is seen by Chromium.
 """

@@ -8,7 +8,7 @@ All but the losses may be left out; settings have the names of config.yaml.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eval.prompt_file import read_references
@@ -57,7 +57,7 @@ def read_reference(files: Sequence[str], shown_from: Path) -> Reference:
                 f"{path}: neither a list of recorded answers nor an object with {SERIES}"
             ) from None
         found = Reference(figures, path.name, losses)
-    return Reference(found.figures, found.file, found.losses, answers)
+    return replace(found, answers=answers)
 
 
 def beside(run: Evidence, reference: Reference) -> Iterator[Block]:
@@ -105,5 +105,5 @@ def beside(run: Evidence, reference: Reference) -> Iterator[Block]:
         yield Table(["setting that differs", "reference", "this run"], settings)
     elif "settings" in known:
         yield Paragraph(["All settings that the reference tells are the same here."])
-    for i in range(len(known.get("notes", []))):
-        yield Paragraph([str(figures.value(file, "notes", i))])
+    for note in known.get("notes", []):
+        yield Paragraph([str(note)])
