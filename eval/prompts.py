@@ -25,7 +25,7 @@ import tyro
 import jllama
 from eval.likelihood import score_sequences
 from eval.prompt_file import read_prompts, read_references
-from eval.subject import Subject, Voices, is_of_sample, load_voices, resolve
+from eval.subject import Subject, Voices, is_of_sample, load_on_mesh, load_voices, resolve
 from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console, show_table
@@ -183,8 +183,7 @@ def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, floa
     --merge         ->  (the two, {"base": 0}), (merged, {"tuned": 1})
     a second model  ->  (the first, {"base": 0}), (the second, {"tuned": 1})
     """
-    assert config.precision
-    model = jllama.load_model(config.model, config.precision, base=config.asked_base)
+    model = load_on_mesh(config, config.model, config.asked_base)
     if config.adapter:
         jllama.load_adapter(model, config.adapter)
     if config.adapter and not config.merge:
@@ -196,7 +195,7 @@ def models(config: PromptsConfig) -> Iterator[tuple[jllama.Llama, dict[str, floa
         yield model, {"tuned": 1.0}
     if config.tuned:
         del model
-        yield jllama.load_model(config.tuned, config.precision), {"tuned": 1.0}
+        yield load_on_mesh(config, config.tuned), {"tuned": 1.0}
 
 
 def with_sample(config: PromptsConfig) -> PromptsConfig:

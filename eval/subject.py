@@ -4,14 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import jax
 import tyro
 
 import jllama
 from jllama import bundled
-from jllama.config import Base, BaseChoice, BaseSkip, Precision, asked_base
+from jllama.config import Base, BaseChoice, BaseSkip, MeshChoice, Precision, asked_base
 from jllama.errors import InputError, checked
 from jllama.folders.adapter import check_base, read_passport
 from jllama.folders.run import LATEST, RunFolder
+from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.prompt import PromptStyle
 
 Voices = dict[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
@@ -38,6 +40,8 @@ class Subject:
     """Format of the base's linears; by default the one that was trained on, else as stored."""
     base_skip: BaseSkip = "none"
     """With --base: linears that stay as they are."""
+    mesh: MeshChoice = ""
+    """Several devices that the weights are cut over, as fsdp=4 or tensor=4."""
     prompt_style: PromptStyle | None = None
     """How a prompt becomes text; by default as it was in training, else plain."""
 
@@ -102,17 +106,23 @@ def is_of_sample(settings: dict[str, Any]) -> bool:
     return bool(settings) and Path(settings["data"]) == bundled.ROWS
 
 
+def load_on_mesh(config: Subject, folder: str, base: Base | None = None) -> jllama.Llama:
+    """One of a subject's models, cut over the devices that it asks for."""
+    assert config.precision  # by `resolve`
+    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
+    return jllama.load_model(folder, config.precision, base=base, mesh=mesh)
+
+
 def load_voices(config: Subject) -> Voices:
     """The base and, if something was tuned, the tuned model; with an adapter they are one model.
 
     Args:
         config: what `resolve` gave.
     """
-    assert config.precision
-    model = jllama.load_model(config.model, config.precision, base=config.asked_base)
+    model = load_on_mesh(config, config.model, config.asked_base)
     voices = {"base": (model, 0.0)}
     if config.adapter:
         voices["tuned"] = (jllama.load_adapter(model, config.adapter), 1.0)
     if config.tuned:
-        voices["tuned"] = (jllama.load_model(config.tuned, config.precision), 1.0)
+        voices["tuned"] = (load_on_mesh(config, config.tuned), 1.0)
     return voices

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
+from jllama.errors import AtLeast1, InputError, Positive, Share, SizesOf, SomeOf, checked
 from jllama.names import EMBEDDINGS, HF_LINEARS, LINEAR_CHOICES, NORM, OUTPUT, linear_names
 
 MAX_LAYERS = 1000  # of any LLaMA, with much room; a file that states a billion is an attack
@@ -29,6 +29,10 @@ BaseChoice = Literal["stored", "int8", "int4", "nf4"]  # what a user names
 BaseSkip = Annotated[str, SomeOf((*LINEAR_CHOICES, "none"))]
 GROUP = 64  # inputs that share a scale (int4), weights that share an absmax (nf4)
 NESTED = 256  # absmax of nf4 that share an absmax
+
+# How several devices are used (`jllama.sharding`).
+MESH_AXES = SizesOf(("data", "fsdp", "tensor"))
+MeshChoice = Annotated[str, MESH_AXES]  # what a user names
 
 # What is recomputed in the backward pass:
 #   none     nothing

@@ -78,6 +78,40 @@ class SomeOf:
             raise ValueError
         return ",".join(names)
 
+    @property
+    def words(self) -> str:
+        return f"some of {', '.join(self.choices)}, each once, with commas between them"
+
+
+@dataclasses.dataclass(frozen=True)
+class SizesOf:
+    """Declares text that gives some of `names` a size, each at most once: data=2,fsdp=4."""
+
+    names: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        example = f"{self.names[0]}=2,{self.names[1]}=4"
+        return f"sizes of {', '.join(self.names)}, each at most once, as {example}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        return ",".join(f"{name}={size}" for name, size in self.read(text).items())
+
+    def read(self, text: str) -> dict[str, int]:
+        """data=2,fsdp=4  ->  {"data": 2, "fsdp": 4}
+
+        Raises:
+            ValueError: if it is no such text.
+        """
+        pairs = [part.strip().partition("=") for part in text.split(",") if text.strip()]
+        sizes = {name: int(size) for name, _, size in pairs if size.isascii() and size.isdigit()}
+        if len(sizes) < len(pairs) or not all(sizes.values()) or not sizes.keys() <= {*self.names}:
+            raise ValueError
+        return sizes
+
 
 @dataclass_transform(frozen_default=True)
 def checked(settings: type[Settings]) -> type[Settings]:
@@ -163,8 +197,8 @@ def in_words(declared: Any, largest: bool = False) -> str:
     kind, *marks = get_args(declared) if get_origin(declared) is Annotated else (declared,)
     origin, parts = get_origin(kind), get_args(kind)
     for mark in marks:
-        if isinstance(mark, SomeOf):
-            return f"some of {', '.join(mark.choices)}, each once, with commas between them"
+        if isinstance(mark, SomeOf | SizesOf):
+            return mark.words
     if origin is Literal:
         return " or ".join(", ".join(map(str, filter(None, parts))).rsplit(", ", 1))
     if origin in (Union, types.UnionType):

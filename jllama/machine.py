@@ -175,13 +175,12 @@ def refuse_small_address_space() -> None:
 
 
 def peak_memory_mib() -> float:
-    """Peak of the device's memory; on a CPU, of the process."""
+    """Peak of the memory of the fullest device; on a CPU, of the process."""
     import jax
 
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    return process_memory_mib()
+    known = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
+    return max(peaks) / 2**20 if peaks else process_memory_mib()
 
 
 def user_cache(name: str) -> Path:

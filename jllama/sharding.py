@@ -1,32 +1,105 @@
-"""Several GPUs: one mesh axis; weights are cut over it, adapters are whole on each, rows are dealt.
+"""Several devices: one mesh, and one table of where every weight lies on it.
 
-A weight lies cut along its largest axis and XLA gathers it where it is needed, one layer at a
-time. What learns is small and the same everywhere.
+    --mesh data=2,fsdp=4
+
+    data     devices that hold the whole base, each with rows of its own
+    fsdp     rows of their own, and a part of every weight; the rest is gathered where it is needed
+    tensor   the same rows, and a part of every product
+
+What learns with LoRA is small and the same everywhere; with full tuning it lies as the base does.
+A weight whose rows or columns an axis does not divide is whole along them.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = "gpus"
+from jllama.config import MESH_AXES, MeshChoice
+from jllama.errors import InputError
+
+# Linear, by Meta's names -> the axes that cut its rows (outputs) and its columns (inputs). Between
+# the two products of attention, and of the feed-forward layer, no device waits for another.
+RULES = {
+    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3"), ("tensor", "fsdp")),
+    **dict.fromkeys(("wo", "w2"), ("fsdp", "tensor")),
+    **dict.fromkeys(("tok_embeddings", "output"), ("tensor", "fsdp")),
+}
+ROWS = ("data", "fsdp")  # the axes that deal the rows of a batch
 _HALF_BYTES = (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
 
-
-def make_mesh(devices: Any) -> Mesh:
-    """All devices in one line."""
-    return Mesh(np.asarray(devices).reshape(-1), (AXIS,))
+Place = Callable[[str, tuple[int, ...]], NamedSharding]  # of a weight's name and shape
 
 
-def cut_largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """A weight's place: its largest axis that the mesh divides is cut, else it is whole."""
-    for axis in sorted(range(len(shape)), key=lambda i: shape[i], reverse=True):
-        if mesh.size > 1 and shape[axis] % mesh.size == 0:
-            return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
-    return whole(mesh)
+class MeshShape(NamedTuple):
+    """How many devices lie along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        return math.prod(self)
+
+    @property
+    def rows(self) -> int:
+        """Among how many devices the rows of a batch are dealt."""
+        return self.data * self.fsdp
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a weight is cut."""
+        return self.fsdp * self.tensor
+
+    @property
+    def words(self) -> str:
+        """`data=2,fsdp=4`, as it is typed; axes of one device left out."""
+        return ",".join(f"{axis}={n}" for axis, n in self._asdict().items() if n > 1)
+
+
+ONE_DEVICE = MeshShape()
+
+
+def mesh_shape(text: MeshChoice) -> MeshShape:
+    """`data=2,fsdp=4` -> (2, 4, 1); an empty text is one device."""
+    return MeshShape(**MESH_AXES.read(text))
+
+
+def make_mesh(devices: Any, shape: MeshShape | None = None) -> Mesh:
+    """The devices as a mesh; by default all of them along fsdp.
+
+    Raises:
+        InputError: if there are others than as many as the shape asks for.
+    """
+    devices = np.asarray(devices).reshape(-1)
+    shape = shape or MeshShape(fsdp=devices.size)
+    if shape.size > devices.size:
+        raise InputError(
+            f"--mesh {shape.words} needs {shape.size} devices, and there are {devices.size}"
+        )
+    return Mesh(devices[: shape.size].reshape(shape), MeshShape._fields)
+
+
+def of_the_base(mesh: Mesh) -> Place:
+    """Where a weight lies, or a part of its codes: their scales are cut as they are."""
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        words = name.split(".")
+        rule = next((RULES[word] for word in words if word in RULES), ())
+        if "lora" in words:
+            rule = ()
+        axes = [
+            axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(rule, shape, strict=False)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return place
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -36,14 +109,31 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 def deal_rows(mesh: Mesh, axis: int) -> NamedSharding:
     """A batch's place: its rows, which lie along `axis`, are dealt to the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
-def placed(tree: Any, place: Any) -> Any:
-    """Shapes with a sharding, which `place` gives for a shape."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x.shape)), tree
-    )
+def put(tree: Any, place: NamedSharding) -> Any:
+    """Arrays on the devices; each takes its part of what this process holds."""
+    return jax.tree.map(lambda x: jax.device_put(x, place), tree)
+
+
+def placed(tree: Any, place: Place) -> Any:
+    """Shapes with a sharding, which `place` gives for a name and a shape."""
+
+    def shape_of(path, x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(path_name(path), x.shape))
+
+    return jax.tree_util.tree_map_with_path(shape_of, tree)
+
+
+def path_name(path: Any) -> str:
+    """`layers.0.attention.wq.weight`, within the names that a state has around it."""
+    return ".".join(str(entry.key) for entry in path if hasattr(entry, "key"))
+
+
+def is_half_bytes(x: Any) -> bool:
+    """Whether an array, or its shape, is of numbers of 4 bits."""
+    return x.dtype in _HALF_BYTES
 
 
 def local_bytes(tree: Any) -> int:
@@ -52,7 +142,7 @@ def local_bytes(tree: Any) -> int:
     def bits(x: Any) -> int:
         """A CPU has no two numbers in one byte."""
         on_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
-        return 4 if x.dtype in _HALF_BYTES and not on_cpu else 8 * x.dtype.itemsize
+        return 4 if is_half_bytes(x) and not on_cpu else 8 * x.dtype.itemsize
 
     return sum(
         bits(x) * math.prod(x.sharding.shard_shape(x.shape)) // 8 for x in jax.tree.leaves(tree)

@@ -21,7 +21,7 @@ from jllama.errors import InputError
 from jllama.folders import load
 from jllama.folders.model import read_config
 from jllama.folders.run import RunFolder
-from jllama.sharding import make_mesh
+from jllama.sharding import MeshShape, make_mesh
 from train.lora import main as train
 from train.plan import arithmetic, auto, ladder, planner
 from train.plan.arithmetic import Step
@@ -151,7 +151,9 @@ def test_every_known_card_compiles():
 def test_weights_lie_cut_over_several_gpus():
     model = LlamaConfig(512, 5, 8, 8, 1536, 1024)
     one = replace(seven(), model=model)
-    plans = make_plans([Request(step, H200) for step in (one, replace(one, gpus=4))], H200)
+    plans = make_plans(
+        [Request(step, H200) for step in (one, replace(one, mesh=MeshShape(fsdp=4)))], H200
+    )
     sizes = [plan.classes["base_weights"] for plan in plans]
     assert sizes[0] == model.parameter_count * 2
     assert sizes[1] == sizes[0] / 4
@@ -254,7 +256,7 @@ def test_the_reports_situation_fits_40_gigabytes(estimated, capsys):
         ),
         (["--gpu-memory", "-4"], "--gpu-memory -4, expected a number, above 0"),
         (["--gpu", "present"], "no GPU here"),
-        (["--fit", "--gpus", "2"], "--fit plans training on one GPU"),
+        (["--fit", "--mesh", "fsdp=2"], "--fit plans training on one GPU"),
         (["--tune", "full", "--dora"], "--tune full has no adapters"),
     ],
 )

@@ -15,6 +15,7 @@ from jllama.cli import card
 from jllama.cli.children import Done
 from jllama.config import PRESETS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
+from jllama.sharding import MeshShape
 from train.lora import main as train
 from train.plan import auto, planner
 from train.plan.arithmetic import Step
@@ -134,7 +135,7 @@ def test_a_plan_says_who_computes_the_matmuls_at_the_peak_and_what_jax_takes(com
         (True, 120, {}),
         (False, 130, {}),  # no recomputation brings it below
         (True, 10, {"lora": None}),
-        (True, 10, {"gpus": 2}),
+        (True, 10, {"mesh": MeshShape(fsdp=2)}),
         (True, 10, {"model": LlamaConfig(64, 3, 4, 2, 160, 128)}),
     ],
 )

@@ -1,6 +1,7 @@
 """Every setting of a training run: one class, one declaration a field."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,17 @@ import yaml
 
 from jllama import bundled
 from jllama.cli.settings import checked_settings, settings_from_yaml, take_flag
-from jllama.config import Base, BaseChoice, BaseSkip, LoraConfig, Precision, Remat, asked_base
+from jllama.config import (
+    MESH_AXES,
+    Base,
+    BaseChoice,
+    BaseSkip,
+    LoraConfig,
+    MeshChoice,
+    Precision,
+    Remat,
+    asked_base,
+)
 from jllama.errors import (
     AtLeast0,
     AtLeast1,
@@ -30,8 +41,9 @@ from jllama.text.prompt import PromptStyle
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# What a resume may give anew: files that were moved (their hashes tell), and more epochs.
-CHANGEABLE = ("model", "data", "init_adapter", "epochs")
+# What a resume may give anew: files that were moved (their hashes tell), more epochs, and other
+# devices.
+CHANGEABLE = ("model", "data", "init_adapter", "epochs", "mesh")
 
 Scheduler = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "lion"]
@@ -44,7 +56,8 @@ class TrainConfig:
 
     --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
     override it. --resume RUN (or --resume latest) continues a run with its own settings; --model,
-    --data and --init-adapter beside it say where moved files are now, --epochs adds epochs.
+    --data and --init-adapter beside it say where moved files are now, --epochs adds epochs, --mesh
+    goes on with other devices.
     """
 
     model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
@@ -126,6 +139,9 @@ class TrainConfig:
     --gradient-accumulation-steps as the number of sequences of a step."""
     gradient_accumulation_steps: AtLeast1 = 4
     """Micro-batches in one optimizer step."""
+    mesh: MeshChoice = ""
+    """Several devices, as data=2,fsdp=4 (or tensor=2): data and fsdp deal rows, each device with
+    --micro-batch-size of its own; fsdp and tensor cut the weights. By default one device."""
     remat: Remat | Literal["auto"] = "block"
     """What the backward pass recomputes: nothing; all but matmuls (dots), which may wait in the
     host's memory (offload); ffn_norm + feed_forward (ffn); or whole blocks. auto: the least that
@@ -224,6 +240,24 @@ def _resumed(path: Path, argv: Sequence[str]) -> TrainConfig:
             f"{allowed}"
         )
     run = RunFolder(path)
+    before = checked_settings(TrainConfig, run.read_settings(), run.config)
+    return _as_many_rows(dataclasses.replace(before, **anew), before)
+
+
+def _as_many_rows(config: TrainConfig, before: TrainConfig) -> TrainConfig:
+    """With the micro-batch of a device that keeps a run's steps as they were on another mesh."""
+    if config.mesh == before.mesh:
+        return config
+    rows, had = (
+        math.prod(size for axis, size in MESH_AXES.read(mesh).items() if axis != "tensor")
+        for mesh in (config.mesh, before.mesh)
+    )
+    batch = before.micro_batch_size
+    if batch != "auto" and batch * had % rows:
+        raise InputError(
+            f"--mesh {config.mesh} deals rows to {rows} devices, and a micro-batch of this run "
+            f"has {batch * had}"
+        )
     return dataclasses.replace(
-        checked_settings(TrainConfig, run.read_settings(), run.config), **anew
+        config, micro_batch_size=batch if batch == "auto" else batch * had // rows
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jllama import bundled
 from jllama.cli.terminal import command_line, console
@@ -25,6 +26,7 @@ from jllama.folders.load import load_model, save_model
 from jllama.folders.model import base_of, model_sizes, read_config, transformers_name
 from jllama.lora import attach
 from jllama.machine import peak_memory_mib
+from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.row_file import read_rows
 from jllama.text.rows import Examples, make_examples
 from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
@@ -56,12 +58,15 @@ def fine_tune(config: TrainConfig) -> None:
         return
     config = with_sample(config)
     check_folder(config)
+    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     llama, base = read_config(config.model), base_of(config.model, config.asked_base)
     if base and config.tune == "full":
         raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
     refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
+    if not config.mesh and (count := jax.device_count()) > 1:
+        console.print(f"note: there are {count} devices; --mesh fsdp={count} uses all of them")
     training, held_out = load_examples(config, tokenizer)
     (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
     config, reason = choose(
@@ -82,7 +87,7 @@ def fine_tune(config: TrainConfig) -> None:
     with out_of_memory_explained(step):
         warmup = round(config.warmup_ratio * steps)
         facts = run_facts(step, batches, (training, held_out), steps, warmup)
-        run_steps(config, lora, batches, evaluation, steps, facts)
+        run_steps(config, lora, batches, evaluation, steps, facts, mesh)
 
 
 def run_steps(
@@ -92,12 +97,13 @@ def run_steps(
     evaluation: Batches | None,
     steps: int,
     facts: Mapping[str, Any],
+    mesh: Mesh,
 ) -> None:
     """Loads the model, trains it, and fills the run folder."""
     assert config.remat != "auto"  # `choose` was asked before
     model = load_model(
         config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias,
-        base=config.asked_base,
+        base=config.asked_base, mesh=mesh,
     )  # fmt: skip
     if config.init_adapter:
         check_base(config.init_adapter, config.model, force=config.force)
@@ -123,7 +129,15 @@ def run_steps(
             new.replace(folder)
 
         metrics = fit(
-            config, model, batches, evaluation, steps, warmup, run, lambda: save(run.best)
+            config,
+            model,
+            batches,
+            evaluation,
+            steps,
+            warmup,
+            run,
+            lambda: save(run.best),
+            mesh,
         )
         save(run.result(config.tune))
         of = "on the device" if jax.default_backend() == "gpu" else "for the whole Python process"
@@ -166,7 +180,7 @@ def plan_batches(
 ) -> tuple[Batches, Batches | None]:
     """The windows of the whole run, and those of one evaluation."""
     shape: dict[str, Any] = {
-        "batch": config.micro_batch_size,
+        "batch": config.micro_batch_size * mesh_shape(config.mesh).rows,
         "max_seq_len": config.max_seq_len,
         "packing": config.packing,
         "length_buckets": config.length_buckets,

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jllama.cli.terminal import Progress, command_line, console
 from jllama.errors import InputError
 from jllama.folders.run import RunFolder
 from jllama.lora import adapted_linears
 from jllama.model import Llama
+from jllama.sharding import put, whole
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
@@ -24,7 +26,7 @@ from train.run.metrics import Metrics
 from train.run.reports import Reports
 from train.run.signals import StopSignal
 from train.run.state import Checkpoints
-from train.step import Programs, TrainState, evaluate, initial_state
+from train.step import Programs, TrainState, deal, evaluate, initial_state
 
 
 class Due(NamedTuple):
@@ -52,12 +54,14 @@ def fit(
     warmup: int,
     run: RunFolder,
     save_best: Callable[[], None],
+    mesh: Mesh,
 ) -> Metrics:
     """Trains from the newest saved state on, and leaves what was learned in `model`.
 
     Args:
         steps: optimizer steps of the whole run.
         warmup: of them, those in which the learning rate rises.
+        mesh: the devices that the model lies on.
         save_best: called when `model` holds what gave the lowest held-out loss so far.
 
     Raises:
@@ -77,9 +81,9 @@ def fit(
     )
     every = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step))))
     rates = np.asarray(every(np.arange(steps)))
-    programs = Programs(graphdef, optimizer)
-    key = jax.random.key(config.seed)
-    state = initial_state(learned, frozen, optimizer)
+    programs = Programs(graphdef, optimizer, mesh)
+    key = put(jax.random.key(config.seed), whole(mesh))
+    state = initial_state(learned, frozen, optimizer, mesh)
     del learned
     nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated
 
@@ -102,7 +106,8 @@ def fit(
 
         def evaluate_now() -> None:
             if held_out is not None:
-                loss = evaluate(state.learned, frozen, held_out.from_step(0), graphdef)
+                rows = (deal(window, mesh) for window in held_out.from_step(0))
+                loss = evaluate(state.learned, frozen, rows, graphdef)
                 if metrics.evaluation(step, *loss):
                     nnx.update(model, state.learned)
                     save_best()
@@ -115,7 +120,7 @@ def fit(
         metrics.restart_clock()
         windows = () if is_over() else batches.from_step(start, steps)
         for step, window in enumerate(windows, start=start + 1):
-            state, measured = programs(state, frozen, window, key)
+            state, measured = programs(state, frozen, deal(window, mesh), key)
             reports.add(step, measured)
             after = due(config, step, batches, steps)
             if not (any(after) or stop.number):
@@ -134,7 +139,7 @@ def fit(
             metrics.restart_clock()
         if is_over() and metrics.skipped_in_a_row:
             # Its loss was finite. If it still is, the rows after it are to blame, not the weights.
-            window = batches.window(max(0, step - metrics.skipped_in_a_row - 1))
+            window = deal(batches.window(max(0, step - metrics.skipped_in_a_row - 1)), mesh)
             states = itertools.chain([state], checkpoints.newest_first(state))
             state = first_finite(states, lambda s: programs(s, frozen, window, key)[1].loss_sum)
             learned_until = min(int(state.step), step - metrics.skipped_in_a_row)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jllama.attention import Documents
 from jllama.cli.compiler import CODES, READING, TRAINING
 from jllama.loss import cross_entropy
 from jllama.quantize.weights import in_codes
+from jllama.sharding import deal_rows, make_mesh, of_the_base, path_name, put, whole
 from train.optimizer import take_norms, tree_norm
 
 
@@ -77,20 +79,39 @@ def start_state(
 
 
 def initial_state(
-    learned: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation
+    learned: nnx.State,
+    frozen: nnx.State,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """`start_state`, on the device."""
-    return on_device(start_state(learned, frozen, optimizer))
+    """`start_state` where the step leaves it: placed elsewhere, step 2 would compile again.
+
+    Args:
+        mesh: by default the first device alone.
+    """
+    state = start_state(learned, frozen, optimizer)
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
+    return jax.device_put(state, places_of(state, frozen, mesh))
 
 
-def on_device(state: TrainState) -> TrainState:
-    """The state where the step will leave it: placed elsewhere, step 2 would compile again."""
-    return jax.device_put(state, jax.local_devices()[0])
+def places_of(state: TrainState, frozen: nnx.State, mesh: Mesh) -> TrainState:
+    """Where each array of a state lies.
+
+    Adapters and their moments are whole on every device. Without a base beside them all weights
+    learn, and they and their moments lie as a base would.
+    """
+    cut = of_the_base(mesh)
+    adapters = bool(jax.tree.leaves(frozen))
+
+    def place(path, leaf):
+        return whole(mesh) if adapters else cut(path_name(path), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "optimizer"),
+    static_argnames=("graphdef", "optimizer", "mesh"),
     donate_argnames=("state",),
     compiler_options=dict(TRAINING),
 )
@@ -102,6 +123,7 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Learns from one window.
 
@@ -111,6 +133,7 @@ def train_step(
     Args:
         frozen: weights that do not learn; an argument, never differentiated, donated or copied.
         key: the run's key; the step's number is folded in here, so a resume needs no generator.
+        mesh: where there are several devices: the state stays where `initial_state` puts it.
     """
     supervised = jnp.sum(window.mask)
     step_key = jax.random.fold_in(key, state.step)
@@ -140,7 +163,10 @@ def train_step(
     (learned, moments, _), losses = jax.lax.scan(micro_step, carry, window)
     norm, moved, moments = take_norms(moments)
     metrics = StepMetrics(jnp.sum(losses), supervised, norm, moved / size, ~jnp.isfinite(norm))
-    return TrainState(state.step + 1, learned, moments), metrics
+    state = TrainState(state.step + 1, learned, moments)
+    if mesh is not None and mesh.size > 1:  # else XLA would choose places of its own
+        state = jax.lax.with_sharding_constraint(state, places_of(state, frozen, mesh))
+    return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), compiler_options=dict(READING))
@@ -154,6 +180,11 @@ def eval_step(
 
     total, _ = jax.lax.scan(micro_step, jnp.zeros(()), window)
     return total, jnp.sum(window.mask)
+
+
+def deal(window: Window, mesh: Mesh) -> Window:
+    """A window on the devices, its rows dealt to them."""
+    return put(window, deal_rows(mesh, 1))
 
 
 def evaluate(
@@ -174,8 +205,15 @@ class Programs:
     `compile_seconds` how long all of them took to compile.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
-        self._static: dict[str, Any] = {"graphdef": graphdef, "optimizer": optimizer}
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh | None = None,
+    ):
+        self._static: dict[str, Any] = {
+            "graphdef": graphdef, "optimizer": optimizer, "mesh": mesh,
+        }  # fmt: skip
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.planned_bytes = 0
         self.compile_seconds = 0.0

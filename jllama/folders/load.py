@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jllama.attention import choose_implementation
 from jllama.config import (
@@ -38,6 +39,7 @@ from jllama.lora import attach
 from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
 from jllama.quantize.weights import Coded, quantise_model, quantised
+from jllama.sharding import Place, is_half_bytes, of_the_base
 
 
 def abstract_model(
@@ -115,6 +117,7 @@ def load_model(
     remat: Remat = "none",
     ffn_bias: bool = False,
     base: Base | None = None,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """A model folder as a callable: int32 tokens `[B, T]` -> fp32 logits `[B, T, V]`.
 
@@ -124,6 +127,8 @@ def load_model(
         remat: what the backward pass recomputes.
         ffn_bias: adds feed-forward biases, all zero, as the original report's model had.
         base: the format that the linears are held in; by default that of the folder.
+        mesh: devices to cut the weights over; by default the first one has all. Of a weight that is
+            not in codes each device reads no more than its own part.
 
     Raises:
         InputError: if the folder is incomplete or contradicts its config, or is in another format.
@@ -136,28 +141,61 @@ def load_model(
     check_manifest(path, config)
     if ffn_bias:
         config = dataclasses.replace(config, ffn_bias=True)
+    place = of_the_base(mesh) if mesh is not None and mesh.size > 1 else None
     arrays: dict[str, Any] = {}
     coded: dict[str, Coded] = {}
     for block, shapes in tensor_shapes(config).items():
         tensors = read_block(path, block)
         for name, shape in shapes.items():
             if base is None or not base.holds(name):
-                arrays[name] = jnp.array(tensors[name]).astype(PRECISIONS[precision])
+                arrays[name] = _read(name, tensors[name], PRECISIONS[precision], place)
             elif stored is None:
                 # One at a time: what is not in codes yet is the largest that is held.
-                coded[name] = jax.block_until_ready(quantised(jnp.array(tensors[name]), base))
+                weight = jax.block_until_ready(quantised(jnp.array(tensors[name]), base))
+                coded[name] = _cut(weight, name, place)
             else:
-                coded[name] = from_disk(parts_of(name, tensors), (shape[0], shape[1]), base)
+                weight = from_disk(parts_of(name, tensors), (shape[0], shape[1]), base)
+                coded[name] = _cut(weight, name, place)
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
 
     def fill(name, shape):
         if name.endswith(".bias"):
-            return jnp.zeros(shape.shape, shape.dtype)
+            there = place(name, shape.shape) if place else None
+            return jnp.zeros(shape.shape, shape.dtype, device=there)
         return arrays.get(name, shape)
 
     nnx.update(model, map_named(fill, nnx.state(model)))
     _put(model, coded)
     return model
+
+
+def _read(name: str, tensor: np.ndarray, dtype: Any, place: Place | None) -> jax.Array:
+    """A tensor of a file, rounded once, where its place is."""
+    if place is None:
+        return jnp.array(tensor).astype(dtype)
+    return jax.make_array_from_callback(
+        tensor.shape, place(name, tensor.shape), lambda part: tensor[part].astype(dtype)
+    )
+
+
+def _cut(weight: Coded, name: str, place: Place | None) -> Coded:
+    """A weight in codes, each of its parts where its place is.
+
+    Raises:
+        InputError: if this JAX has no such arrays.
+    """
+    graphdef, parts = nnx.split(weight)
+    if place is None:
+        return weight
+    if jax.__version_info__ < (0, 11) and any(map(is_half_bytes, jax.tree.leaves(parts))):
+        # It gives them a layout that no compiled program takes.
+        raise InputError(
+            f"jax {jax.__version__} cannot cut weights in 4 bits over several devices; install "
+            "jax 0.11, which needs Python 3.12, or use --base int8"
+        )
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x: jax.device_put(x, place(name, x.shape)), parts)
+    )
 
 
 def _refuse_beyond_memory(path: Path, size: int) -> None:

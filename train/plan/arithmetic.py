@@ -22,6 +22,7 @@ from jllama.config import (
     linear_shapes,
     weight_bytes,
 )
+from jllama.sharding import ONE_DEVICE, MeshShape
 from train.config import OptimizerName
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -43,7 +44,7 @@ class Step:
     accumulation: int = 8
     optimizer: OptimizerName = "adamw"
     documents: tuple[tuple[int, int], ...] = ()  # packing: rows for each sequence, their length
-    gpus: int = 1
+    mesh: MeshShape = ONE_DEVICE
     base: Base | None = None  # the format of the frozen linears, if they are in codes
 
     def of_length(self, tokens: int) -> "Step":
@@ -94,8 +95,8 @@ def flops_per_token(step: Step) -> float:
 def memory_classes(step: Step) -> dict[str, int]:
     """Bytes on one GPU of what stays between steps; weights lie cut over the GPUs."""
     weights = weight_bytes(step.model, step.precision, step.base)
-    frozen = weights // step.gpus if step.lora else 0
-    learned = step.learned * ADAPTER_BYTES // (1 if step.lora else step.gpus)
+    frozen = weights // step.mesh.parts if step.lora else 0
+    learned = step.learned * ADAPTER_BYTES // (1 if step.lora else step.mesh.parts)
     return {
         "base_weights": frozen,
         "adapters" if step.lora else "learned_weights": learned,
@@ -172,8 +173,9 @@ def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float
     read = model.n_layers * (2 * block + again) - (block if step.lora else 0)
     others = (model.parameter_count - (weights - head)) * BYTES[step.precision]
     held = weight_bytes(model, step.precision, step.base) - others  # bytes of all linears
-    reading = read * held / (weights - head) / step.gpus / bandwidth
-    return tokens * step.gpus / max(computing, reading)
+    reading = read * held / (weights - head) / step.mesh.parts / bandwidth
+    computing /= step.mesh.tensor
+    return tokens * step.mesh.rows / max(computing, reading)
 
 
 def between(few: Mapping[str, float], many: Mapping[str, float], share: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from jllama.config import PRESETS, LlamaConfig, LoraConfig, Precision
 from jllama.errors import InputError
 from jllama.folders.model import base_of
 from jllama.machine import host_memory_mib
+from jllama.sharding import mesh_shape
 from train.config import TrainConfig
 from train.data.documents import Shapes
 from train.plan.arithmetic import (
@@ -56,7 +57,8 @@ def step_of(
         sequences,
         config.optimizer,
         documents,
-        base=base_of(config.model, config.asked_base),
+        mesh_shape(config.mesh),
+        base_of(config.model, config.asked_base),
     )
 
 

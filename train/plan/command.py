@@ -15,12 +15,21 @@ import tyro
 from jllama.cli.card import CONTEXT_MIB, FRACTION, FRAGMENTATION, usable_bytes
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
-from jllama.config import BaseChoice, BaseSkip, LoraConfig, Precision, Remat, asked_base
+from jllama.config import (
+    BaseChoice,
+    BaseSkip,
+    LoraConfig,
+    MeshChoice,
+    Precision,
+    Remat,
+    asked_base,
+)
 from jllama.decode.generate import CHUNK
 from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.model import base_of, model_sizes
 from jllama.machine import AnyCase, GpuName
 from jllama.names import LINEAR_CHOICES
+from jllama.sharding import mesh_shape
 from train.config import OptimizerName, Tune
 from train.data.documents import evenly
 from train.plan import arithmetic
@@ -44,8 +53,8 @@ class PlanConfig:
     """The card to plan for; present is this machine's."""
     gpu_memory: Annotated[Positive | None, tyro.conf.arg(metavar="GIB")] = None
     """Memory of a card that differs from the named one's."""
-    gpus: AtLeast1 = 1
-    """How many cards; weights are cut over all, each has micro-batches of its own."""
+    mesh: MeshChoice = ""
+    """Several cards, as in train.lora: data=2,fsdp=4 (or tensor=2)."""
     program: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
     """What to plan: a train step, or generation (--micro-batch-size prompts in caches of
     --max-seq-len)."""
@@ -90,8 +99,8 @@ class PlanConfig:
     """Print one JSON object."""
 
     def __post_init__(self):
-        if self.fit and (self.program == "generate" or self.gpus > 1):
-            raise InputError("--fit plans training on one GPU; drop --for generate and --gpus")
+        if self.fit and (self.program == "generate" or self.mesh):
+            raise InputError("--fit plans training on one GPU; drop --for generate and --mesh")
         base = asked_base(self.base, self.base_skip)
         if self.tune == "full" and base:
             raise InputError(f"--tune full and --base {self.base}, which cannot learn")
@@ -117,7 +126,7 @@ class PlanConfig:
             self.gradient_accumulation_steps,
             self.optimizer,
             evenly(self.row_tokens, self.max_seq_len) if self.packing else (),
-            self.gpus,
+            mesh_shape(self.mesh),
             base_of(self.model, asked_base(self.base, self.base_skip)),
         )
 
@@ -190,7 +199,7 @@ def show(plan: Plan, config: PlanConfig) -> None:
         ("peak", plan.peak),
         ("margin: context, fragmentation", plan.margin),
         ("free" if plan.free >= 0 else "missing", abs(plan.free)),
-        (f"{gpu.name}{f', each of {step.gpus}' if step.gpus > 1 else ''}", gpu.memory_mib * MIB),
+        (f"{gpu.name}{f', each of {step.mesh.size}' if config.mesh else ''}", gpu.memory_mib * MIB),
     ]
     show_table(
         ("memory", "MiB"),

@@ -6,7 +6,6 @@ imported, hence the process: pickled `Request`s on standard input, the answer to
 JSON on standard output when it is there.
 """
 
-import functools
 import json
 import pickle
 import sys
@@ -30,10 +29,10 @@ from jllama.folders.load import abstract_model
 from jllama.lora import split
 from jllama.loss import chunk_size
 from jllama.sharding import (
-    cut_largest_axis,
     deal_rows,
     local_bytes,
     make_mesh,
+    of_the_base,
     placed,
     platform_of,
     whole,
@@ -43,7 +42,7 @@ from train.plan.arithmetic import Step, between
 from train.plan.cards import Gpu, target_config
 from train.plan.hlo import read_program
 from train.plan.roofline import Prediction, Rates, predict
-from train.step import Window, planned_bytes, start_state, train_step
+from train.step import Window, places_of, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
 GREEDY = Sampling(temperature=0)
@@ -87,7 +86,7 @@ class Weight(NamedTuple):
 
 def answer(request: Request) -> dict[str, Any]:
     """Bytes on one device by class, and microseconds by class."""
-    mesh = make_mesh(devices_of(request.gpu, request.step.gpus))
+    mesh = make_mesh(devices_of(request.gpu, request.step.mesh.size), request.step.mesh)
     started = time.monotonic()
     weigh = weigh_training if request.program == "train" else weigh_generation
     return weigh(request, mesh) | {"compile_seconds": time.monotonic() - started}
@@ -138,7 +137,7 @@ def needs_whole(request: Request, peak: int) -> bool:
     step = request.step
     if request.whole is not None:
         return request.whole
-    alike = step.gpus == 1 and step.lora is not None and step.model.n_layers > SMALL[1]
+    alike = step.mesh.size == 1 and step.lora is not None and step.model.n_layers > SMALL[1]
     return (
         bool(request.text)
         or not alike
@@ -248,18 +247,20 @@ def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], d
     )  # fmt: skip
     state = jax.eval_shape(lambda a, b: start_state(a, b, optimizer), learned, frozen)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = (step.accumulation, step.micro_batch_size * mesh.size, step.max_seq_len)
+    shape = (step.accumulation, step.micro_batch_size * step.mesh.rows, step.max_seq_len)
     ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
     window = Window(ids, ids, mask, *((ids, rows_of(step, shape)) if step.documents else ()))
 
-    cut = functools.partial(cut_largest_axis, mesh)
-    state = placed(state, (lambda _: whole(mesh)) if step.lora else cut)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state, places_of(state, frozen, mesh),
+    )  # fmt: skip
     arguments = (
         state,
-        placed(frozen, cut),
-        placed(window, lambda _: deal_rows(mesh, 1)),
-        placed(key, lambda _: whole(mesh)),
+        placed(frozen, of_the_base(mesh)),
+        placed(window, lambda *_: deal_rows(mesh, 1)),
+        placed(key, lambda *_: whole(mesh)),
     )
     accumulator = local_bytes(optax.tree.get(state.optimizer, "acc_grads"))
     classes = {
@@ -269,7 +270,8 @@ def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], d
         "accumulator": accumulator,
         "batch": local_bytes((*arguments[2:], state.step)),
     }
-    return arguments, {"graphdef": graphdef, "optimizer": optimizer}, classes
+    static = {"graphdef": graphdef, "optimizer": optimizer, "mesh": mesh}
+    return arguments, static, classes
 
 
 def rows_of(step: Step, shape: tuple[int, int, int]) -> tuple[Documents, ...]:
@@ -291,16 +293,16 @@ def lower_generation(
     B, slots = step.micro_batch_size, step.max_seq_len
     weights = placed(
         (adapters, base, jax.ShapeDtypeStruct((), jnp.float32)),
-        lambda shape: cut_largest_axis(mesh, shape),
+        of_the_base(mesh),
     )
     choice = jax.eval_shape(lambda: make_choice(sampling, [0] * B, [0] * B))
     prompts = (
         jax.ShapeDtypeStruct((B, slots // 2), jnp.int32),
         jax.ShapeDtypeStruct((B,), jnp.int32),
     )
-    prompts, choice = placed((prompts, choice), lambda _: whole(mesh))
+    prompts, choice = placed((prompts, choice), lambda *_: whole(mesh))
     state, _ = prefill.eval_shape(weights, *prompts, choice, graphdef=graphdef, slots=slots)
-    state = placed(state, lambda _: whole(mesh))
+    state = placed(state, lambda *_: whole(mesh))
     classes = {
         "base_weights": local_bytes(weights[1]),
         "adapters": local_bytes(weights[0]),

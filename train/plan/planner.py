@@ -125,7 +125,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
             gpu=None if here else gpu,
             room=gpu.room if gpu.described else 0,
             # What several cards say to each other is not in the roofline.
-            rates=gpu.rates(request.step.precision) if request.step.gpus == 1 else None,
+            rates=gpu.rates(request.step.precision) if request.step.mesh.size == 1 else None,
         )
         for request in requests
     ]
@@ -170,6 +170,7 @@ def train_command(step: Step) -> str:
     words += ["--micro-batch-size", step.micro_batch_size]
     words += ["--gradient-accumulation-steps", step.accumulation]
     words += ["--max-seq-len", step.max_seq_len]
+    words += ["--mesh", step.mesh.words] if step.mesh.words else []
     words += ["--packing"] if step.documents else []
     words += ["--base", step.base.format] if step.base else []
     words += ["--base-skip", ",".join(step.base.skip)] if step.base and step.base.skip else []

@@ -159,7 +159,8 @@ def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
 def _write_changes(run: RunFolder, config: TrainConfig) -> None:
     """Records what this resume was given anew, for the next one and for what reads the run."""
     before, now = run.read_settings(), dataclasses.asdict(_from_anywhere(config))
-    changed = {name: now[name] for name in CHANGEABLE if now[name] != before[name]}
+    names = (*CHANGEABLE, "micro_batch_size")  # which follows from the mesh
+    changed = {name: now[name] for name in names if now[name] != before.get(name, now[name])}
     if changed:
         record: dict[str, Any] = {**run.read_record()}
         record["changed"] = record.get("changed", {}) | changed

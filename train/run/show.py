@@ -11,6 +11,7 @@ from jllama.cli.terminal import command_line, console, show_table
 from jllama.config import LlamaConfig, LoraConfig, Precision
 from jllama.folders.load import abstract_model
 from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
+from jllama.sharding import mesh_shape
 from jllama.text.rows import Examples
 from train.config import TrainConfig
 from train.data.batches import Batches
@@ -107,13 +108,15 @@ def show_plan(
 ) -> None:
     """The arithmetic of the run."""
     part = f"{steps} of " if steps < len(batches) else ""
-    effective = config.micro_batch_size * config.gradient_accumulation_steps
+    devices = mesh_shape(config.mesh).rows
+    effective = devices * config.micro_batch_size * config.gradient_accumulation_steps
+    dealt = f" x {devices} devices" if devices > 1 else ""
     lengths = " or ".join(map(str, batches.lengths))
     console.print(
         f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
         f"{lengths} tokens, {100 * batches.padding_share():.0f} % padding\n"
         f"effective batch: {config.micro_batch_size} sequences x "
-        f"{config.gradient_accumulation_steps} micro-batches = {effective}; "
+        f"{config.gradient_accumulation_steps} micro-batches{dealt} = {effective}; "
         f"{part}{len(batches)} optimizer steps in {config.epochs} epochs",
     )
 

@@ -16,7 +16,7 @@ from jllama.cli.terminal import console
 from jllama.errors import InputError
 from jllama.folders.files import room_for
 from jllama.folders.manifest import tensor_sha256
-from train.step import TrainState, on_device
+from train.step import TrainState
 
 
 class Checkpoints:
@@ -105,8 +105,9 @@ class Checkpoints:
                 f"{self._folder / str(step)}: {len(wrong)} arrays differ from this run's "
                 f"settings, first {wrong[0]}"
             )
-        leaves = [arrays[name] for name in expected]
-        return on_device(jax.tree.unflatten(jax.tree.structure(template), leaves))
+        leaves = [jax.device_put(arrays[name], leaf.sharding)
+                  for name, leaf in _named(template).items()]  # fmt: skip
+        return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -1,0 +1,179 @@
+"""Several devices against one: the same losses, adapters, answers and scores, and a share each."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from random_models import BASE, model_folder
+from safetensors.numpy import load_file
+from train_runs import as_flags, lines
+
+from jllama.errors import InputError
+from jllama.sharding import MeshShape, make_mesh, mesh_shape
+from train import config as train_config
+from train.config import TrainConfig
+
+MESHES = ("data=8", "fsdp=8", "tensor=4,data=2", "fsdp=2,tensor=2,data=2")
+PARAMS = BASE | {"dim": 64, "n_heads": 8, "n_kv_heads": 4}
+HALF_BYTES = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11, JAX cannot cut 4-bit arrays on a CPU"
+)
+
+
+def on_devices(count, *words, code=0, **more):
+    """A child process that sees so many devices; what it printed."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True, text=True, **more,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and rows of uneven length."""
+    root = tmp_path_factory.mktemp("place")
+    model_folder(root, PARAMS)
+    words = ("one", "twenty-two", "three hundred", "four", "fifty", "six")
+    rows = [
+        {"prompt": f"Say {words[i % 6]} {i}.", "completion": words[i * i % 6]} for i in range(99)
+    ]
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def settings(place, **more):
+    return {
+        "model": str(place / "model"), "data": str(place / "rows.json"), "precision": "fp32",
+        "max_seq_len": 32, "gradient_accumulation_steps": 2, "learning_rate": 5e-4, "val_size": 9,
+        "max_steps": 20, "epochs": 20, "lora_rank": 4, "eval_steps": 10,
+    } | more  # fmt: skip
+
+
+def read(run):
+    """Every loss that a run wrote, and the weights that it made."""
+    files = [*run.glob("adapter/*.safetensors"), *run.glob("model/blocks/*.safetensors")]
+    losses = [line.get("loss", line.get("eval_loss")) for line in lines(run)]
+    weights = {name: array for file in files for name, array in load_file(file).items()}
+    assert weights
+    return np.array([loss for loss in losses if loss is not None]), weights
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("more", "meshes"),
+    [
+        pytest.param({"packing": True, "max_seq_len": 64}, MESHES, id="packed"),
+        pytest.param({"dora": True, "lora_targets": "all", "remat": "none"}, MESHES, id="dora"),
+        pytest.param({"base": "int8"}, MESHES, id="int8"),
+        pytest.param({"base": "int4"}, MESHES, id="int4", marks=HALF_BYTES),
+        pytest.param({"base": "nf4"}, MESHES[1:3], id="nf4", marks=HALF_BYTES),
+        pytest.param({"tune": "full"}, MESHES[1::2], id="full"),
+    ],
+)
+def test_every_mesh_trains_as_one_device(place, tmp_path, more, meshes):
+    """20 steps in fp32, with accumulation, dropout and evaluations."""
+    text = json.dumps(settings(place, **more))
+    on_devices(8, Path(__file__).with_name("mesh_runs.py"), tmp_path, "", *meshes, input=text)
+    losses, weights = read(tmp_path / "one")
+    assert losses.shape == (23,)
+    # Adam makes much of little where a gradient is nearly zero, as some of a whole model are.
+    near = 2e-5 if "tune" in more else 1e-6
+    for mesh in meshes:
+        found = read(tmp_path / mesh)
+        np.testing.assert_allclose(found[0], losses, rtol=0, atol=1e-5, err_msg=mesh)
+        assert found[1].keys() == weights.keys()
+        for name, array in found[1].items():
+            np.testing.assert_allclose(array, weights[name], rtol=0, atol=near, err_msg=name)
+        check_shares(tmp_path / f"{mesh}.json", mesh_shape(mesh))
+
+
+def check_shares(file, mesh):
+    """No device holds more of a matrix than its share."""
+    held = json.loads(file.read_text())
+    matrices = [name for name in held if "norm" not in name and name.endswith(("weight", "codes"))]
+    assert len(matrices) == 2 + 7 * PARAMS["n_layers"]
+    for name in matrices:
+        share = math.prod(held[name]["shape"]) / (mesh.fsdp * mesh.tensor)
+        assert [math.prod(part) for part in held[name]["parts"]] == [share] * mesh.size, name
+
+
+@pytest.mark.integration
+def test_a_run_goes_on_with_other_devices(place, tmp_path):
+    """Of 8 that it began with, on 4, as after a node was lost; and then on one."""
+    whole = settings(place, mesh="fsdp=4", micro_batch_size=2, max_steps=6, save_steps=2)
+    train = ("-m", "train.lora")
+    on_devices(4, *train, *as_flags(whole | {"output_dir": tmp_path / "whole"}))
+    run = tmp_path / "run"
+    first = as_flags(whole | {"output_dir": run, "mesh": "data=2,fsdp=4", "micro_batch_size": 1})
+    stop = (
+        "import os, signal, sys; from train_runs import after_step; import pytest;"
+        "from train.lora import main;"
+        "after_step(pytest.MonkeyPatch(), int(sys.argv.pop(1)),"
+        " lambda: os.kill(os.getpid(), signal.SIGTERM)); main()"
+    )
+    on_devices(8, "-c", stop, 2, *first, code=143)
+    on_devices(4, "-c", stop, 4, "--resume", run, "--mesh", "tensor=2,fsdp=2", code=143)
+    on_devices(1, "-m", "train.lora", "--resume", run, "--mesh", "data=1")
+    for found, expected in zip(read(run), read(tmp_path / "whole"), strict=True):
+        for name in expected if isinstance(expected, dict) else (slice(None),):
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_run_that_goes_on_keeps_its_steps(place, tmp_path):
+    begun = TrainConfig(**settings(place, mesh="data=4,tensor=2", micro_batch_size=3))
+    assert train_config._as_many_rows(replace(begun, mesh="fsdp=2"), begun).micro_batch_size == 6
+    with pytest.raises(InputError, match=r"deals rows to 8 devices, and a micro-batch .* has 12"):
+        train_config._as_many_rows(replace(begun, mesh="data=8"), begun)
+
+
+@pytest.mark.integration
+def test_answers_and_scores_are_those_of_one_device(place, tmp_path):
+    run = tmp_path / "run"
+    flags = as_flags(settings(place, max_steps=4, output_dir=run))
+    on_devices(1, "-m", "train.lora", *flags)
+    asked = [{"prompt": prompt} for prompt in ("Say four 3.", "Say", "Say fifty 4. No")]
+    (tmp_path / "prompts.json").write_text(json.dumps(asked))
+    found = []
+    for mesh in ("data=1", "fsdp=4,tensor=2"):
+        rows = ("--run", run, "--mesh", mesh)
+        prompts = ("--prompts", tmp_path / "prompts.json", "--max-new-tokens", 8)
+        on_devices(8, "-m", "eval.prompts", *rows, *prompts, "--temperature", 0)
+        on_devices(8, "-m", "eval.score", *rows)
+        answers = map(json.loads, (run / "generations.jsonl").read_text().splitlines())
+        score = json.loads((run / "score.json").read_text())
+        found.append(([(a["base_ids"], a["tuned_ids"]) for a in answers], score))
+    assert found[0][0] == found[1][0]
+    assert len(found[0][0]) == 3
+    for name in ("base", "tuned"):
+        one, cut = (score[name]["answers"]["nll_per_token"] for _, score in found)
+        assert cut == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["data", "data=0", "data=-2", "rows=2", "data=2,data=4", "fsdp=2 4", "8", "data=２"]
+)
+def test_what_is_no_mesh_is_refused(text):
+    with pytest.raises(InputError, match="expected sizes of data, fsdp, tensor, each at most once"):
+        TrainConfig(mesh=text)
+
+
+def test_more_devices_than_there_are_is_refused():
+    with pytest.raises(InputError, match=r"--mesh fsdp=9 needs 9 devices, and there are 1"):
+        make_mesh(jax.devices()[:1], MeshShape(fsdp=9))
+
+
+def test_a_mesh_is_typed_as_it_is_read():
+    assert mesh_shape(" tensor=2 , data=3") == MeshShape(data=3, tensor=2)
+    assert TrainConfig(mesh=" tensor=2 , data=3").mesh == "tensor=2,data=3"
+    assert mesh_shape("data=3,tensor=2").words == "data=3,tensor=2"
+    assert mesh_shape("") == MeshShape()
