@@ -38,6 +38,7 @@ from jllama.layers import (
     swiglu,
     together,
 )
+from jllama.sharding import dealt
 
 _ATTENTION = "attention"  # the name under which a policy knows attention's result
 
@@ -187,7 +188,7 @@ class Llama(nnx.Module):
         """The normed stream before the head; arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        x = self.tok_embeddings(tokens)
+        x = dealt(self.tok_embeddings(tokens))
         rotary = rotation(positions, rotary_frequencies(self.config))
         # One draw of all keys, [L, 4]: the inputs of wq wk wv, of wo, of w1 w3 and of w2.
         with jax.named_scope("dropout"):
@@ -197,7 +198,7 @@ class Llama(nnx.Module):
                 run = Block.__call__
                 if self.remat in _POLICIES:
                     run = jax.checkpoint(run, static_argnums=5, policy=_POLICIES[self.remat])
-                x = run(block, x, rotary, documents, _at(keys, index), self.remat)
+                x = dealt(run(block, x, rotary, documents, _at(keys, index), self.remat))
         return self.norm(x)
 
     def prefill(self, tokens: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], Cache]:

@@ -11,23 +11,27 @@ A weight whose rows or columns an axis does not divide is whole along them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from jllama.config import MESH_AXES, MeshChoice
 from jllama.errors import InputError
 
+Axes = str | tuple[str, ...] | None
+
 # Linear, by Meta's names -> the axes that cut its rows (outputs) and its columns (inputs). Between
 # the two products of attention, and of the feed-forward layer, no device waits for another.
-RULES = {
+RULES: Mapping[str, tuple[Axes, Axes]] = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3"), ("tensor", "fsdp")),
     **dict.fromkeys(("wo", "w2"), ("fsdp", "tensor")),
-    **dict.fromkeys(("tok_embeddings", "output"), ("tensor", "fsdp")),
+    "output": ("tensor", "fsdp"),
+    "tok_embeddings": (None, ("fsdp", "tensor")),  # looked up by rows of tokens, which are dealt
 }
 ROWS = ("data", "fsdp")  # the axes that deal the rows of a batch
 _HALF_BYTES = (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
@@ -93,13 +97,19 @@ def of_the_base(mesh: Mesh) -> Place:
         rule = next((RULES[word] for word in words if word in RULES), ())
         if "lora" in words:
             rule = ()
-        axes = [
-            axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(rule, shape, strict=False)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        axes = zip(rule, shape, strict=False)
+        return NamedSharding(
+            mesh, PartitionSpec(*(_dividing(mesh, axis, size) for axis, size in axes))
+        )
 
     return place
+
+
+def _dividing(mesh: Mesh, axis: Axes, size: int) -> Any:
+    """Of an axis, or of several, those with more than one device, if they divide `size`."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -110,6 +120,42 @@ def whole(mesh: Mesh) -> NamedSharding:
 def deal_rows(mesh: Mesh, axis: int) -> NamedSharding:
     """A batch's place: its rows, which lie along `axis`, are dealt to the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
+
+
+def dealt(x: Array) -> Array:
+    """x `[rows, ...]`, its rows where `deal_rows` puts a batch's.
+
+    Inside of a compiled function, for the mesh of `jax.set_mesh`: without this XLA would rather cut
+    the stream as the weights are, and every device would compute something of every row.
+    """
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if _are_dealt() else x
+
+
+def over_dealt_rows(sums: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of arrays of rows, and of one more array, that adds up over rows.
+
+        sums(x, targets, mask, head)  ->  the same, each device with its own rows
+
+    Inside of a compiled function, for the mesh of `jax.set_mesh`.
+    """
+    if not _are_dealt():
+        return sums
+
+    def of_all(*rows_and_more):
+        *rows, more = rows_and_more
+        return jax.shard_map(
+            lambda *mine: jax.lax.psum(sums(*mine), ROWS), axis_names={*ROWS}, check_vma=False,
+            in_specs=(*[PartitionSpec(ROWS)] * len(rows), PartitionSpec()),
+            out_specs=PartitionSpec(),
+        )(*rows, more)  # fmt: skip
+
+    return of_all
+
+
+def _are_dealt() -> bool:
+    """Whether the mesh of `jax.set_mesh` deals rows to several devices."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ROWS) > 1
 
 
 def put(tree: Any, place: NamedSharding) -> Any:

@@ -88,6 +88,7 @@ def fit(
     nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run.state, config.save_total_limit)
         stack.callback(checkpoints.close)
         if saved := checkpoints.restore(state):

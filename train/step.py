@@ -17,7 +17,15 @@ from jllama.attention import Documents
 from jllama.cli.compiler import CODES, READING, TRAINING
 from jllama.loss import cross_entropy
 from jllama.quantize.weights import in_codes
-from jllama.sharding import deal_rows, make_mesh, of_the_base, path_name, put, whole
+from jllama.sharding import (
+    deal_rows,
+    make_mesh,
+    of_the_base,
+    over_dealt_rows,
+    path_name,
+    put,
+    whole,
+)
 from train.optimizer import take_norms, tree_norm
 
 
@@ -65,7 +73,11 @@ def summed_loss(
     x = model.hidden(rows.tokens, rows.positions, rows.documents, key)
     head_learns = not jax.tree.leaves(frozen)
     head = model.head_weight.matrix(model.head_weight.dtype)  # as stored: its gradient is, too
-    return cross_entropy(x, head, rows.targets, rows.mask, head_learns)
+
+    def loss(x, targets, mask, head):
+        return cross_entropy(x, head, targets, mask, head_learns)
+
+    return over_dealt_rows(loss)(x, rows.targets, rows.mask, head)
 
 
 def start_state(

@@ -231,7 +231,8 @@ def devices_of(gpu: Gpu | None, count: int) -> Any:
 def lower_training(step: Step, mesh: Mesh) -> Any:
     """The train step, ready to compile."""
     arguments, static, _ = training_arguments(step, mesh)
-    return train_step.lower(*arguments, **static)
+    with jax.set_mesh(mesh):
+        return train_step.lower(*arguments, **static)
 
 
 def training_arguments(step: Step, mesh: Mesh) -> tuple[tuple, dict[str, Any], dict[str, int]]:
