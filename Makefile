@@ -78,6 +78,7 @@ test: .venv/installed-test
 test-3.12: .venv-3.12/installed
 	.venv-3.12/bin/python -m pytest -n 2 --dist worksteal -m "not integration and not slow and not gpu" $(PYTEST)
 	.venv-3.12/bin/python -m pytest -n 2 -m "not slow" -k 7b tests/test_plan.py
+	.venv-3.12/bin/python -m pytest -n 2 -k "int4 or nf4" tests/test_mesh.py
 
 nightly: .venv/installed-test
 	.ci/resolve
