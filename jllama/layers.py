@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jllama.config import LlamaConfig
+from jllama.sharding import dealt
 
 INITIAL_STD = 0.02
 
@@ -86,7 +88,7 @@ class Linear(nnx.Module):
 
     def _with_low_rank(self, x: Float[Array, "B T I"], low: Float[Array, "B T R"] | None):
         """y, where the adapter has made `low` of x."""
-        y = self.weight.product(x)
+        y = dealt(self.weight.product(x), PartitionSpec.UNCONSTRAINED)
         if low is not None:
             y = self.lora.added(y, low, self.weight)
         if self.bias is not None:

@@ -38,7 +38,7 @@ from jllama.layers import (
     swiglu,
     together,
 )
-from jllama.sharding import dealt
+from jllama.sharding import dealt, one_after_another
 
 _ATTENTION = "attention"  # the name under which a policy knows attention's result
 
@@ -198,6 +198,7 @@ class Llama(nnx.Module):
                 run = Block.__call__
                 if self.remat in _POLICIES:
                     run = jax.checkpoint(run, static_argnums=5, policy=_POLICIES[self.remat])
+                x, block = one_after_another(x, block)
                 x = dealt(run(block, x, rotary, documents, _at(keys, index), self.remat))
         return self.norm(x)
 

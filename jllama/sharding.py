@@ -12,7 +12,7 @@ A weight whose rows or columns an axis does not divide is whole along them.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,15 @@ from jllama.errors import InputError
 Axes = str | tuple[str, ...] | None
 
 # Linear, by Meta's names -> the axes that cut its rows (outputs) and its columns (inputs). Between
-# the two products of attention, and of the feed-forward layer, no device waits for another.
+# the two products of attention, and of the feed-forward layer, no device waits for another. What is
+# gathered is cut by rows: cut by columns, XLA keeps a transposed copy of each device's part.
 RULES: Mapping[str, tuple[Axes, Axes]] = {
-    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3"), ("tensor", "fsdp")),
+    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), (("tensor", "fsdp"), None)),
     **dict.fromkeys(("wo", "w2"), ("fsdp", "tensor")),
-    "output": ("tensor", "fsdp"),
     "tok_embeddings": (None, ("fsdp", "tensor")),  # looked up by rows of tokens, which are dealt
 }
 ROWS = ("data", "fsdp")  # the axes that deal the rows of a batch
+Weights = TypeVar("Weights")
 _HALF_BYTES = (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
 
 Place = Callable[[str, tuple[int, ...]], NamedSharding]  # of a weight's name and shape
@@ -122,13 +123,28 @@ def deal_rows(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
-def dealt(x: Array) -> Array:
-    """x `[rows, ...]`, its rows where `deal_rows` puts a batch's.
+def dealt(x: Array, rest: Any = None) -> Array:
+    """x `[rows, ...]`, its rows where `deal_rows` puts a batch's, and whole along its other axes.
 
     Inside of a compiled function, for the mesh of `jax.set_mesh`: without this XLA would rather cut
     the stream as the weights are, and every device would compute something of every row.
+
+    Args:
+        rest: `PartitionSpec.UNCONSTRAINED` leaves the other axes to XLA.
     """
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if _are_dealt() else x
+    if not _are_dealt():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *[rest] * (x.ndim - 1)))
+
+
+def one_after_another(x: Array, weights: Weights) -> tuple[Array, Weights]:
+    """x, and weights that are gathered when x is there.
+
+    Without this XLA gathers those of all blocks at the start, and all of them wait for their turn.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return x, weights
+    return jax.lax.optimization_barrier((x, weights))
 
 
 def over_dealt_rows(sums: Callable[..., Array]) -> Callable[..., Array]:

@@ -103,7 +103,7 @@ def weigh_generation(request: Request, mesh: Mesh) -> dict[str, Any]:
 def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
     """Of the train step: the memory of whoever computes the matmuls with more, Triton's time."""
     step, small = request.step, replace(request, text="")
-    arguments, static, classes = training_arguments(step, mesh)
+    _, _, classes = training_arguments(step, mesh)
     held = sum(classes.values())
     few, more = (
         compile_each(lower_training(with_layers(step, n), mesh), small, mesh) for n in SMALL
@@ -111,7 +111,7 @@ def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
     weights = {who: extended(few[who], more[who], step.model.n_layers) for who in few}
     summed = not needs_whole(request, held + max(weight.own for weight in weights.values()))
     if not summed:
-        weights = compile_each(train_step.lower(*arguments, **static), request, mesh)
+        weights = compile_each(lower_training(step, mesh), request, mesh)
     most = max(weights, key=lambda who: weights[who].own)
     own, first = weights[most].own, next(iter(weights))
     layer = max(0, more[most].own - few[most].own) / (SMALL[1] - SMALL[0])
