@@ -33,8 +33,8 @@ def on_devices(count, *words, code=0, **more):
     """A child process that sees so many devices; what it printed."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
     done = subprocess.run(
-        [sys.executable, *map(str, words)], env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True, text=True, **more,
+        [sys.executable, *map(str, words)], capture_output=True, text=True, **more,
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
