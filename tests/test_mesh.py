@@ -32,9 +32,10 @@ HALF_BYTES = pytest.mark.skipif(
 def on_devices(count, *words, code=0, **more):
     """A child process that sees so many devices; what it printed."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))  # the tests' own modules, too
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, **more,
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
