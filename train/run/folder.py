@@ -160,7 +160,7 @@ def _write_changes(run: RunFolder, config: TrainConfig) -> None:
     """Records what this resume was given anew, for the next one and for what reads the run."""
     before, now = run.read_settings(), dataclasses.asdict(_from_anywhere(config))
     names = (*CHANGEABLE, "micro_batch_size")  # which follows from the mesh
-    changed = {name: now[name] for name in names if now[name] != before.get(name, now[name])}
+    changed = {name: now[name] for name in names if now[name] != before.get(name, "")}
     if changed:
         record: dict[str, Any] = {**run.read_record()}
         record["changed"] = record.get("changed", {}) | changed
