@@ -174,11 +174,6 @@ def _are_dealt() -> bool:
     return math.prod(sizes.get(axis, 1) for axis in ROWS) > 1
 
 
-def put(tree: Any, place: NamedSharding) -> Any:
-    """Arrays on the devices; each takes its part of what this process holds."""
-    return jax.tree.map(lambda x: jax.device_put(x, place), tree)
-
-
 def placed(tree: Any, place: Place) -> Any:
     """Shapes with a sharding, which `place` gives for a name and a shape."""
 

@@ -18,7 +18,7 @@ from jllama.errors import InputError
 from jllama.folders.run import RunFolder
 from jllama.lora import adapted_linears
 from jllama.model import Llama
-from jllama.sharding import put, whole
+from jllama.sharding import whole
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
@@ -82,7 +82,7 @@ def fit(
     every = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step))))
     rates = np.asarray(every(np.arange(steps)))
     programs = Programs(graphdef, optimizer, mesh)
-    key = put(jax.random.key(config.seed), whole(mesh))
+    key = jax.device_put(jax.random.key(config.seed), whole(mesh))
     state = initial_state(learned, frozen, optimizer, mesh)
     del learned
     nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated

@@ -23,7 +23,6 @@ from jllama.sharding import (
     of_the_base,
     over_dealt_rows,
     path_name,
-    put,
     whole,
 )
 from train.optimizer import take_norms, tree_norm
@@ -196,7 +195,7 @@ def eval_step(
 
 def deal(window: Window, mesh: Mesh) -> Window:
     """A window on the devices, its rows dealt to them."""
-    return put(window, deal_rows(mesh, 1))
+    return jax.device_put(window, deal_rows(mesh, 1))
 
 
 def evaluate(

@@ -184,9 +184,9 @@ def _cut(weight: Coded, name: str, place: Place | None) -> Coded:
     Raises:
         InputError: if this JAX has no such arrays.
     """
-    graphdef, parts = nnx.split(weight)
     if place is None:
         return weight
+    graphdef, parts = nnx.split(weight)
     if jax.__version_info__ < (0, 11) and any(map(is_half_bytes, jax.tree.leaves(parts))):
         # It gives them a layout that no compiled program takes.
         raise InputError(

@@ -105,9 +105,10 @@ class Checkpoints:
                 f"{self._folder / str(step)}: {len(wrong)} arrays differ from this run's "
                 f"settings, first {wrong[0]}"
             )
-        leaves = [jax.device_put(arrays[name], leaf.sharding)
-                  for name, leaf in _named(template).items()]  # fmt: skip
-        return jax.tree.unflatten(jax.tree.structure(template), leaves)
+        restored = jax.tree.unflatten(
+            jax.tree.structure(template), [arrays[name] for name in expected]
+        )
+        return jax.device_put(restored, jax.tree.map(lambda leaf: leaf.sharding, template))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
