@@ -72,17 +72,27 @@ def ask_driver(*fields: str) -> dict[str, str]:
 
     "name", "memory.total"  ->  {"name": "NVIDIA H200", "memory.total": "143771 MiB"}
     """
+    values = [part.strip() for part in next(iter(_gpus(*fields)), "").split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may see, by NVIDIA's driver."""
+    return len(_gpus("index"))
+
+
+def _gpus(*fields: str) -> list[str]:
+    """A line for each GPU that this process may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip(", "):
-        return {}
+        return []
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    command += [f"--id={visible.split(',')[0]}"] if visible else []
+    command += [f"--id={visible}"] if visible else []
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return {}
-    values = [part.strip() for part in said.partition("\n")[0].split(",")]
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+        return []
+    return said.splitlines()
 
 
 def available_cores() -> int:

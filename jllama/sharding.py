@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -86,6 +87,12 @@ def make_mesh(devices: Any, shape: MeshShape | None = None) -> Mesh:
     if shape.size > devices.size:
         raise InputError(
             f"--mesh {shape.words} needs {shape.size} devices, and there are {devices.size}"
+        )
+    processes = {device.process_index for device in devices}
+    if shape.size < devices.size and len(processes) > 1:
+        raise InputError(
+            f"--mesh {shape.words} is of {shape.size} devices, and the {len(processes)} processes "
+            f"have {devices.size}, of which none may be left out"
         )
     return Mesh(devices[: shape.size].reshape(shape), MeshShape._fields)
 
@@ -172,6 +179,29 @@ def _are_dealt() -> bool:
     """Whether the mesh of `jax.set_mesh` deals rows to several devices."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in ROWS) > 1
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays where `places` has a sharding for each; every process gives the same arrays.
+
+    `jax.device_put` would send each one to all processes, to see that they are the same.
+    """
+
+    def put_one(x: Any, place: NamedSharding) -> Array:
+        local = isinstance(x, np.ndarray) or x.is_fully_addressable
+        if place.is_fully_addressable or not local:
+            return jax.device_put(x, place)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
+
+    return jax.tree.map(put_one, tree, places)
+
+
+def on_host(x: Array) -> np.ndarray:
+    """A whole array; of one that lies in parts with several processes all of them must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def placed(tree: Any, place: Place) -> Any:

@@ -22,10 +22,10 @@ from jllama.folders.adapter import (
     write_passport,
 )
 from jllama.folders.json_files import NEW
-from jllama.folders.load import load_model, save_model
+from jllama.folders.load import load_model, save_model, weights_of_blocks
 from jllama.folders.model import base_of, model_sizes, read_config, transformers_name
 from jllama.lora import attach
-from jllama.machine import peak_memory_mib
+from jllama.machine import versions
 from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.row_file import read_rows
 from jllama.text.rows import Examples, make_examples
@@ -43,21 +43,35 @@ from train.plan.auto import (
     step_of,
     warning_if_short,
 )
+from train.processes.join import Processes
 from train.run.folder import check_folder, run_folder
-from train.run.provenance import make_passport
+from train.run.provenance import identity, make_passport
 from train.run.show import run_facts, show_end, show_plan, show_settings, without_effect
 
+FILES = ("model", "data", "init_adapter")  # which may lie elsewhere for each process: hashes tell
 
-def fine_tune(config: TrainConfig) -> None:
-    """Loads, trains and writes; with --dry-run only counts."""
+
+def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
+    """Loads, trains and writes; with --dry-run only counts.
+
+    Args:
+        processes: that do it together; by default this one alone.
+    """
+    processes = processes or Processes()
+    processes.agree(
+        {name: x for name, x in dataclasses.asdict(config).items() if name not in FILES}
+        | versions()
+    )
     config = with_adapters_settings(config)
     lora = config.lora if config.tune == "lora" else None
     if config.dry_run:
         show_settings(config, model_sizes(config.model), lora)
         console.print("dry run: nothing was loaded, allocated or written")
         return
-    config = with_sample(config)
+    config = processes.first_then_others(lambda: with_sample(config))
+    processes.agree(identity(config))
     check_folder(config)
+    config = with_mesh(config, processes)
     mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     llama, base = read_config(config.model), base_of(config.model, config.asked_base)
     if base and config.tune == "full":
@@ -65,8 +79,6 @@ def fine_tune(config: TrainConfig) -> None:
     refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
     tokenizer = load_tokenizer(config.model)
     show_settings(config, llama, lora)
-    if not config.mesh and (count := jax.device_count()) > 1:
-        console.print(f"note: there are {count} devices; --mesh fsdp={count} uses all of them")
     training, held_out = load_examples(config, tokenizer)
     (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
     config, reason = choose(
@@ -87,7 +99,7 @@ def fine_tune(config: TrainConfig) -> None:
     with out_of_memory_explained(step):
         warmup = round(config.warmup_ratio * steps)
         facts = run_facts(step, batches, (training, held_out), steps, warmup)
-        run_steps(config, lora, batches, evaluation, steps, facts, mesh)
+        run_steps(config, lora, batches, evaluation, steps, facts, mesh, processes)
 
 
 def run_steps(
@@ -98,6 +110,7 @@ def run_steps(
     steps: int,
     facts: Mapping[str, Any],
     mesh: Mesh,
+    processes: Processes,
 ) -> None:
     """Loads the model, trains it, and fills the run folder."""
     assert config.remat != "auto"  # `choose` was asked before
@@ -110,18 +123,23 @@ def run_steps(
         load_adapter(model, config.init_adapter)
     elif lora:
         attach(model, lora, jax.random.key(config.seed))
-    with run_folder(config, facts) as run:
+    with run_folder(config, facts, processes) as run:
         record = run.read_record()
         passport = make_passport(config, record)
         warmup = record["warmup_steps"]  # of a run that got more epochs, as it was
 
+        dtype = PRECISIONS[config.precision]
+
         def save(folder: Path) -> None:
+            if processes.number:
+                for _ in weights_of_blocks(model, dtype) if config.tune == "full" else ():
+                    pass  # process 0 gets the parts that lie here
+                return
             new = folder.with_name(folder.name + NEW)
             shutil.rmtree(new, ignore_errors=True)
             if lora:
                 save_adapter(new, model, lora, transformers_name(config.model), passport)
             else:
-                dtype = PRECISIONS[config.precision]
                 words = (Path(config.model) / FILE_NAME).read_bytes()
                 save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
                 write_passport(new, passport)
@@ -138,14 +156,16 @@ def run_steps(
             run,
             lambda: save(run.best),
             mesh,
+            processes,
         )
+        processes.mark("the save of the result")
         save(run.result(config.tune))
         of = "on the device" if jax.default_backend() == "gpu" else "for the whole Python process"
         show_end(
             run,
             metrics.epoch_losses,
             metrics.eval_losses,
-            f"{metrics.seconds:,.0f} s; peak memory {peak_memory_mib():,.0f} MiB {of} "
+            f"{metrics.seconds:,.0f} s; peak memory {processes.peak_memory_mib():,.0f} MiB {of} "
             f"(training step alone: {metrics.planned_mib:,.0f} MiB planned)",
         )
 
@@ -228,6 +248,21 @@ def with_adapters_settings(config: TrainConfig) -> TrainConfig:
                 f"{used[field.name]}"
             )
     return dataclasses.replace(config, **used)
+
+
+def with_mesh(config: TrainConfig, processes: Processes) -> TrainConfig:
+    """Where several processes train and no mesh was asked for: with one over all their devices."""
+    count = jax.device_count()
+    if config.mesh or count == 1:
+        return config
+    if processes.count == 1:
+        console.print(f"note: there are {count} devices; --mesh fsdp={count} uses all of them")
+        return config
+    console.print(
+        f"{processes.count} processes with {count} devices: --mesh fsdp={count}, which cuts the "
+        f"weights and deals the rows; data={count} deals rows only"
+    )
+    return dataclasses.replace(config, mesh=f"fsdp={count}")
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:

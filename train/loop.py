@@ -22,11 +22,12 @@ from jllama.sharding import whole
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
+from train.processes.join import Processes
 from train.run.metrics import Metrics
 from train.run.reports import Reports
 from train.run.signals import StopSignal
 from train.run.state import Checkpoints
-from train.step import Programs, TrainState, deal, evaluate, initial_state
+from train.step import Programs, TrainState, Window, deal, evaluate, initial_state
 
 
 class Due(NamedTuple):
@@ -55,6 +56,7 @@ def fit(
     run: RunFolder,
     save_best: Callable[[], None],
     mesh: Mesh,
+    processes: Processes,
 ) -> Metrics:
     """Trains from the newest saved state on, and leaves what was learned in `model`.
 
@@ -62,6 +64,7 @@ def fit(
         steps: optimizer steps of the whole run.
         warmup: of them, those in which the learning rate rises.
         mesh: the devices that the model lies on.
+        processes: that train this run.
         save_best: called when `model` holds what gave the lowest held-out loss so far.
 
     Raises:
@@ -82,7 +85,7 @@ def fit(
     every = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step))))
     rates = np.asarray(every(np.arange(steps)))
     programs = Programs(graphdef, optimizer, mesh)
-    key = jax.device_put(jax.random.key(config.seed), whole(mesh))
+    key = jax.jit(jax.random.key, out_shardings=whole(mesh))(config.seed)
     state = initial_state(learned, frozen, optimizer, mesh)
     del learned
     nnx.update(model, state.learned)  # or the bf16 originals of fp32 masters would stay allocated
@@ -95,9 +98,13 @@ def fit(
             state = saved
             console.print(f"resumed after step {int(state.step)}")
         start = step = int(state.step)
+        stopped = 0  # by which signal
+        processes.agree({"resumed after step": start})
         evaluated = [s for s in range(1, start + 1) if due(config, s, batches, steps).evaluation]
         evaluated = [0, *evaluated] if start and held_out is not None else []
-        metrics = Metrics(run, start, evaluated, config.wandb_project)
+        metrics = Metrics(
+            run, start, evaluated, config.wandb_project, processes.peak_memory_mib
+        )
         stack.callback(metrics.close)
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(
@@ -105,9 +112,14 @@ def fit(
         )
         reports = Reports(metrics, progress, batches, rates, programs)
 
+        def dealt(window: Window, doing: str, compiled: bool) -> Window:
+            processes.mark(doing, step=compiled)
+            return deal(window, mesh)
+
         def evaluate_now() -> None:
             if held_out is not None:
-                rows = (deal(window, mesh) for window in held_out.from_step(0))
+                doing = f"the evaluation after step {step}", len(metrics.eval_losses) > 0
+                rows = (dealt(window, *doing) for window in held_out.from_step(0))
                 loss = evaluate(state.learned, frozen, rows, graphdef)
                 if metrics.evaluation(step, *loss):
                     nnx.update(model, state.learned)
@@ -121,18 +133,21 @@ def fit(
         metrics.restart_clock()
         windows = () if is_over() else batches.from_step(start, steps)
         for step, window in enumerate(windows, start=start + 1):
-            state, measured = programs(state, frozen, deal(window, mesh), key)
+            rows = dealt(window, f"step {step}", programs.has(window))
+            state, measured = programs(state, frozen, rows, key)
+            stopped = processes.common(stop.number, mesh)
             reports.add(step, measured)
             after = due(config, step, batches, steps)
-            if not (any(after) or stop.number):
+            if not (any(after) or stopped):
                 continue
             reports.catch_up()
             if after.epoch_end:
                 metrics.end_epoch(step)
             if after.evaluation:
                 evaluate_now()
-            ends = stop.number or is_over()
+            ends = stopped or is_over()
             if (after.save or ends) and metrics.skipped_in_a_row == 0:
+                processes.mark(f"the save after step {step}")
                 metrics.keep()
                 checkpoints.save(state)
             if ends:
@@ -148,10 +163,11 @@ def fit(
                 f"the last {metrics.skipped_in_a_row} steps had no finite gradient and changed "
                 f"nothing; the result is what was learned up to step {learned_until}"
             )
-    if stop.number and not is_over():
-        name, more = signal.Signals(stop.number).name, command_line("train", "--resume", run.path)
+    if stopped and not is_over():
+        name, more = signal.Signals(stopped).name, command_line("train", "--resume", run.path)
         console.print(f"{name}: stopped after step {step}; continue with: {more}")
-        sys.exit(128 + stop.number)
+        processes.finish()
+        sys.exit(128 + stopped)
     if step < steps:
         console.print(f"stopped after step {step}: no better for {config.patience} evaluations")
     nnx.update(model, state.learned)

@@ -9,8 +9,10 @@ from train.config import TrainConfig, read_defaults
 def train(config: TrainConfig) -> None:
     """One run; JAX and the rest are imported when the flags are known to be right."""
     from train.fine_tune import fine_tune
+    from train.processes.join import joined
 
-    fine_tune(config)
+    with joined() as processes:
+        fine_tune(config, processes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

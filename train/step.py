@@ -23,6 +23,7 @@ from jllama.sharding import (
     of_the_base,
     over_dealt_rows,
     path_name,
+    put,
     whole,
 )
 from train.optimizer import take_norms, tree_norm
@@ -102,7 +103,7 @@ def initial_state(
     """
     state = start_state(learned, frozen, optimizer)
     mesh = mesh or make_mesh(jax.local_devices()[:1])
-    return jax.device_put(state, places_of(state, frozen, mesh))
+    return put(state, places_of(state, frozen, mesh))
 
 
 def places_of(state: TrainState, frozen: nnx.State, mesh: Mesh) -> TrainState:
@@ -195,7 +196,7 @@ def eval_step(
 
 def deal(window: Window, mesh: Mesh) -> Window:
     """A window on the devices, its rows dealt to them."""
-    return jax.device_put(window, deal_rows(mesh, 1))
+    return put(window, jax.tree.map(lambda _: deal_rows(mesh, 1), window))
 
 
 def evaluate(
@@ -242,6 +243,10 @@ class Programs:
             size = planned_bytes(program.memory_analysis())
             self.planned_bytes = max(self.planned_bytes, size)
         return self._compiled[shape](state, frozen, window, key)
+
+    def has(self, window: Window) -> bool:
+        """Whether the step of such a window is compiled."""
+        return window.tokens.shape in self._compiled
 
     def text(self, window: Window) -> str:
         """The compiled step of such a window, as XLA prints it."""

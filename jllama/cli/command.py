@@ -81,28 +81,33 @@ def run_command(
                 use_cpu()
             use_private_compilation_cache()
             function(parsed)
-    except (InputError, OSError) as error:
-        complain(f"{prog}: {error}")
-        sys.exit(2)
-    except UnicodeEncodeError as error:  # a library that takes only Unicode
-        name = error.object[:200].encode("utf-8", "backslashreplace").decode()
-        complain(
-            f"{prog}: {name}: a name that is no text in this locale ({error.encoding}); rename it, "
-            "or set LC_ALL=C.UTF-8"
-        )
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        known = ending(error)
+        if known is None:
             raise
-        words = str(error).partition("\n")[0][:200] or "this process may take no more"
-        complain(
-            f"{prog}: out of memory: {words}; use a smaller model, shorter or fewer sequences, "
-            "or --precision bf16"
+        code, words = known
+        complain(f"{prog}: {words}")
+        sys.exit(code)
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the message of an error that is no fault of the program."""
+    if isinstance(error, InputError | OSError):
+        return 2, str(error)
+    if isinstance(error, UnicodeEncodeError):  # a library that takes only Unicode
+        name = error.object[:200].encode("utf-8", "backslashreplace").decode()
+        return 2, (
+            f"{name}: a name that is no text in this locale ({error.encoding}); rename it, or set "
+            "LC_ALL=C.UTF-8"
         )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        complain(f"{prog}: interrupted")
-        sys.exit(130)
+    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if full or isinstance(error, MemoryError):
+        words = str(error).partition("\n")[0][:200] or "this process may take no more"
+        return 2, (
+            f"out of memory: {words}; use a smaller model, shorter or fewer sequences, or "
+            "--precision bf16"
+        )
+    return (130, "interrupted") if isinstance(error, KeyboardInterrupt) else None
 
 
 def _refuse_repeated(arguments: Sequence[str]) -> None:

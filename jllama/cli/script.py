@@ -31,6 +31,7 @@ COMMANDS = {
         "train.data.lint", "check a data file, and show what a run would learn from it"
     ),
     "train": Command("train.lora", "fine-tune a model with LoRA"),
+    "launch": Command("train.processes.launch", "run a command as several processes, one per GPU"),
     "prompts": Command("eval.prompts", "answer prompts with the base and the tuned model"),
     "chat": Command("eval.chat", "talk with the tuned model and its base"),
     "score": Command("eval.score", "measure how likely the models find a data file's answers"),

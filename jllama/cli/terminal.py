@@ -13,7 +13,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -21,6 +21,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+_SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 NARROWEST = 25  # characters of a column of text; below that a table becomes records
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -71,6 +72,13 @@ def complain(words: object) -> None:
     message.
     """
     _errors.print(re.sub(r"\n(?!  )", "\n  ", str(words)))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once, whatever its threads do, and leaves the terminal as it was."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), _SHOW_CURSOR)
+    os._exit(code)
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from jllama.lora import attach
 from jllama.machine import host_memory_mib
 from jllama.model import Llama, map_named, named_arrays
 from jllama.quantize.weights import Coded, quantise_model, quantised
-from jllama.sharding import Place, is_half_bytes, of_the_base
+from jllama.sharding import Place, is_half_bytes, of_the_base, on_host, put
 
 
 def abstract_model(
@@ -193,9 +193,7 @@ def _cut(weight: Coded, name: str, place: Place | None) -> Coded:
             f"jax {jax.__version__} cannot cut weights in 4 bits over several devices; install "
             "jax 0.11, which needs Python 3.12, or use --base int8"
         )
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda x: jax.device_put(x, place(name, x.shape)), parts)
-    )
+    return nnx.merge(graphdef, put(parts, jax.tree.map(lambda x: place(name, x.shape), parts)))
 
 
 def _refuse_beyond_memory(path: Path, size: int) -> None:
@@ -216,12 +214,21 @@ def save_model(
     Raises:
         InputError: if a weight is not finite, the folder exists or the disk is full.
     """
-    arrays = named_arrays(nnx.state(model))
     size = model.config.parameter_count * np.dtype(dtype).itemsize
     with room_for(size, Path(path)), whole_folder(path) as folder:
         writer = ModelWriter(folder, model.config, source)
-        for block, names in tensor_shapes(model.config).items():
-            writer.write_block(
-                block, {name: np.asarray(arrays[name].astype(dtype)) for name in names}
-            )
+        for block, weights in weights_of_blocks(model, dtype):
+            writer.write_block(block, weights)
         writer.finish(tokenizer)
+
+
+def weights_of_blocks(
+    model: Llama, dtype: Any
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The name and the tensors of each block, one after the other, in `dtype` on the host.
+
+    Of a model that lies in parts with several processes all of them must ask.
+    """
+    arrays = named_arrays(nnx.state(model))
+    for block, names in tensor_shapes(model.config).items():
+        yield block, {name: on_host(arrays[name].astype(dtype)) for name in names}

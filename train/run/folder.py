@@ -18,14 +18,17 @@ from jllama.folders.json_files import NEW
 from jllama.folders.manifest import file_sha256, write_sealed
 from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
 from train.config import CHANGEABLE, TrainConfig, write_config
+from train.processes.join import Processes
 from train.run.provenance import identity, provenance
 
 _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[RunFolder]:
-    """The folder of a new or resumed run, locked for this process.
+def run_folder(
+    config: TrainConfig, facts: Mapping[str, Any], processes: Processes
+) -> Iterator[RunFolder]:
+    """The folder of a new or resumed run, made and locked by process 0 for all of them.
 
     Args:
         facts: of `train.run.show.run_facts`, for the run.json of a new run.
@@ -33,6 +36,9 @@ def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[RunFol
     Raises:
         InputError: as for `check_folder`, or if another process holds the folder.
     """
+    if processes.number:
+        yield RunFolder(Path(processes.tell("")[0]))
+        return
     run = RunFolder(Path(config.resume or config.output_dir or _new_folder(config)))
     run.path.mkdir(parents=True, exist_ok=True)
     with _locked(run.path):
@@ -45,6 +51,7 @@ def run_folder(config: TrainConfig, facts: Mapping[str, Any]) -> Iterator[RunFol
             write_sealed(run.record, provenance(config) | settings | {**facts})
         if not config.output_dir and not config.resume:
             _link_latest(run.path)
+        processes.tell(str(run.path.absolute()))
         yield run
 
 

@@ -3,9 +3,11 @@
 import math
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jllama.cli.terminal import console
 from jllama.errors import InputError
@@ -19,6 +21,8 @@ from train.step import StepMetrics
 class Metrics:
     """One JSON object a line; a resumed run keeps the lines up to its step.
 
+    Of several processes the first one writes; all of them know all figures.
+
         {"step": 7, "loss": 2.1, "loss_sum": 840.0, "tokens": 400, "grad_norm": 0.3, ...}
         {"step": 7, "epoch": 1, "epoch_loss": 2.3, "tokens": 2800}
         {"step": 7, "eval_loss": 2.2, "eval_tokens": 320}
@@ -27,6 +31,7 @@ class Metrics:
 
     Args:
         evaluated: steps up to the resumed one after which there was an evaluation.
+        peak_memory_mib: of the fullest device.
 
     Raises:
         InputError: if the file of a resumed run is damaged or lacks a step or an evaluation.
@@ -38,15 +43,18 @@ class Metrics:
         resumed_step: int = 0,
         evaluated: Collection[int] = (),
         wandb_project: str = "",
+        peak_memory_mib: Callable[[], float] = peak_memory_mib,
     ):
         old = run.read_metrics().values if resumed_step else []  # step 0 is evaluated again, too
         kept = [line for line in old if line["step"] <= resumed_step]
         _check_history(run.metrics, kept, resumed_step, evaluated)
-        write_json_lines(run.metrics, kept)
-        self._path = run.metrics
-        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
-        self._events = Events(run.tensorboard, resumed_step + 1 if resumed_step else 0)
-        self._wandb = _wandb_run(wandb_project, run.path)
+        self._path, self._peak_memory_mib = run.metrics, peak_memory_mib
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            write_json_lines(run.metrics, kept)
+            self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
+            self._events = Events(run.tensorboard, resumed_step + 1 if resumed_step else 0)
+            self._wandb = _wandb_run(wandb_project, run.path)
         self.epoch_losses = [_number(line["epoch_loss"]) for line in kept if "epoch_loss" in line]
         self.eval_losses = [_number(line["eval_loss"]) for line in kept if "eval_loss" in line]
         self.skipped = sum(line.get("skipped", False) for line in kept)
@@ -83,7 +91,7 @@ class Metrics:
             "skipped": bool(measured.skipped),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_mib": peak_memory_mib(),
+            "peak_memory_mib": self._peak_memory_mib(),
             "planned_memory_mib": planned_memory_mib,
             "learning_rate": learning_rate,
             "padding_share": padding_share,
@@ -132,9 +140,12 @@ class Metrics:
 
     def keep(self) -> None:
         """Has all lines on the disk: what is saved next counts on them."""
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
 
     def _write(self, line: StepLine | EpochLine | EvaluationLine) -> None:
+        if not self._writes:
+            return
         with naming(self._path):
             self._file.write(as_line(line))
         figures = {
@@ -147,6 +158,8 @@ class Metrics:
             self._wandb.log(figures, step=line["step"])
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
         if self._wandb is not None:

@@ -3,13 +3,10 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
-from jllama.cli.terminal import console
-
-_SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
+from jllama.cli.terminal import console, leave
 
 
 class StopSignal:
@@ -60,9 +57,7 @@ class StopSignal:
                 if number not in self._before:
                     continue
                 if received:
-                    if sys.stderr.isatty():
-                        os.write(sys.stderr.fileno(), _SHOW_CURSOR)
-                    os._exit(128 + number)
+                    leave(128 + number)
                 received = number
                 name = signal.Signals(number).name
                 with contextlib.suppress(OSError):

@@ -1,4 +1,7 @@
-"""The state of a run on disk: Orbax, one folder a step, under names of our own parameters."""
+"""The state of a run on disk: Orbax, one folder a step, under names of our own parameters.
+
+Of several processes the first one writes, and each reads by itself.
+"""
 
 import contextlib
 import functools
@@ -16,6 +19,7 @@ from jllama.cli.terminal import console
 from jllama.errors import InputError
 from jllama.folders.files import room_for
 from jllama.folders.manifest import tensor_sha256
+from jllama.sharding import on_host, put
 from train.step import TrainState
 
 
@@ -25,19 +29,27 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         _silence_what_is_told_once_more()
+        folder.mkdir(parents=True, exist_ok=True)
+        here = jax.process_index()
         # In the background a save that fails would keep the process from ending for ten minutes.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
-        )
+            max_to_keep=keep, create=False, enable_async_checkpointing=False,
+            read_only=here > 0,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{here}"
+            ),
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: TrainState) -> None:
-        """Writes the state of its step.
+        """Writes the state of its step: process 0 does, and all processes call it.
 
         Raises:
             InputError: if it cannot be written, or a state of this step or a later one is there.
         """
-        arrays = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
+        arrays = {name: on_host(leaf) for name, leaf in _named(state).items()}
+        if jax.process_index():
+            return
         hashes = {name: tensor_sha256(array) for name, array in arrays.items()}
         size = sum(array.nbytes for array in arrays.values())
         with self._explained(), room_for(size, self._folder):
@@ -67,7 +79,7 @@ class Checkpoints:
             arrays = self._whole(step)
             if arrays is not None:
                 restored = self._fitted(arrays, template, step)
-                for newer in damaged:
+                for newer in damaged if jax.process_index() == 0 else ():
                     self._manager.delete(newer)
                 return restored
             damaged.append(step)
@@ -84,7 +96,7 @@ class Checkpoints:
                 yield self._fitted(arrays, template, step)
 
     def _steps(self) -> list[int]:
-        return sorted(self._manager.all_steps(), reverse=True)
+        return sorted(self._manager.all_steps(read=True), reverse=True)
 
     def _whole(self, step: int) -> dict[str, np.ndarray] | None:
         how = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(), sha256=ocp.args.JsonRestore())
@@ -108,7 +120,7 @@ class Checkpoints:
         restored = jax.tree.unflatten(
             jax.tree.structure(template), [arrays[name] for name in expected]
         )
-        return jax.device_put(restored, jax.tree.map(lambda leaf: leaf.sharding, template))
+        return put(restored, jax.tree.map(lambda leaf: leaf.sharding, template))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
