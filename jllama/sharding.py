@@ -91,8 +91,8 @@ def make_mesh(devices: Any, shape: MeshShape | None = None) -> Mesh:
     processes = {device.process_index for device in devices}
     if shape.size < devices.size and len(processes) > 1:
         raise InputError(
-            f"--mesh {shape.words} is of {shape.size} devices, and the {len(processes)} processes "
-            f"have {devices.size}, of which none may be left out"
+            f"--mesh {shape.words or 'data=1'} is of {shape.size} devices, and the "
+            f"{len(processes)} processes have {devices.size}, of which none may be left out"
         )
     return Mesh(devices[: shape.size].reshape(shape), MeshShape._fields)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from random_models import BASE, model_folder
-from safetensors.numpy import load_file
-from train_runs import as_flags, lines
+from random_models import BASE
+from train_runs import as_flags, read, settings, small_place
 
 from jllama.config import LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
@@ -43,32 +42,7 @@ def on_devices(count, *words, code=0, **more):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tiny model and rows of uneven length."""
-    root = tmp_path_factory.mktemp("place")
-    model_folder(root, PARAMS)
-    words = ("one", "twenty-two", "three hundred", "four", "fifty", "six")
-    rows = [
-        {"prompt": f"Say {words[i % 6]} {i}.", "completion": words[i * i % 6]} for i in range(99)
-    ]
-    (root / "rows.json").write_text(json.dumps(rows))
-    return root
-
-
-def settings(place, **more):
-    return {
-        "model": str(place / "model"), "data": str(place / "rows.json"), "precision": "fp32",
-        "max_seq_len": 32, "gradient_accumulation_steps": 2, "val_size": 9,
-        "max_steps": 20, "epochs": 20, "lora_rank": 4, "eval_steps": 10,
-    } | more  # fmt: skip
-
-
-def read(run):
-    """Every loss that a run wrote, and the weights that it made."""
-    files = [*run.glob("adapter/*.safetensors"), *run.glob("model/blocks/*.safetensors")]
-    losses = [line.get("loss", line.get("eval_loss")) for line in lines(run)]
-    weights = {name: array for file in files for name, array in load_file(file).items()}
-    assert weights
-    return np.array([loss for loss in losses if loss is not None]), weights
+    return small_place(tmp_path_factory.mktemp("place"), PARAMS)
 
 
 @pytest.mark.integration

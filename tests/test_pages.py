@@ -57,6 +57,9 @@ def parse(monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def call(name, words):
+        if name == "launch" and "--" in words:
+            launched = words[words.index("--") + 1 :]
+            call(launched[0], launched[1:])
         if name == "train":  # the settings of a run, and of a file that is but an example
             words, _ = take_flag("--resume", words)
             rest, file = take_flag("--config", words)

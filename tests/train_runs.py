@@ -1,5 +1,11 @@
 """Runs of the train command: its flags, what it leaves, and a power cut after a step."""
 
+import json
+
+import numpy as np
+from random_models import model_folder
+from safetensors.numpy import load_file
+
 from jllama.folders.run import RunFolder
 from train.run.metrics import Metrics
 
@@ -25,6 +31,35 @@ def adapter(run, name="adapter"):
 
 def lines(run):
     return RunFolder(run).read_metrics().values
+
+
+def small_place(root, params):
+    """A folder with a tiny model and rows of uneven length."""
+    model_folder(root, params)
+    words = ("one", "twenty-two", "three hundred", "four", "fifty", "six")
+    rows = [
+        {"prompt": f"Say {words[i % 6]} {i}.", "completion": words[i * i % 6]} for i in range(99)
+    ]
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def settings(place, **more):
+    """Of a run in such a folder: 20 steps, with accumulation, dropout and evaluations."""
+    return {
+        "model": str(place / "model"), "data": str(place / "rows.json"), "precision": "fp32",
+        "max_seq_len": 32, "gradient_accumulation_steps": 2, "val_size": 9,
+        "max_steps": 20, "epochs": 20, "lora_rank": 4, "eval_steps": 10,
+    } | more  # fmt: skip
+
+
+def read(run):
+    """Every loss that a run wrote, and the weights that it made."""
+    files = [*run.glob("adapter/*.safetensors"), *run.glob("model/blocks/*.safetensors")]
+    losses = [line.get("loss", line.get("eval_loss")) for line in lines(run)]
+    weights = {name: array for file in files for name, array in load_file(file).items()}
+    assert weights
+    return np.array([loss for loss in losses if loss is not None]), weights
 
 
 class Killed(BaseException):

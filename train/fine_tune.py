@@ -22,7 +22,7 @@ from jllama.folders.adapter import (
     write_passport,
 )
 from jllama.folders.json_files import NEW
-from jllama.folders.load import load_model, save_model, weights_of_blocks
+from jllama.folders.load import load_model, save_model
 from jllama.folders.model import base_of, model_sizes, read_config, transformers_name
 from jllama.lora import attach
 from jllama.machine import versions
@@ -128,20 +128,19 @@ def run_steps(
         passport = make_passport(config, record)
         warmup = record["warmup_steps"]  # of a run that got more epochs, as it was
 
-        dtype = PRECISIONS[config.precision]
-
         def save(folder: Path) -> None:
-            if processes.number:
-                for _ in weights_of_blocks(model, dtype) if config.tune == "full" else ():
-                    pass  # process 0 gets the parts that lie here
-                return
             new = folder.with_name(folder.name + NEW)
-            shutil.rmtree(new, ignore_errors=True)
+            if processes.number == 0:
+                shutil.rmtree(new, ignore_errors=True)
             if lora:
                 save_adapter(new, model, lora, transformers_name(config.model), passport)
             else:
+                dtype = PRECISIONS[config.precision]
                 words = (Path(config.model) / FILE_NAME).read_bytes()
                 save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
+            if processes.number:
+                return
+            if not lora:
                 write_passport(new, passport)
             shutil.rmtree(folder, ignore_errors=True)
             new.replace(folder)

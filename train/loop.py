@@ -102,9 +102,7 @@ def fit(
         processes.agree({"resumed after step": start})
         evaluated = [s for s in range(1, start + 1) if due(config, s, batches, steps).evaluation]
         evaluated = [0, *evaluated] if start and held_out is not None else []
-        metrics = Metrics(
-            run, start, evaluated, config.wandb_project, processes.peak_memory_mib
-        )
+        metrics = Metrics(run, start, evaluated, config.wandb_project, processes.peak_memory_mib)
         stack.callback(metrics.close)
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(

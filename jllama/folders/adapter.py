@@ -41,6 +41,7 @@ from jllama.layers import Linear, to_half_rotated, to_interleaved
 from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named, named_arrays
 from jllama.names import HF_LINEARS, peft_name
+from jllama.sharding import on_host
 from jllama.text.prompt import PromptStyle
 from jllama.text.tokenizer import FILE_NAME as TOKENIZER
 
@@ -68,13 +69,13 @@ _DECLARED: TypeAdapter[Any] = TypeAdapter(Passport)
 
 def row_lengths(linear: Linear) -> np.ndarray:
     """|W| of every output `[O]`, fp32."""
-    return np.sqrt(np.asarray(linear.weight.squared_lengths(jnp.float32)))
+    return np.sqrt(on_host(linear.weight.squared_lengths(jnp.float32)))
 
 
 def save_adapter(
     path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: Mapping[str, Any]
 ) -> None:
-    """Writes the model's adapters as a PEFT folder.
+    """Writes the model's adapters as a PEFT folder; of several processes the first one does.
 
     Args:
         base_name: where a reader finds the base model.
@@ -86,13 +87,15 @@ def save_adapter(
     linears, tensors = adapted_linears(model), {}
     for name, stored in named_arrays(nnx.state(model, nnx.LoRAParam)).items():
         linear, _, part = name.partition(".lora.")
-        array = np.asarray(stored)
+        array = on_host(stored)
         if part == "magnitude":
             array = array + row_lengths(linears[linear])
         heads = model.config.rotary_heads(linear)
         if part != "a" and heads:
             array = to_half_rotated(array, heads)
         tensors[peft_name(name)] = array
+    if jax.process_index():
+        return
     size = sum(tensor.nbytes for tensor in tensors.values())
     with room_for(size, Path(path)), whole_folder(path) as folder:
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, hashed=False)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,24 +212,24 @@ def save_model(
 ) -> None:
     """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
 
+    Of several processes the first one does, and gets the parts that lie with the others.
+
     Raises:
         InputError: if a weight is not finite, the folder exists or the disk is full.
     """
+    if jax.process_index():
+        deque(_weights_of_blocks(model, dtype), maxlen=0)
+        return
     size = model.config.parameter_count * np.dtype(dtype).itemsize
     with room_for(size, Path(path)), whole_folder(path) as folder:
         writer = ModelWriter(folder, model.config, source)
-        for block, weights in weights_of_blocks(model, dtype):
+        for block, weights in _weights_of_blocks(model, dtype):
             writer.write_block(block, weights)
         writer.finish(tokenizer)
 
 
-def weights_of_blocks(
-    model: Llama, dtype: Any
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """The name and the tensors of each block, one after the other, in `dtype` on the host.
-
-    Of a model that lies in parts with several processes all of them must ask.
-    """
+def _weights_of_blocks(model: Llama, dtype: Any) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The name and the tensors of each block, one after the other, in `dtype` on the host."""
     arrays = named_arrays(nnx.state(model))
     for block, names in tensor_shapes(model.config).items():
         yield block, {name: on_host(arrays[name].astype(dtype)) for name in names}

@@ -31,6 +31,7 @@ JOIN_SECONDS, HANG_SECONDS = "JLLAMA_JOIN_SECONDS", "JLLAMA_HANG_SECONDS"
 DEFAULT_SECONDS = {JOIN_SECONDS: 120, HANG_SECONDS: 600}
 # `srun` gives these to each process; JAX reads them.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_NO_PROXY = "no_grpc_proxy"
 Result = TypeVar("Result")
 
 
@@ -38,7 +39,7 @@ class Rank(NamedTuple):
     """One of several processes; the coordinator's HOST:PORT is None where JAX finds it."""
 
     number: int
-    count: int
+    total: int
     coordinator: str | None
 
 
@@ -102,8 +103,7 @@ def joined() -> "Iterator[Processes]":
     if rank.number:
         console.quiet = True  # process 0 says what all would say
     where = f"{socket.gethostname()}, process {os.getpid()}"
-    watch = Watch(_connected(rank), rank.number, rank.count, where, seconds(HANG_SECONDS))
-    watch.start()
+    watch = Watch(_connected(rank), rank.number, rank.total, where, seconds(HANG_SECONDS))
     processes = Processes(rank, watch)
     try:
         yield processes
@@ -120,13 +120,12 @@ def _connected(rank: Rank) -> Any:
     """
     limit = seconds(JOIN_SECONDS)
     at = rank.coordinator or "the address that SLURM gives"
-    late = f"process {rank.number}: not all of {rank.count} processes came to {at} in {limit} s"
+    late = f"process {rank.number}: not all of {rank.total} processes came to {at} in {limit} s"
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us
     jax.config.update("jax_check_proxy_envs", False)
     if rank.coordinator:  # which is no address that a proxy should be asked for
         host = rank.coordinator.rpartition(":")[0]
-        known = os.environ.get("no_grpc_proxy", "")
-        os.environ["no_grpc_proxy"] = f"{known},{host}" if known else host
+        os.environ[_NO_PROXY] = ",".join(filter(None, (os.environ.get(_NO_PROXY), host)))
 
     def give_up() -> None:
         complain(f"jllama train: {late}; see that each was started, and can reach that address")
@@ -137,12 +136,12 @@ def _connected(rank: Rank) -> Any:
     timer.start()
     try:
         jax.distributed.initialize(
-            rank.coordinator, rank.count, rank.number, initialization_timeout=limit + 60,
+            rank.coordinator, rank.total, rank.number, initialization_timeout=limit + 60,
             shutdown_timeout_seconds=10,
         )  # fmt: skip
     except RuntimeError as error:
         raise InputError(
-            f"process {rank.number} of {rank.count} could not join at {at}: {error}"
+            f"process {rank.number} of {rank.total} could not join at {at}: {error}"
         ) from None
     finally:
         timer.cancel()
@@ -160,7 +159,7 @@ class Processes:
     """
 
     def __init__(self, rank: Rank | None = None, watch: Watch | None = None):
-        self.number, self.count = (rank.number, rank.count) if rank else (0, 1)
+        self.number, self.count = (rank.number, rank.total) if rank else (0, 1)
         self._watch = watch
         self._asked: jax.Array | None = None
         self._meetings = 0
@@ -202,12 +201,12 @@ class Processes:
         first = json.loads(self.tell(words)[0])
         mine = json.loads(words)
         differ = [
-            f"{name} {mine.get(name)} (there {first.get(name)})"
+            f"{name} {mine.get(name)}, but {first.get(name)} for process 0"
             for name in [*mine, *(name for name in first if name not in mine)]
             if mine.get(name) != first.get(name)
         ]
         if differ:
-            raise InputError(f"process {self.number} differs from process 0: {'; '.join(differ)}")
+            raise InputError("; ".join(differ))
 
     def common(self, number: int, mesh: Mesh) -> int:
         """The largest number that a process gave, the same for all of them after the same step.
@@ -225,7 +224,7 @@ class Processes:
 
     def finish(self) -> None:
         """Waits for all processes to come here; from now on each ends by itself."""
-        if self._watch and self._watch.is_alive():
+        if self._watch and not self._watch.stopped:
             self.mark("the end")
             self.tell("")
             self._watch.stop()

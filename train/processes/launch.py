@@ -32,6 +32,7 @@ from train.processes.join import (
 from train.processes.watch import SILENT_SECONDS
 
 GRACE_SECONDS = SILENT_SECONDS + 10  # for the others, when one has failed
+SOON_SECONDS = 3
 COMMANDS = ("train",)
 
 
@@ -111,22 +112,27 @@ class Group:
             time.sleep(0.05)
         return None
 
-    def wait(self, seconds: float) -> bool:
-        """Whether all have ended in time; those that have not are killed."""
+    def wait(self, seconds: float) -> list[bool]:
+        """Which have ended in time, or soon after the first one; the others are killed."""
         until = time.monotonic() + seconds
-        while any(process.poll() is None for process in self._processes):
+        while not all(ended := [process.poll() is not None for process in self._processes]):
+            if ended[0]:  # it says why, and goes when the others know it
+                until = min(until, time.monotonic() + SOON_SECONDS)
             if time.monotonic() > until:
                 self.send(signal.SIGKILL)
-                for process in self._processes:
-                    process.wait()
-                return False
+                break
             time.sleep(0.05)
-        return True
+        for process in self._processes:
+            process.wait()
+        return ended
 
     def code(self, place: int) -> int:
         """As a shell has it: 128 + the number of the signal that ended a process."""
         code = self._processes[place].returncode
         return code if code >= 0 else 128 - code
+
+    def was_killed(self, place: int) -> bool:
+        return self._processes[place].returncode < 0
 
     def last_words(self, place: int) -> str:
         """What a process said at its end, or what ended it."""
@@ -150,17 +156,18 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> None:
     if not here:
         raise InputError("this machine has no GPU that could tell how many; give -n")
     group = Group(words, environments(config, here))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, group.send)
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, group.send)
     failed = group.first_to_fail()
     if failed is None:
         return
     number = config.host * here + failed
-    all_ended = group.wait(GRACE_SECONDS)
-    if number and config.host == 0 and all_ended and group.code(0) in (1, 2, 129, 130, 143):
+    # One that was killed tells nobody; the others would wait for it in vain.
+    ended = group.wait(0 if group.was_killed(failed) else GRACE_SECONDS)
+    if config.host == 0 and ended[0] and group.code(0) in (1, 2, 129, 130, 143):
         sys.exit(group.code(0))  # process 0 has said why
-    if number or group.code(failed) > 128:
+    if number or group.was_killed(failed):
         complain(f"jllama launch: process {number}: {group.last_words(failed)}")
     sys.exit(group.code(failed))
 

@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from jax.errors import JaxRuntimeError
+
 from jllama.cli.command import ending
 from jllama.cli.terminal import complain, leave
 
@@ -39,8 +41,8 @@ class _Seen(NamedTuple):
     began: float
 
 
-class Watch(threading.Thread):
-    """Begins with `start`, ends with `stop`, or with the process.
+class Watch:
+    """Begins when it is made, ends with `stop`, or with the process.
 
     Args:
         client: of JAX's coordinator, which keeps texts by keys.
@@ -49,7 +51,6 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, client: Any, number: int, count: int, where: str, hang: int):
-        super().__init__(daemon=True)
         self._client, self._number, self._count, self._where = client, number, count, where
         self._hang = hang
         self._marks, self._doing, self._peak_mib = 0, "the start", 0.0
@@ -57,6 +58,8 @@ class Watch(threading.Thread):
         self._beats, self._looked = 0, time.monotonic()
         self._seen: dict[int, _Seen] = {}
         self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     @property
     def peak_mib(self) -> float:
@@ -87,11 +90,11 @@ class Watch(threading.Thread):
         pairs = self._client.key_value_dir_get(f"jllama/{room}/")
         return {int(key.rpartition("/")[2]): words for key, words in pairs}
 
-    def run(self) -> None:
+    def _run(self) -> None:
         while not self._stopped.wait(_EVERY):
             try:
                 self._look()
-            except Exception:  # JAX's, of any kind: no answer
+            except JaxRuntimeError:
                 if not self._stopped.wait(_EVERY):
                     self._end(2, f"process 0 of {self._count} does not answer any more")
             self._judge()
@@ -105,33 +108,41 @@ class Watch(threading.Thread):
         self._give("beats", json.dumps(mine))
         for number, words in self._given("beats").items():
             beat, before = _Beat(*json.loads(words)), self._seen.get(number)
-            spoke = before is None or slept or beat.beats != before.beat.beats
-            began = before is None or slept or beat.marks != before.beat.marks
-            self._seen[number] = _Seen(
-                beat, now if spoke else before.spoke, now if began else before.began
-            )
+            if before is None or slept:
+                self._seen[number] = _Seen(beat, now, now)
+                continue
+            spoke = before.spoke if beat.beats == before.beat.beats else now
+            began = before.began if beat.marks == before.beat.marks else now
+            self._seen[number] = _Seen(beat, spoke, began)
         for number, words in self._given("ends").items():
             if number != self._number:
                 code, reason = json.loads(words)
-                self._end(code, f"{self._name(number)}: {reason}")
+                self._end(code, reason)
 
     def _judge(self) -> None:
         """Ends this process if another one has died, or if one hangs."""
         # What is no step may take long: the weights of one may come from a slower disk.
         limit = max(self._hang, 20 * self._longest_step) if self._longest_step else 6 * self._hang
         furthest = max((seen.beat.marks for seen in self._seen.values()), default=0)
+        idle = []
         for number, (beat, spoke, began) in self._seen.items():
             if self._looked - spoke > SILENT_SECONDS:
                 silent = f"has not been heard of for {SILENT_SECONDS} s: killed, or its machine is"
                 self._end(2, f"{self._name(number)} {silent} gone")
-            if self._looked - began > limit and beat.marks < furthest:
-                self._end(2, f"{self._name(number)} hangs: {limit:.0f} s in {beat.doing}")
-            if self._looked - began > limit and self._in_step:
-                self._end(2, f"no process has ended {beat.doing} for {limit:.0f} s")
+            if self._looked - began > limit:
+                idle.append(number)
+                if beat.marks < furthest:
+                    self._end(2, f"{self._name(number)} hangs: {limit:.0f} s in {beat.doing}")
+        if self._in_step and len(idle) == self._count:
+            self._end(2, f"no process has ended {self._doing} for {limit:.0f} s")
 
     def _name(self, number: int) -> str:
         where = f" ({self._seen[number].beat.where})" if number in self._seen else ""
         return f"process {number} of {self._count}{where}"
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
 
     def failed(self, error: BaseException) -> None:
         """Tells the others why this process ends, and has it end without waiting for them.
@@ -144,11 +155,11 @@ class Watch(threading.Thread):
         if isinstance(error, RuntimeError | ValueError):
             time.sleep(SILENT_SECONDS + 4 * _EVERY)
         self.stop()
-        self._tell(code, reason)
+        self._tell(code, f"{self._name(self._number)}: {reason}")
         atexit.register(leave, code)  # before JAX's, which waits for the others
 
     def _tell(self, code: int, reason: str) -> None:
-        with contextlib.suppress(Exception):  # nobody is there to be told
+        with contextlib.suppress(JaxRuntimeError):  # nobody is there to be told
             self._give("ends", json.dumps([code, reason]))
             until = time.monotonic() + _TOLD
             while self._number == 0 and time.monotonic() < until:
@@ -168,7 +179,7 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """From now on this process ends by itself."""
         self._stopped.set()
-        self.join()
+        self._thread.join()
 
 
 def _reason(error: BaseException) -> tuple[int, str]:
