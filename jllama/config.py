@@ -268,6 +268,7 @@ PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
         "llama-3-70b": LlamaConfig(8192, 80, 64, 8, 28672, 128256, **_LLAMA_3),
         "llama-3.1-8b": LlamaConfig(4096, 32, 32, 8, 14336, 128256, **_LLAMA_31),
         "llama-3.1-70b": LlamaConfig(8192, 80, 64, 8, 28672, 128256, **_LLAMA_31),
+        "llama-3.1-405b": LlamaConfig(16384, 126, 128, 8, 53248, 128256, **_LLAMA_31),
         "llama-3.2-1b": LlamaConfig(2048, 16, 32, 8, 8192, 128256, **_LLAMA_32),
         "llama-3.2-3b": LlamaConfig(3072, 28, 24, 8, 8192, 128256, **_LLAMA_32),
     }

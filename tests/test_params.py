@@ -33,6 +33,11 @@ FAMILIES = {
         _LLAMA_3 | {"multiple_of": 1024, "use_scaled_rope": True},
         8_030_261_248,
     ),
+    "llama-3.1-405b": (
+        *(16384, 126, 128, 1e-5),
+        _LLAMA_3 | {"multiple_of": 4096, "ffn_dim_multiplier": 1.2, "use_scaled_rope": True},
+        405_853_388_800,
+    ),
     "llama-3.2-1b": (
         *(2048, 16, 32, 1e-5),
         _LLAMA_32 | {"ffn_dim_multiplier": 1.5},

@@ -9,12 +9,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jllama.cli.card import memory_fraction, usable_bytes
 from jllama.config import Precision
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, checked
 from jllama.machine import ask_driver, free_memory_mib
+from train.plan.exchange import LINK_SHARE, Links
 from train.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, MATMUL_SHARE, Rates
+
+
+class Wiring(NamedTuple):
+    """What cards exchange by, in GB/s one way: within a machine, and between machines."""
+
+    link_gb: float = 0.0  # 0: as the card has it
+    network_gb: float = 12.5  # of each card: 100 Gbit/s
+    machine: int = 8  # cards
+
+
+USUAL = Wiring()
 
 
 @checked
@@ -33,6 +46,7 @@ class Gpu:
     l2_mib: AtLeast0
     bf16_tflops: NotNegative
     fp32_tflops: NotNegative
+    link_gb: NotNegative = 0  # GB/s to another card of its machine, one way: NVLink, or PCIe
     limit_mib: AtLeast0 = 0  # what JAX may take of it; 0: all but the margin
 
     @property
@@ -58,7 +72,7 @@ class Gpu:
         """Operations a second that the data sheet promises."""
         return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
 
-    def rates(self, precision: Precision) -> Rates | None:
+    def rates(self, precision: Precision, wiring: Wiring = USUAL) -> Rates | None:
         """What of the data sheet is sustained; None for a card whose sheet is not known."""
         if not self.flops(precision) or not self.bandwidth_gb:
             return None
@@ -68,23 +82,28 @@ class Gpu:
             attention=ATTENTION_SHARE * matmul,
             vector=1e12 * self.fp32_tflops / 2,  # the sheet counts a multiply-add as two
             bandwidth=BANDWIDTH_SHARE * 1e9 * self.bandwidth_gb,
+            links=Links(
+                LINK_SHARE * 1e9 * (wiring.link_gb or self.link_gb),
+                LINK_SHARE * 1e9 * wiring.network_gb,
+                wiring.machine,
+            ),
         )
 
 
 _KNOWN = (
-    Gpu("rtx-3060", 12288, (8, 6), 28, 1.777, 360, 3, 25.5, 12.7),
-    Gpu("rtx-3090", 24576, (8, 6), 82, 1.695, 936, 6, 71, 35.6),
-    Gpu("rtx-4090", 24564, (8, 9), 128, 2.520, 1008, 72, 165, 82.6),
-    Gpu("rtx-5090", 32607, (12, 0), 170, 2.407, 1792, 96, 209.5, 104.8),
-    Gpu("t4", 15360, (7, 5), 40, 1.590, 320, 4, 0, 8.1),
-    Gpu("l4", 23034, (8, 9), 58, 2.040, 300, 48, 121, 30.3),
-    Gpu("a10g", 23028, (8, 6), 80, 1.710, 600, 6, 70, 35),
-    Gpu("l40s", 46068, (8, 9), 142, 2.520, 864, 96, 362, 91.6),
-    Gpu("a100-40gb", 40960, (8, 0), 108, 1.410, 1555, 40, 312, 19.5),
-    Gpu("a100-80gb", 81920, (8, 0), 108, 1.410, 2039, 40, 312, 19.5),
-    Gpu("h100", 81559, (9, 0), 132, 1.980, 3350, 50, 989, 67),
-    Gpu("h200", 143771, (9, 0), 132, 1.980, 4800, 60, 989, 67),
-    Gpu("b200", 183359, (10, 0), 148, 1.965, 8000, 126, 2250, 75),
+    Gpu("rtx-3060", 12288, (8, 6), 28, 1.777, 360, 3, 25.5, 12.7, 32),
+    Gpu("rtx-3090", 24576, (8, 6), 82, 1.695, 936, 6, 71, 35.6, 32),
+    Gpu("rtx-4090", 24564, (8, 9), 128, 2.520, 1008, 72, 165, 82.6, 32),
+    Gpu("rtx-5090", 32607, (12, 0), 170, 2.407, 1792, 96, 209.5, 104.8, 64),
+    Gpu("t4", 15360, (7, 5), 40, 1.590, 320, 4, 0, 8.1, 16),
+    Gpu("l4", 23034, (8, 9), 58, 2.040, 300, 48, 121, 30.3, 32),
+    Gpu("a10g", 23028, (8, 6), 80, 1.710, 600, 6, 70, 35, 32),
+    Gpu("l40s", 46068, (8, 9), 142, 2.520, 864, 96, 362, 91.6, 32),
+    Gpu("a100-40gb", 40960, (8, 0), 108, 1.410, 1555, 40, 312, 19.5, 300),
+    Gpu("a100-80gb", 81920, (8, 0), 108, 1.410, 2039, 40, 312, 19.5, 300),
+    Gpu("h100", 81559, (9, 0), 132, 1.980, 3350, 50, 989, 67, 450),
+    Gpu("h200", 143771, (9, 0), 132, 1.980, 4800, 60, 989, 67, 450),
+    Gpu("b200", 183359, (10, 0), 148, 1.965, 8000, 126, 2250, 75, 900),
 )
 GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _KNOWN})
 
@@ -141,6 +160,18 @@ def present_gpu() -> Gpu:
 def cpu() -> Gpu:
     """This machine's processor: its free memory; its rates are not known."""
     return Gpu("this machine's CPU", max(1, free_memory_mib()), (8, 0), 0, 0, 0, 0, 0, 0)
+
+
+def devices_of(gpu: Gpu | None, count: int) -> Any:
+    """Devices to compile for: a described card's, or this machine's."""
+    import jax
+    from jax.experimental import topologies
+
+    if gpu is None:
+        return jax.devices()[:count]
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target_config(gpu), topology=f"1x1x{count}"
+    ).devices
 
 
 def target_config(gpu: Gpu) -> str:

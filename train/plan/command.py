@@ -25,7 +25,7 @@ from jllama.config import (
     asked_base,
 )
 from jllama.decode.generate import CHUNK
-from jllama.errors import AtLeast1, InputError, Positive, Share, SomeOf, checked
+from jllama.errors import AtLeast1, InputError, NotNegative, Positive, Share, SomeOf, checked
 from jllama.folders.model import base_of, model_sizes
 from jllama.machine import AnyCase, GpuName
 from jllama.names import LINEAR_CHOICES
@@ -34,8 +34,9 @@ from train.config import OptimizerName, Tune
 from train.data.documents import evenly
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
-from train.plan.cards import Gpu, find_gpu, present_gpu
+from train.plan.cards import Gpu, Wiring, find_gpu, present_gpu
 from train.plan.compiled import Request, file_beside
+from train.plan.exchange import LINK_SHARE
 from train.plan.ladder import fit_card
 from train.plan.planner import NO_EXTRA, Plan, make_plans, train_command
 
@@ -55,6 +56,12 @@ class PlanConfig:
     """Memory of a card that differs from the named one's."""
     mesh: MeshChoice = ""
     """Several cards, as in train.lora: data=2,fsdp=4 (or tensor=2)."""
+    link_gb: NotNegative = 0.0
+    """With --mesh: GB/s one way between two cards of a machine; 0: the card's NVLink, or PCIe."""
+    network_gb: Positive = 12.5
+    """With --mesh: GB/s one way that each card has to other machines (12.5: 100 Gbit/s)."""
+    cards_per_machine: AtLeast1 = 8
+    """With --mesh: how many cards share a machine."""
     program: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
     """What to plan: a train step, or generation (--micro-batch-size prompts in caches of
     --max-seq-len)."""
@@ -151,7 +158,8 @@ def plan(config: PlanConfig) -> None:
         for program in programs
     ]
     with quiet_if(config.json):
-        plans = make_plans(requests, gpu, present=present)
+        wiring = Wiring(config.link_gb, config.network_gb, config.cards_per_machine)
+        plans = make_plans(requests, gpu, present=present, wiring=wiring)
     if not plans[0].compiled and config.program == "generate":
         raise InputError(f"{NO_EXTRA.split('. ')[0]}; there is no estimate for generation")
     if config.json:
@@ -181,7 +189,10 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
         "flops_per_token": arithmetic.flops_per_token(plan.step),
         "bound_tokens_per_second": plan.bound,
         "predicted_tokens_per_second": plan.predicted or None,
+        "tokens_per_second_if_exchange_is_hidden": plan.hidden or None,
         "time_us_by_class": dict(plan.time_us),
+        "exchanges": dict(plan.exchanges),
+        "exchanged_bytes": dict(plan.exchanged),
         "kernels": plan.kernels,
         "kernels_per_layer": plan.layer_kernels,
         "compile_seconds": plan.compile_seconds,
@@ -218,6 +229,8 @@ def show(plan: Plan, config: PlanConfig) -> None:
         console.print(f"{flops / 1e9:.2f} GFLOP per token")
         if plan.bound:
             console.print(f"upper bound: {plan.bound:,.0f} tokens/s, by the card's data sheet")
+    if plan.exchanges:
+        show_exchanges(plan, config)
     if plan.predicted:
         show_time(plan)
     if plan.compiled:
@@ -241,6 +254,24 @@ def _margin(gpu: Gpu) -> str:
     )
 
 
+def show_exchanges(plan: Plan, config: PlanConfig) -> None:
+    """What the cards exchange in a step, and by what."""
+    show_table(
+        ("exchange", "times a step", "GB that each card sends"),
+        [
+            (kind, f"{count:,.0f}", f"{plan.exchanged[kind] / 1e9:,.3f}")
+            for kind, count in plan.exchanges.items()
+        ],
+    )
+    link = config.link_gb or plan.gpu.link_gb
+    far = plan.step.mesh.size > config.cards_per_machine
+    beyond = f", {config.network_gb:g} GB/s to other machines" if far else ""
+    console.print(
+        f"links: {link:g} GB/s to a card of the same machine{beyond}, of which "
+        f"{100 * LINK_SHARE:.0f} % are assumed to be reached"
+    )
+
+
 def show_time(plan: Plan) -> None:
     """The predicted time by class, and the speed that it comes to."""
     whole = sum(plan.time_us.values())
@@ -253,6 +284,10 @@ def show_time(plan: Plan) -> None:
         f"predicted: {plan.predicted:,.0f} tokens/s{share if plan.program == 'train' else ''}; "
         f"{plan.kernels:,} kernels, {whole / 1e3:,.0f} ms"
     )
+    if plan.exchanges:
+        console.print(
+            f"Nothing overlaps in it; if all exchange were hidden: {plan.hidden:,.0f} tokens/s"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,14 +39,16 @@ from jllama.sharding import (
 )
 from train.optimizer import make_optimizer, split_learned
 from train.plan.arithmetic import Step, between
-from train.plan.cards import Gpu, target_config
+from train.plan.cards import Gpu, devices_of
 from train.plan.hlo import read_program
 from train.plan.roofline import Prediction, Rates, predict
 from train.step import Window, places_of, planned_bytes, start_state, train_step
 
 Program = Literal["train", "prefill", "decode"]
 GREEDY = Sampling(temperature=0)
-SMALL = (2, 3)  # layers of the models whose difference is what each further layer adds
+# Layers of the models whose difference is what each further layer adds. Of layers that are cut the
+# first few differ from each other.
+SMALL, SMALL_CUT = (2, 3), (3, 5)
 # Who may compute a matmul on a GPU, which the card's autotuner decides by time; and what to compile
 # with so that one of them computes all.
 MATMULS: dict[str, dict[str, bool]] = {
@@ -61,9 +63,10 @@ class Request:
     """A program to compile. `gpu` None means the devices of this machine.
 
     Of a train step two small versions are compiled, and what each further layer adds is added on:
-    layers are alike, and for 7B the sum was that of the whole to the MiB in four remats
-    (tests/test_plan.py holds it for a small one). `whole` compiles the model as it is: None where
-    the sum cannot stand for it (`needs_whole`), True in any case, False in none.
+    layers are alike, and for 7B the sum was that of the whole to the MiB in four remats, as it was
+    for ten layers of 70B over eight cards (tests/test_plan.py holds it for small ones). `whole`
+    compiles the model as it is: None where the sum cannot stand for it (`needs_whole`), True in any
+    case, False in none.
     """
 
     step: Step
@@ -105,16 +108,18 @@ def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
     step, small = request.step, replace(request, text="")
     _, _, classes = training_arguments(step, mesh)
     held = sum(classes.values())
+    sizes = SMALL if mesh.size == 1 else SMALL_CUT
     few, more = (
-        compile_each(lower_training(with_layers(step, n), mesh), small, mesh) for n in SMALL
+        compile_each(lower_training(with_layers(step, n), mesh), small, mesh) for n in sizes
     )
-    weights = {who: extended(few[who], more[who], step.model.n_layers) for who in few}
+    times = (step.model.n_layers - sizes[0]) / (sizes[1] - sizes[0])
+    weights = {who: extended(few[who], more[who], times) for who in few}
     summed = not needs_whole(request, held + max(weight.own for weight in weights.values()))
     if not summed:
         weights = compile_each(lower_training(step, mesh), request, mesh)
     most = max(weights, key=lambda who: weights[who].own)
     own, first = weights[most].own, next(iter(weights))
-    layer = max(0, more[most].own - few[most].own) / (SMALL[1] - SMALL[0])
+    layer = max(0, more[most].own - few[most].own) / (sizes[1] - sizes[0])
     saved = min(own, round(layer * step.model.n_layers))
     launched = more[first].prediction.kernels - few[first].prediction.kernels
     found = as_answer(
@@ -122,7 +127,7 @@ def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
     )
     return found | {
         "host": weights[most].host,
-        "layer_kernels": launched / (SMALL[1] - SMALL[0]) / step.accumulation,
+        "layer_kernels": launched / (sizes[1] - sizes[0]) / step.accumulation,
         "peaks": {who: held + weight.own for who, weight in weights.items()},
         "summed": summed,
     }
@@ -132,12 +137,13 @@ def needs_whole(request: Request, peak: int) -> bool:
     """Whether a model is compiled whole, given the sum's peak.
 
     XLA computes again by itself what a card has no room for, so the sum stands only for a step that
-    leaves some; nor does it for weights that are cut or learn (it was off by 10 %), or on a CPU.
+    leaves some; nor does it for weights that learn (it was off by 10 %), or on a CPU.
     """
     step = request.step
     if request.whole is not None:
         return request.whole
-    alike = step.mesh.size == 1 and step.lora is not None and step.model.n_layers > SMALL[1]
+    small = SMALL if step.mesh.size == 1 else SMALL_CUT
+    alike = step.lora is not None and step.model.n_layers > small[1]
     return (
         bool(request.text)
         or not alike
@@ -154,18 +160,25 @@ def as_answer(timed: Weight, classes: dict[str, int]) -> dict[str, Any]:
         "time_us": {kind: 1e6 * some for kind, some in timed.prediction.seconds.items()},
         "kernels": timed.prediction.kernels,
         "layer_kernels": 0.0,
+        "exchanges": timed.prediction.exchanges,
+        "exchanged": timed.prediction.exchanged,
         "peaks": {},
         "summed": False,
     }
 
 
-def extended(few: Weight, more: Weight, layers: int) -> Weight:
-    """What a model of so many layers would weigh, by two small ones."""
-    times = (layers - SMALL[0]) / (SMALL[1] - SMALL[0])
-    seconds = between(few.prediction.seconds, more.prediction.seconds, times)
-    kernels = few.prediction.kernels + times * (more.prediction.kernels - few.prediction.kernels)
+def extended(few: Weight, more: Weight, times: float) -> Weight:
+    """What a larger model would weigh, `times` as far from `few` as `more` is."""
+    one, other = few.prediction, more.prediction
+    kernels = one.kernels + times * (other.kernels - one.kernels)
     own = round(few.own + times * max(0, more.own - few.own))
-    return Weight(own, few.host, Prediction(seconds, round(kernels)))
+    prediction = Prediction(
+        between(one.seconds, other.seconds, times),
+        round(kernels),
+        between(one.exchanges, other.exchanges, times),
+        between(one.exchanged, other.exchanged, times),
+    )
+    return Weight(own, few.host, prediction)
 
 
 def compile_each(lowered: Any, request: Request, mesh: Mesh) -> dict[str, Weight]:
@@ -215,17 +228,6 @@ def loss_chunks(step: Step) -> int:
 def with_layers(step: Step, layers: int) -> Step:
     """The same step of a model with so many layers."""
     return replace(step, model=replace(step.model, n_layers=layers))
-
-
-def devices_of(gpu: Gpu | None, count: int) -> Any:
-    """Devices to compile for: a described card's, or this machine's."""
-    if gpu is None:
-        return jax.devices()[:count]
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(
-        platform="cuda", target_config=target_config(gpu), topology=f"1x1x{count}"
-    ).devices
 
 
 def lower_training(step: Step, mesh: Mesh) -> Any:

@@ -9,7 +9,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\]")
@@ -51,13 +53,37 @@ class Instruction:
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
         """`lhs_contracting_dims={1,2}` as (1, 2); () if it is not there."""
-        digits = self._first(rf"\b{attribute}=\{{([0-9,]*)\}}")
-        return tuple(int(digit) for digit in digits.split(",") if digit)
+        return tuple(_numbers(self._first(rf"\b{attribute}=\{{([0-9,]*)\}}")))
 
     @property
     def target(self) -> str:
         """What a custom call calls."""
         return self._first(r'custom_call_target="([^"]*)"')
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The devices that exchange something with each other, by their numbers.
+
+        `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` (4 in order, as 2 groups of 2),
+        `[2,2]<=[2,2]T(1,0)` (turned first) or `mesh['a'=2,'b'=2] {'b'}` (along b); of a
+        permutation the pairs.
+        """
+        if found := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", self.attributes):
+            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+            along = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[2])]
+            ids: Any = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+            last = [i for i in range(len(axes)) if i not in along] + along
+            group = math.prod(ids.shape[i] for i in along)
+            return ids.transpose(last).reshape((-1, group)).tolist()
+        listed = r"(?:replica_groups|source_target_pairs)=\{((?:\{[0-9,]*\},?)*)\}"
+        if found := re.search(listed, self.attributes):
+            return [_numbers(group) for group in re.findall(r"\{([0-9,]*)\}", found[1])]
+        iota = r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
+        if found := re.search(iota, self.attributes):
+            sizes, of, turned = (_numbers(part or "") for part in found.groups())
+            ids = np.arange(math.prod(of)).reshape(of)
+            return (ids.transpose(turned) if turned else ids).reshape(sizes).tolist()
+        return []
 
     @property
     def op_name(self) -> str:
@@ -71,6 +97,10 @@ class Instruction:
     def _first(self, pattern: str) -> str:
         match = re.search(pattern, self.attributes)
         return match[1] if match else ""
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(digits) for digits in text.split(",") if digits]
 
 
 @dataclass

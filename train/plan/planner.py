@@ -23,7 +23,7 @@ from jllama.folders.json_files import write_json
 from jllama.machine import installed_version, user_cache
 from train.plan import arithmetic
 from train.plan.arithmetic import Step
-from train.plan.cards import Gpu
+from train.plan.cards import USUAL, Gpu, Wiring
 from train.plan.compiled import Program, Request
 
 CHILDREN = 2  # compilations at a time; each takes a core and a gigabyte or two
@@ -50,6 +50,9 @@ class Plan:
     layer_kernels: float = 0.0  # of training: those of one layer in one micro-batch
     peaks: Mapping[str, int] = field(default_factory=dict)  # of training: by who does the matmuls
     summed: bool = False  # from small models, not compiled whole
+    # Of several cards, by kind: exchanges in a step, and the bytes that each card sends in them.
+    exchanges: Mapping[str, float] = field(default_factory=dict)
+    exchanged: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def matmuls(self) -> str:
@@ -72,10 +75,11 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """That one call of the program works on."""
+        """That one call of the program works on, on all cards."""
         step = self.step
+        rows = step.accumulation * step.micro_batch_size * step.mesh.rows
         return {
-            "train": step.accumulation * step.micro_batch_size * step.max_seq_len,
+            "train": rows * step.max_seq_len,
             "prefill": step.micro_batch_size * (step.max_seq_len // 2),
             "decode": step.micro_batch_size * CHUNK,
         }[self.program]
@@ -84,6 +88,13 @@ class Plan:
     def predicted(self) -> float:
         """Tokens a second by the roofline of the compiled program; 0 if it is not predicted."""
         seconds = sum(self.time_us.values()) / 1e6
+        return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def hidden(self) -> float:
+        """As `predicted`, if all that cards exchange were hidden behind what they compute."""
+        exchange = self.time_us.get("exchange", 0.0)
+        seconds = max(sum(self.time_us.values()) - exchange, exchange) / 1e6
         return self.tokens / seconds if seconds else 0.0
 
     @property
@@ -103,12 +114,15 @@ class Plan:
         )
 
 
-def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) -> list[Plan]:
+def make_plans(
+    requests: Sequence[Request], gpu: Gpu, *, present: bool = False, wiring: Wiring = USUAL
+) -> list[Plan]:
     """A plan for each request, from the user's cache where the same was asked before.
 
     Args:
         requests: the card in them is replaced.
         gpu: whose memory counts, and whose description the step is compiled for.
+        wiring: what several cards exchange by.
         present: whether it is this machine's. A card that is not described, or a CPU, then compiles
             itself, which on a card takes memory beside this process.
 
@@ -124,8 +138,7 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
             request,
             gpu=None if here else gpu,
             room=gpu.room if gpu.described else 0,
-            # What several cards say to each other is not in the roofline.
-            rates=gpu.rates(request.step.precision) if request.step.mesh.size == 1 else None,
+            rates=gpu.rates(request.step.precision, wiring),
         )
         for request in requests
     ]
@@ -142,7 +155,8 @@ def make_plans(requests: Sequence[Request], gpu: Gpu, *, present: bool = False) 
         Plan(
             request.step, gpu, found["classes"], True, request.program, found["compile_seconds"],
             found["host"], found["time_us"], found["kernels"],
-            found["layer_kernels"], found["peaks"], found["summed"],
+            found["layer_kernels"], found["peaks"], found["summed"], found["exchanges"],
+            found["exchanged"],
         )
         for request, found in zip(requests, answers, strict=True)
         if found is not None

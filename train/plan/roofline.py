@@ -10,10 +10,11 @@ would add.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
+from train.plan.exchange import Exchange, Links, exchange_of
 from train.plan.hlo import Computation, Instruction, Program, Shape
 
 # What is reached of a data sheet: 790 of 989 TFLOP/s and 4.3 of 4.8 TB/s were measured on an H200,
@@ -23,7 +24,7 @@ LAUNCH = 1e-6  # seconds between two kernels of a command buffer
 
 CLASSES = (
     "matmuls", "attention", "adapters", "norms", "swiglu", "rotary", "dropout", "packing", "loss",
-    "sampling", "optimizer", "copies", "other", "launches",
+    "sampling", "optimizer", "copies", "exchange", "other", "launches",
 )  # fmt: skip
 # The scopes that `jax.named_scope` writes into the model and the step are such classes, too.
 _SCOPE = re.compile(r"\b(adapters|norms|swiglu|rotary|dropout|packing|loss|sampling|optimizer)\b")
@@ -53,6 +54,7 @@ class Rates:
     bandwidth: float
     attention: float
     launch: float = LAUNCH
+    links: Links = Links()  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class Kernel:
     vector: float
     bytes: float
     times: int
+    exchange: Exchange | None = None  # with other devices
 
     def seconds(self, rates: Rates) -> float:
         """Of one launch, without launching."""
+        if self.exchange:
+            return self.exchange.seconds(rates.links)
         rate = rates.attention if self.kind == "attention" else rates.matmul
         return max(
             self.matmul / rate if self.matmul else 0.0,
@@ -82,6 +87,9 @@ class Prediction:
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
     kernels: int = 0
+    # By kind: how many exchanges, and the bytes that each device sends in them.
+    exchanges: dict[str, float] = field(default_factory=dict)
+    exchanged: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -94,6 +102,10 @@ def predict(program: Program, rates: Rates, trips: int = 1) -> Prediction:
     for kernel in Roofline(program, trips).kernels():
         found.seconds[kernel.kind] += kernel.times * kernel.seconds(rates)
         found.kernels += kernel.times
+        if (one := kernel.exchange) is not None:
+            found.exchanges[one.kind] = found.exchanges.get(one.kind, 0) + kernel.times
+            sent = found.exchanged.get(one.kind, 0) + kernel.times * one.bytes
+            found.exchanged[one.kind] = sent
     found.seconds["launches"] = found.kernels * rates.launch
     return found
 
@@ -147,13 +159,16 @@ class Roofline:
         return [self.program.computations[name] for name in names]
 
     def _kernel(self, where: Computation, instruction: Instruction, times: int) -> Kernel:
+        given = sum(self._operand_bytes(where, [name]) for name in instruction.operands)
+        if exchange := exchange_of(instruction, given):
+            return Kernel(instruction.name, "exchange", 0.0, 0.0, 0.0, times, exchange)
         if instruction.opcode == "fusion":
             inside = self._called(instruction, "calls")
             matmul, vector = self._work(inside.name)
             moved = self._read(inside, where, instruction) + self._written(inside)
         elif instruction.opcode == "custom-call":
             matmul, vector = self._custom(where, instruction), 0.0
-            moved = self._operand_bytes(where, instruction) + _bytes(instruction.shapes)
+            moved = self._operand_bytes(where, instruction.operands) + _bytes(instruction.shapes)
         else:
             matmul, vector = self._operations(where, instruction)
             moved = self._plain_bytes(where, instruction)
@@ -260,10 +275,10 @@ class Roofline:
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             update = instruction.operands[1 if instruction.opcode[0] == "d" else -1]
             return 2 * _bytes(where.instructions[update].shapes)
-        return self._operand_bytes(where, instruction) + result
+        return self._operand_bytes(where, instruction.operands) + result
 
-    def _operand_bytes(self, where: Computation, instruction: Instruction) -> float:
-        return sum(_bytes(where.instructions[name].shapes) for name in set(instruction.operands))
+    def _operand_bytes(self, where: Computation, names: Iterable[str]) -> float:
+        return sum(_bytes(where.instructions[name].shapes) for name in set(names))
 
     # What a kernel is for.
 
