@@ -15,11 +15,17 @@ import pytest
 from random_models import BASE
 from train_runs import as_flags, read, settings, small_place
 
-from jllama.config import LlamaConfig, LoraConfig, linear_shapes
+from jllama.config import PRESETS, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
+from jllama.folders.run import RunFolder
 from jllama.sharding import MeshShape, make_mesh, mesh_shape
 from train import config as train_config
 from train.config import TrainConfig
+from train.plan import mesh as mesh_plans
+from train.plan.arithmetic import Step
+from train.plan.cards import find_gpu
+from train.plan.mesh import choose_mesh
+from train.plan.planner import estimate
 
 MESHES = ("data=8", "fsdp=8", "tensor=4,data=2", "fsdp=2,tensor=2,data=2")
 PARAMS = BASE | {"dim": 64, "n_heads": 8, "n_kv_heads": 4}
@@ -87,6 +93,7 @@ def check_shares(file, mesh):
 COMPILED = """
 import sys, jax
 from jllama.config import LlamaConfig, LoraConfig
+from jllama.folders.run import RunFolder
 from jllama.sharding import make_mesh, mesh_shape
 from train.plan.arithmetic import Step
 from train.plan.compiled import lower_training
@@ -172,6 +179,55 @@ def test_answers_and_scores_are_those_of_one_device(place, tmp_path):
     for name in ("base", "tuned"):
         one, cut = (score[name]["answers"]["nll_per_token"] for _, score in found)
         assert cut == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.integration
+def test_an_automatic_mesh_is_over_all_devices(place, tmp_path):
+    flags = settings(place, max_steps=1, output_dir=tmp_path / "run", mesh="auto")
+    said = on_devices(8, "-m", "train.lora", *as_flags(flags))
+    assert "--mesh auto: data=8; of 8 devices each is estimated to take" in said
+    assert TrainConfig(**checked(tmp_path / "run")).mesh == "data=8"
+    again = ("--resume", tmp_path / "run", "--epochs", 99, "--mesh", "auto")
+    assert "--mesh auto is for a new run" in on_devices(8, "-m", "train.lora", *again, code=2)
+
+
+def checked(run):
+    return RunFolder(run).read_settings()
+
+
+def test_an_automatic_mesh_cuts_no_more_than_it_must():
+    step = Step(PRESETS["llama-2-70b"], LoraConfig(), "bf16", "block", 1, 512)
+    unknown = dataclasses.replace(find_gpu("h200"), cores=0)
+    for memory, mesh in ((400_000, "data=8"), (143_771, "data=8"), (81_000, "data=4,fsdp=2"),
+                         (40_000, "data=2,fsdp=4"), (25_000, "fsdp=8")):  # fmt: skip
+        gpu = dataclasses.replace(unknown, memory_mib=memory)
+        found, reason = choose_mesh(step, gpu, 8)
+        assert found.words == mesh, memory
+        assert f"--mesh auto: {mesh}; of 8 devices each is estimated to take" in reason
+    small = dataclasses.replace(unknown, memory_mib=16_000)
+    with pytest.raises(InputError, match=r"--mesh auto: this run fits 8 devices in no way"):
+        choose_mesh(step, small, 8)
+
+
+def test_of_meshes_that_fit_the_fastest_is_taken(monkeypatch):
+    step = Step(PRESETS["llama-2-70b"], LoraConfig(), "bf16", "block", 2, 512)
+    gpu = find_gpu("a100-80gb")
+
+    def planned(requests, gpu):
+        """Sharing products is the fastest, and does not fit over two."""
+        plans = [estimate(request.step, gpu) for request in requests]
+        for plan in plans:
+            many = plan.step.mesh.tensor
+            assert plan.step.micro_batch_size == 2 * many
+            size = {"all": gpu.room + (1 if many == 2 else -1)}
+            time = {"matmuls": 1e6 / many}
+            yield dataclasses.replace(plan, classes=size, compiled=True, time_us=time)
+
+    monkeypatch.setattr(mesh_plans, "can_compile", lambda: True)
+    monkeypatch.setattr(mesh_plans, "make_plans", lambda *some: list(planned(*some)))
+    found, reason = choose_mesh(step, gpu, 8)
+    assert found == MeshShape(tensor=8)
+    assert "tokens/s predicted" in reason
 
 
 @pytest.mark.parametrize(

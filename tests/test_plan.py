@@ -4,6 +4,7 @@ The 7B tests compile for an H200 that is not there; they need the packages of th
 """
 
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -16,7 +17,7 @@ from random_models import BASE, model_folder
 
 from jllama.cli.card import CONTEXT_MIB
 from jllama.cli.children import Done
-from jllama.config import PRESETS, LlamaConfig, LoraConfig
+from jllama.config import PRESETS, Base, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
 from jllama.folders import load
 from jllama.folders.model import read_config
@@ -133,6 +134,37 @@ def test_small_models_extended_are_the_whole():
         assert extended.peaks[who] == pytest.approx(peak, rel=0.002), who
     assert extended.predicted == pytest.approx(whole.predicted, rel=0.01)
     assert whole.classes["temporaries"] > 0
+
+
+@pytest.mark.integration
+@needs_extra
+@pytest.mark.parametrize(
+    ("base", "gathers"), [(None, 2), (Base("int8"), 2.75)], ids=["bf16", "int8"]
+)
+def test_cards_exchange_what_fsdp_needs(base, gathers):
+    """Each weight twice a micro-batch, the head once, and the adapters' gradients.
+
+    What is in codes is gathered for the forward pass of a block, and most of it once more for each
+    of the two passes that block remat makes backwards.
+    """
+    wide, n = LlamaConfig(1024, 9, 8, 8, 2816, 32000), 8
+    step = replace(seven(micro_batch_size=1), model=wide, base=base, mesh=MeshShape(fsdp=n))
+    requests = [Request(step, H200, whole=whole) for whole in (True, False)]
+    whole, extended = make_plans(requests, H200)
+    for who, peak in whole.peaks.items():
+        assert extended.peaks[who] == pytest.approx(peak, rel=0.002), who
+    assert extended.exchanged == pytest.approx(whole.exchanged, rel=0.001)
+    shapes = [shape for shape in linear_shapes(wide).values() for _ in range(wide.n_layers)]
+    linears = sum(base.bytes(shape) if base else 2 * math.prod(shape) for shape in shapes)
+    gathered = step.accumulation * (gathers * linears + 2 * wide.vocab_size * wide.dim)
+    sent = dict(whole.exchanged)
+    assert sent.pop("all-gather") == pytest.approx(gathered * (n - 1) / n, rel=0.01)
+    learned = step.accumulation * 2 * step.lora.parameter_count(wide)  # in bf16, as it is computed
+    assert sent.pop("all-reduce") == pytest.approx(2 * learned * (n - 1) / n, rel=0.01)
+    assert sum(sent.values()) <= 0.01 * gathered  # rows of the embeddings, which lie cut
+    seconds = whole.time_us["exchange"] / 1e6
+    assert seconds > sum(whole.exchanged.values()) / (0.8 * 450e9)
+    assert whole.hidden > whole.predicted
 
 
 @pytest.mark.integration

@@ -135,7 +135,8 @@ def test_a_plan_says_who_computes_the_matmuls_at_the_peak_and_what_jax_takes(com
         (True, 120, {}),
         (False, 130, {}),  # no recomputation brings it below
         (True, 10, {"lora": None}),
-        (True, 10, {"mesh": MeshShape(fsdp=2)}),
+        (False, 10, {"mesh": MeshShape(fsdp=2)}),
+        (True, 10, {"mesh": MeshShape(fsdp=2), "model": LlamaConfig(64, 5, 4, 2, 160, 128)}),
         (True, 10, {"model": LlamaConfig(64, 3, 4, 2, 160, 128)}),
     ],
 )

@@ -15,11 +15,50 @@ from train.plan import arithmetic
 from train.plan.arithmetic import Step
 from train.plan.cards import GPUS
 from train.plan.compiled import Request
-from train.plan.hlo import Shape, read_program
+from train.plan.exchange import BEGIN, Exchange, Links, exchange_of
+from train.plan.hlo import Instruction, Shape, read_program
 from train.plan.planner import can_compile, make_plans
 from train.plan.roofline import Rates, Roofline, predict
 
 H200 = GPUS["h200"]
+
+
+@pytest.mark.parametrize(
+    ("words", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", [[0, 1, 2, 3]]),
+        ("channel_id=1, source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("dimensions={0}", []),
+    ],
+)
+def test_devices_that_exchange_are_read(words, groups):
+    assert Instruction("x", (), "all-gather", (), words).groups == groups
+
+
+@pytest.mark.parametrize(
+    ("opcode", "sent"),
+    [("all-gather-start", 3), ("all-reduce", 1.5), ("reduce-scatter", 0.75), ("all-to-all", 0.75)],
+)
+def test_each_device_sends_its_share_by_rings(opcode, sent):
+    words = "replica_groups=[2,4]<=[8]"
+    found = exchange_of(Instruction("x", (), opcode, ("y",), words), given=1e6)
+    assert found == (opcode.removesuffix("-start"), sent * 1e6, {(0, 3), (4, 7)})
+    assert exchange_of(Instruction("x", (), "all-gather-done", ("y",), words), 1e6) is None
+    assert exchange_of(Instruction("x", (), "fusion", ("y",), words), 1e6) is None
+
+
+def test_the_slowest_link_that_is_needed_tells_the_time():
+    links = Links(link=1e9, network=1e6, machine=4)
+    inside = Exchange("all-gather", 1e6, frozenset({(0, 3), (4, 7)}))
+    across = Exchange("all-gather", 1e6, frozenset({(0, 4), (1, 5)}))
+    assert inside.seconds(links) == pytest.approx(BEGIN + 1e-3)
+    assert across.seconds(links) == pytest.approx(BEGIN + 1.0)
+
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true

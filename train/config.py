@@ -139,9 +139,10 @@ class TrainConfig:
     --gradient-accumulation-steps as the number of sequences of a step."""
     gradient_accumulation_steps: AtLeast1 = 4
     """Micro-batches in one optimizer step."""
-    mesh: MeshChoice = ""
+    mesh: MeshChoice | Literal["auto"] = ""
     """Several devices, as data=2,fsdp=4 (or tensor=2): data and fsdp deal rows, each device with
-    --micro-batch-size of its own; fsdp and tensor cut the weights. By default one device."""
+    --micro-batch-size of its own; fsdp and tensor cut the weights. auto: over all devices, the
+    fastest that is planned to fit. By default one device, or fsdp over those of all processes."""
     remat: Remat | Literal["auto"] = "block"
     """What the backward pass recomputes: nothing; all but matmuls (dots), which may wait in the
     host's memory (offload); ffn_norm + feed_forward (ffn); or whole blocks. auto: the least that
@@ -248,6 +249,8 @@ def _as_many_rows(config: TrainConfig, before: TrainConfig) -> TrainConfig:
     """With the micro-batch of a device that keeps a run's steps as they were on another mesh."""
     if config.mesh == before.mesh:
         return config
+    if config.mesh == "auto":
+        raise InputError("--mesh auto is for a new run; beside --resume give the sizes")
     rows, had = (
         math.prod(size for axis, size in MESH_AXES.read(mesh).items() if axis != "tensor")
         for mesh in (config.mesh, before.mesh)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jllama import bundled
 from jllama.cli.terminal import command_line, console
-from jllama.config import PRECISIONS, LoraConfig
+from jllama.config import PRECISIONS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.adapter import (
     check_base,
@@ -41,8 +41,10 @@ from train.plan.auto import (
     out_of_memory_explained,
     refuse_what_cannot_fit,
     step_of,
+    this_device,
     warning_if_short,
 )
+from train.plan.mesh import choose_mesh
 from train.processes.join import Processes
 from train.run.folder import check_folder, run_folder
 from train.run.provenance import identity, make_passport
@@ -71,9 +73,9 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
     config = processes.first_then_others(lambda: with_sample(config))
     processes.agree(identity(config))
     check_folder(config)
-    config = with_mesh(config, processes)
-    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     llama, base = read_config(config.model), base_of(config.model, config.asked_base)
+    config = with_mesh(config, llama, lora, processes)
+    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     if base and config.tune == "full":
         raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
     refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
@@ -249,9 +251,23 @@ def with_adapters_settings(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **used)
 
 
-def with_mesh(config: TrainConfig, processes: Processes) -> TrainConfig:
-    """Where several processes train and no mesh was asked for: with one over all their devices."""
+def with_mesh(
+    config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None, processes: Processes
+) -> TrainConfig:
+    """With the sizes of an automatic mesh; or of one over the devices of several processes."""
     count = jax.device_count()
+    if config.mesh == "auto":
+        chosen = reason = ""
+        if processes.number == 0:
+            step = step_of(dataclasses.replace(config, mesh=""), llama, lora, config.max_seq_len)
+            shape, reason = choose_mesh(step, this_device(), count)
+            chosen = shape.words or "data=1"
+            console.print(reason)
+        config = dataclasses.replace(config, mesh=processes.tell(chosen)[0])
+        if config.micro_batch_size != "auto":
+            rows = config.micro_batch_size * mesh_shape(config.mesh).tensor
+            config = dataclasses.replace(config, micro_batch_size=rows)
+        return config
     if config.mesh or count == 1:
         return config
     if processes.count == 1:
