@@ -21,10 +21,10 @@ from jllama.folders.run import RunFolder
 from jllama.sharding import MeshShape, make_mesh, mesh_shape
 from train import config as train_config
 from train.config import TrainConfig
-from train.plan import mesh as mesh_plans
+from train.plan import ladder
 from train.plan.arithmetic import Step
 from train.plan.cards import find_gpu
-from train.plan.mesh import choose_mesh
+from train.plan.ladder import choose_mesh
 from train.plan.planner import estimate
 
 MESHES = ("data=8", "fsdp=8", "tensor=4,data=2", "fsdp=2,tensor=2,data=2")
@@ -223,8 +223,8 @@ def test_of_meshes_that_fit_the_fastest_is_taken(monkeypatch):
             time = {"matmuls": 1e6 / many}
             yield dataclasses.replace(plan, classes=size, compiled=True, time_us=time)
 
-    monkeypatch.setattr(mesh_plans, "can_compile", lambda: True)
-    monkeypatch.setattr(mesh_plans, "make_plans", lambda *some: list(planned(*some)))
+    monkeypatch.setattr(ladder, "can_compile", lambda: True)
+    monkeypatch.setattr(ladder, "make_plans", lambda *some: list(planned(*some)))
     found, reason = choose_mesh(step, gpu, 8)
     assert found == MeshShape(tensor=8)
     assert "tokens/s predicted" in reason

@@ -44,7 +44,7 @@ from train.plan.auto import (
     this_device,
     warning_if_short,
 )
-from train.plan.mesh import choose_mesh
+from train.plan.ladder import choose_mesh
 from train.processes.join import Processes
 from train.run.folder import check_folder, run_folder
 from train.run.provenance import identity, make_passport

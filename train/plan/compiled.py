@@ -112,8 +112,8 @@ def weigh_training(request: Request, mesh: Mesh) -> dict[str, Any]:
     few, more = (
         compile_each(lower_training(with_layers(step, n), mesh), small, mesh) for n in sizes
     )
-    times = (step.model.n_layers - sizes[0]) / (sizes[1] - sizes[0])
-    weights = {who: extended(few[who], more[who], times) for who in few}
+    far = (step.model.n_layers - sizes[0]) / (sizes[1] - sizes[0])
+    weights = {who: extended(few[who], more[who], far) for who in few}
     summed = not needs_whole(request, held + max(weight.own for weight in weights.values()))
     if not summed:
         weights = compile_each(lower_training(step, mesh), request, mesh)
@@ -226,7 +226,6 @@ def loss_chunks(step: Step) -> int:
 
 
 def with_layers(step: Step, layers: int) -> Step:
-    """The same step of a model with so many layers."""
     return replace(step, model=replace(step.model, n_layers=layers))
 
 

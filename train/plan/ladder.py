@@ -1,5 +1,7 @@
 """`python -m train.plan --fit`: every remat, length and micro-batch on a card, and the best.
 
+For `--mesh auto`: every mesh over the devices that there are, and the best.
+
 A few small steps are compiled; memory is then linear in the layers and in the tokens of a
 micro-batch. The recommended step is planned once more, as it is, before it is named.
 """
@@ -10,6 +12,8 @@ from dataclasses import dataclass, replace
 from jllama.attention import choose_implementation
 from jllama.cli.terminal import console, show_table
 from jllama.config import PRECISIONS
+from jllama.errors import InputError
+from jllama.sharding import MeshShape
 from train.plan.arithmetic import Step, between
 from train.plan.cards import Gpu
 from train.plan.compiled import Request
@@ -27,6 +31,7 @@ LENGTHS = (512, 1024, 2048, 4096)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 MEASURED_LENGTH, MEASURED_BATCHES = 1024, (1, 2, 8)
 MIB = 2**20
+MACHINE = 8  # cards that are linked closely enough to share products
 
 
 @dataclass(frozen=True)
@@ -191,3 +196,44 @@ def extended(asked: Step, cells: list[Step], gpu: Gpu, present: bool) -> Iterato
             cell, gpu, {name: round(size) for name, size in classes.items()}, compiled=True,
             time_us=times if sum(times.values()) else {}, kernels=known[few].kernels,
         )  # fmt: skip
+
+
+def choose_mesh(step: Step, gpu: Gpu, count: int) -> tuple[MeshShape, str]:
+    """The mesh over `count` devices that is fastest by its prediction and fits, and why.
+
+    Where nothing can be compiled or predicted: the one that cuts the weights least. `tensor` takes
+    as many rows at a time as its devices would have taken each.
+
+    Raises:
+        InputError: if the weights fit in no way.
+    """
+    cuts = [n for n in range(1, count + 1) if count % n == 0]
+    shapes = [MeshShape(data=count // n, fsdp=n) for n in cuts]
+    shapes += [MeshShape(data=count // n, tensor=n) for n in cuts if 1 < n <= MACHINE]
+    plans = [estimate(on_mesh(step, shape), gpu) for shape in shapes]
+    plans = [plan for plan in plans if plan.free >= 0]
+    if not plans:
+        need = min(estimate(on_mesh(step, shape), gpu).peak for shape in shapes) / MIB
+        raise InputError(
+            f"--mesh auto: this run fits {count} devices in no way: cut over all of them it is "
+            f"estimated at {need:,.0f} MiB on each, of {gpu.room / MIB:,.0f}"
+        )
+    if gpu.described and can_compile() and gpu.rates(step.precision):
+        plans = make_plans([Request(plan.step) for plan in plans], gpu)
+        plans = [plan for plan in plans if plan.free >= 0] or plans[-1:]
+    best = max(plans, key=lambda plan: plan.predicted)  # of equals the first
+    return best.step.mesh, _reason(best, gpu, count)
+
+
+def on_mesh(step: Step, shape: MeshShape) -> Step:
+    return replace(step, mesh=shape, micro_batch_size=step.micro_batch_size * shape.tensor)
+
+
+def _reason(plan: Plan, gpu: Gpu, count: int) -> str:
+    how = "planned" if plan.compiled else "estimated"
+    speed = f", {plan.predicted:,.0f} tokens/s predicted" if plan.predicted else ""
+    mesh = plan.step.mesh.words or "data=1"
+    return (
+        f"--mesh auto: {mesh}; of {count} devices each is {how} to take {plan.peak / MIB:,.0f} "
+        f"MiB of {gpu.room / MIB:,.0f}{speed}"
+    )
