@@ -32,12 +32,21 @@ H200 = GPUS["h200"]
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", [[0, 1, 2, 3]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}",
+            [[0, 1], [2, 3]],
+        ),
         ("channel_id=1, source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
         ("dimensions={0}", []),
     ],
 )
 def test_devices_that_exchange_are_read(words, groups):
     assert Instruction("x", (), "all-gather", (), words).groups == groups
+
+
+def test_devices_in_an_unknown_form_are_no_silence():
+    with pytest.raises(ValueError, match="written in a new way"):
+        Instruction("x", (), "all-gather", (), "replica_groups=all").groups  # noqa: B018
 
 
 @pytest.mark.parametrize(

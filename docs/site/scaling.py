@@ -1,5 +1,6 @@
 """The tables of docs/scaling.md: `python docs/site/scaling.py` plans docs/results/scaling.json.
 
+What the file has already is kept: remove it to plan all anew, in half an hour.
 `python docs/site/scaling.py --show` prints the tables of what was planned.
 """
 
@@ -7,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,10 @@ def main() -> None:
     if "--show" in sys.argv:
         print(table())
         return
-    plans: list[dict[str, Any]] = []
-    configs = list(grid())
+    plans: list[dict[str, Any]] = json.loads(FILE.read_text())["plans"] if FILE.exists() else []
+    configs = [
+        config for config in grid() if all(asdict(config) != plan["settings"] for plan in plans)
+    ]
     for number, config in enumerate(configs, start=1):
         began = time.monotonic()
         (plan,) = make_plans([Request(config.step, whole=False)], find_gpu(config.gpu))

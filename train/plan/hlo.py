@@ -7,7 +7,7 @@ Only what a plan asks for is kept: names, shapes, operands and the attributes as
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,24 +65,32 @@ class Instruction:
         """The devices that exchange something with each other, by their numbers.
 
         `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` (4 in order, as 2 groups of 2),
-        `[2,2]<=[2,2]T(1,0)` (turned first) or `mesh['a'=2,'b'=2] {'b'}` (along b); of a
-        permutation the pairs.
+        `[2,2]<=[2,2]T(1,0)` (turned first), `mesh['a'=2,'b'=2] {'b'}` (along b) or `mesh['a'=2,
+        'b'=2], device_ids=([2,2]T(1,0)) {'b'}` (turned first); of a permutation the pairs.
+
+        Raises:
+            ValueError: if they are written in another way.
         """
-        if found := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", self.attributes):
-            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-            along = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[2])]
-            ids: Any = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-            last = [i for i in range(len(axes)) if i not in along] + along
-            group = math.prod(ids.shape[i] for i in along)
-            return ids.transpose(last).reshape((-1, group)).tolist()
+        words = self.attributes
         listed = r"(?:replica_groups|source_target_pairs)=\{((?:\{[0-9,]*\},?)*)\}"
-        if found := re.search(listed, self.attributes):
+        if found := re.search(listed, words):
             return [_numbers(group) for group in re.findall(r"\{([0-9,]*)\}", found[1])]
         iota = r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
-        if found := re.search(iota, self.attributes):
+        if found := re.search(iota, words):
             sizes, of, turned = (_numbers(part or "") for part in found.groups())
-            ids = np.arange(math.prod(of)).reshape(of)
-            return (ids.transpose(turned) if turned else ids).reshape(sizes).tolist()
+            return _in_order(of, turned).reshape(sizes).tolist()
+        turn = r"\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
+        along = rf"replica_groups=mesh\[([^]]*)\](?:, device_ids=\({turn}\))? \{{([^}}]*)\}}"
+        if found := re.search(along, words):
+            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+            of, turned = (_numbers(part or "") for part in found.group(2, 3))
+            ids = _in_order(of or list(axes.values()), turned).reshape(list(axes.values()))
+            chosen = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+            last = [i for i in range(len(axes)) if i not in chosen] + chosen
+            group = math.prod(ids.shape[i] for i in chosen)
+            return ids.transpose(last).reshape((-1, group)).tolist()
+        if "replica_groups=" in words:
+            raise ValueError(f"groups of devices are written in a new way: {words[:200]}")
         return []
 
     @property
@@ -101,6 +109,12 @@ class Instruction:
 
 def _numbers(text: str) -> list[int]:
     return [int(digits) for digits in text.split(",") if digits]
+
+
+def _in_order(of: Sequence[int], turned: Sequence[int]) -> Any:
+    """0, 1, ... in an array, whose axes are turned."""
+    ids = np.arange(math.prod(of)).reshape(of)
+    return ids.transpose(turned) if turned else ids
 
 
 @dataclass
