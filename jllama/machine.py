@@ -72,7 +72,7 @@ def ask_driver(*fields: str) -> dict[str, str]:
 
     "name", "memory.total"  ->  {"name": "NVIDIA H200", "memory.total": "143771 MiB"}
     """
-    values = [part.strip() for part in next(iter(_gpus(*fields)), "").split(",")]
+    values = [part.strip() for line in _gpus(*fields)[:1] for part in line.split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 

@@ -188,8 +188,7 @@ def put(tree: Any, places: Any) -> Any:
     """
 
     def put_one(x: Any, place: NamedSharding) -> Array:
-        local = isinstance(x, np.ndarray) or x.is_fully_addressable
-        if place.is_fully_addressable or not local:
+        if place.is_fully_addressable or not (isinstance(x, np.ndarray) or x.is_fully_addressable):
             return jax.device_put(x, place)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, place, lambda part: host[part])

@@ -325,6 +325,7 @@ def test_planning_says_what_it_does_and_tells_each_program(monkeypatch, capsys):
                 heard("a library's line\n")
                 found = {"classes": {"x": length}, "host": 0, "time_us": {}, "kernels": 0,
                          "layer_kernels": 0, "compile_seconds": 1, "peaks": {},
+                         "exchanges": {}, "exchanged": {},
                          "summed": False}  # fmt: skip
                 heard(json.dumps(found) + "\n")
             return Done(0, "", "")

@@ -57,6 +57,7 @@ class Compiler:
             own = {"triton": 5 * MIB, "cublaslt": 7 * MIB}
             found = {"classes": {"x": 7 * MIB}, "host": 0, "time_us": {}, "kernels": 0,
                      "layer_kernels": 0, "compile_seconds": 1, "peaks": own,
+                     "exchanges": {}, "exchanged": {},
                      "summed": True}  # fmt: skip
             heard(json.dumps(found) + "\n")
         return Done(0, "", "")
