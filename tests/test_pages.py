@@ -1,6 +1,7 @@
 """README.md and the documentation: commands that parse, links that lead somewhere, true figures."""
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -166,6 +167,21 @@ def test_what_fits_is_what_was_planned():
         assert (round(plan["peak_mib"]), round(plan["free_mib"])) == (row.peak, row.left), row
         assert row.left > 0
     assert site["picture"]() == (ROOT / "docs/what-fits.svg").read_text()
+
+
+def test_the_table_of_several_cards_is_what_was_planned():
+    site = runpy.run_path(str(ROOT / "docs/site/scaling.py"))
+    assert site["table"]() in (ROOT / "docs/scaling.md").read_text()
+    plans = json.loads(site["FILE"].read_text())["plans"]
+    asked = [plan["settings"] for plan in plans]
+    assert {x["model"] for x in asked} == {*site["MODELS"]}
+    assert {x["gpu"] for x in asked} == {*site["CARDS"]}
+    (of_eight,) = (
+        plan for plan in plans
+        if plan["settings"]["model"] == "llama-2-70b" and plan["settings"]["mesh"] == "fsdp=8"
+        and plan["settings"]["micro_batch_size"] == 1
+    )  # fmt: skip
+    assert of_eight["peak_mib"] < 19_740
 
 
 def test_figures_of_the_guides_are_those_of_the_plans():

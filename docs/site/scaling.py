@@ -74,8 +74,15 @@ def main() -> None:
 
 def table() -> str:
     """Lines of Markdown, one for each plan."""
+
+    def place(plan: dict[str, Any]) -> tuple[Any, ...]:
+        asked = plan["settings"]
+        shape = mesh_shape(asked["mesh"])
+        model, card = MODELS.index(asked["model"]), CARDS.index(asked["gpu"])
+        return model, card, asked["base"] != "stored", shape.size, asked["mesh"], shape.rows
+
     lines = []
-    for plan in json.loads(FILE.read_text())["plans"]:
+    for plan in sorted(json.loads(FILE.read_text())["plans"], key=place):
         asked = plan["settings"]
         base = "bf16" if asked["base"] == "stored" else asked["base"]
         sent = sum(plan["exchanged_bytes"].values()) / 1e9
