@@ -17,6 +17,7 @@ from train_runs import as_flags, read, settings, small_place
 
 from jllama.config import PRESETS, LlamaConfig, LoraConfig, linear_shapes
 from jllama.errors import InputError
+from jllama.folders.model import read_config
 from jllama.folders.run import RunFolder
 from jllama.sharding import MeshShape, make_mesh, mesh_shape
 from train import config as train_config
@@ -93,6 +94,7 @@ def check_shares(file, mesh):
 COMPILED = """
 import sys, jax
 from jllama.config import LlamaConfig, LoraConfig
+from jllama.folders.model import read_config
 from jllama.folders.run import RunFolder
 from jllama.sharding import make_mesh, mesh_shape
 from train.plan.arithmetic import Step
@@ -228,6 +230,38 @@ def test_of_meshes_that_fit_the_fastest_is_taken(monkeypatch):
     found, reason = choose_mesh(step, gpu, 8)
     assert found == MeshShape(tensor=8)
     assert "tokens/s predicted" in reason
+
+
+PARTS = """
+import sys, jax
+import numpy as np
+from flax import nnx
+from jllama.config import Base
+from jllama.folders import load
+from jllama.sharding import make_mesh, mesh_shape
+rows, quantised = [], load.quantised
+def noted(matrix, base):
+    rows.append(None if isinstance(matrix, jax.core.Tracer) else len(matrix))
+    return quantised(matrix, base)
+one = load.load_model(sys.argv[1], "fp32", base=Base(sys.argv[2]))
+load.quantised = noted
+mesh = make_mesh(jax.devices(), mesh_shape(sys.argv[3]))
+cut = load.load_model(sys.argv[1], "fp32", base=Base(sys.argv[2]), mesh=mesh)
+same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
+                    nnx.state(one), nnx.state(cut))
+assert all(jax.tree.leaves(same))
+print("most rows", max(filter(None, rows)))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("base", ["int8", pytest.param("int4", marks=HALF_BYTES)])
+def test_each_device_puts_its_own_rows_into_codes(base, place):
+    """To the codes of the whole; wo and w2 are cut by columns, too."""
+    words = ("-c", PARTS, place / "model", base)
+    assert "most rows 64" in on_devices(8, *words, "tensor=4,data=2")
+    largest = read_config(place / "model").hidden_dim
+    assert f"most rows {largest // 8}" in on_devices(8, *words, "fsdp=8")
 
 
 @pytest.mark.parametrize(

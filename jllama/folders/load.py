@@ -128,8 +128,8 @@ def load_model(
         remat: what the backward pass recomputes.
         ffn_bias: adds feed-forward biases, all zero, as the original report's model had.
         base: the format that the linears are held in; by default that of the folder.
-        mesh: devices to cut the weights over; by default the first one has all. Of a weight that is
-            not in codes each device reads no more than its own part.
+        mesh: devices to cut the weights over; by default the first one has all. Of a weight each
+            device reads its own part, or, where it is put into codes, its own rows.
 
     Raises:
         InputError: if the folder is incomplete or contradicts its config, or is in another format.
@@ -151,9 +151,7 @@ def load_model(
             if base is None or not base.holds(name):
                 arrays[name] = _read(name, tensors[name], PRECISIONS[precision], place)
             elif stored is None:
-                # One at a time: what is not in codes yet is the largest that is held.
-                weight = jax.block_until_ready(quantised(jnp.array(tensors[name]), base))
-                coded[name] = _cut(weight, name, place)
+                coded[name] = _in_codes(tensors[name], name, base, place)
             else:
                 weight = from_disk(parts_of(name, tensors), (shape[0], shape[1]), base)
                 coded[name] = _cut(weight, name, place)
@@ -179,21 +177,52 @@ def _read(name: str, tensor: np.ndarray, dtype: Any, place: Place | None) -> jax
     )
 
 
-def _cut(weight: Coded, name: str, place: Place | None) -> Coded:
-    """A weight in codes, each of its parts where its place is.
+def _in_codes(tensor: np.ndarray, name: str, base: Base, place: Place | None) -> Coded:
+    """A tensor of a file in codes: each device has its own rows of it put into codes.
 
-    Raises:
-        InputError: if this JAX has no such arrays.
+    The rows of nf4 are not independent of each other: it passes the first device whole.
     """
-    if place is None:
-        return weight
-    graphdef, parts = nnx.split(weight)
+
+    @functools.cache
+    def of_rows(first: int, last: int) -> Coded:
+        # One at a time: what is not in codes yet is the largest that is held.
+        return jax.block_until_ready(quantised(jnp.array(tensor[first:last]), base))
+
+    if place is None or base.format == "nf4":
+        return _cut(of_rows(0, len(tensor)), name, place)
+    whole = nnx.eval_shape(lambda: quantised(jnp.zeros(tensor.shape, tensor.dtype), base))
+    graphdef, shapes = nnx.split(whole)
+    _refuse_half_bytes(shapes)
+    leaves, structure = jax.tree.flatten(shapes)
+
+    def read(number: int) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(len(tensor))
+            mine = jax.tree.leaves(nnx.state(of_rows(first, last)))[number]
+            return np.asarray(mine)[(slice(None), *index[1:])]
+
+        shape = leaves[number].shape
+        return jax.make_array_from_callback(shape, place(name, shape), part)
+
+    parts = [read(number) for number in range(len(leaves))]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, parts))
+
+
+def _refuse_half_bytes(parts: nnx.State) -> None:
+    """Before 0.11, JAX gives such arrays a layout that no compiled program takes."""
     if jax.__version_info__ < (0, 11) and any(map(is_half_bytes, jax.tree.leaves(parts))):
-        # It gives them a layout that no compiled program takes.
         raise InputError(
             f"jax {jax.__version__} cannot cut weights in 4 bits over several devices; install "
             "jax 0.11, which needs Python 3.12, or use --base int8"
         )
+
+
+def _cut(weight: Coded, name: str, place: Place | None) -> Coded:
+    """A weight in codes, each of its parts where its place is."""
+    if place is None:
+        return weight
+    graphdef, parts = nnx.split(weight)
+    _refuse_half_bytes(parts)
     return nnx.merge(graphdef, put(parts, jax.tree.map(lambda x: place(name, x.shape), parts)))
 
 
