@@ -71,9 +71,10 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
         console.print("dry run: nothing was loaded, allocated or written")
         return
     config = processes.first_then_others(lambda: with_sample(config))
-    processes.agree(identity(config))
     check_folder(config)
     llama, base = read_config(config.model), base_of(config.model, config.asked_base)
+    if processes.count > 1:
+        processes.agree(identity(config))
     config = with_mesh(config, llama, lora, processes)
     mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     if base and config.tune == "full":

@@ -133,8 +133,8 @@ def fit(
         for step, window in enumerate(windows, start=start + 1):
             rows = dealt(window, f"step {step}", programs.has(window))
             state, measured = programs(state, frozen, rows, key)
-            stopped = processes.common(stop.number, mesh)
             reports.add(step, measured)
+            stopped = processes.common(stop.number, mesh)
             after = due(config, step, batches, steps)
             if not (any(after) or stopped):
                 continue
@@ -143,6 +143,7 @@ def fit(
                 metrics.end_epoch(step)
             if after.evaluation:
                 evaluate_now()
+            stopped = stopped or processes.common(stop.number, mesh)
             ends = stopped or is_over()
             if (after.save or ends) and metrics.skipped_in_a_row == 0:
                 processes.mark(f"the save after step {step}")

@@ -26,7 +26,7 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def run_folder(
-    config: TrainConfig, facts: Mapping[str, Any], processes: Processes
+    config: TrainConfig, facts: Mapping[str, Any], processes: Processes | None = None
 ) -> Iterator[RunFolder]:
     """The folder of a new or resumed run, made and locked by process 0 for all of them.
 
@@ -36,6 +36,7 @@ def run_folder(
     Raises:
         InputError: as for `check_folder`, or if another process holds the folder.
     """
+    processes = processes or Processes()
     if processes.number:
         yield RunFolder(Path(processes.tell("")[0]))
         return
