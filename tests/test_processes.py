@@ -305,7 +305,7 @@ def test_what_is_to_be_launched_is_said():
 
 def test_one_process_agrees_with_itself(capsys):
     alone = Processes()
-    alone.agree({"seed": 1})
+    alone.agree(lambda: {"seed": 1})
     assert alone.tell("x") == ["x"]
     assert alone.first_then_others(lambda: json.loads("7")) == 7
     assert alone.common(15, None) == 15

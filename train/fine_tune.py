@@ -1,6 +1,7 @@
 """One run, from the model folder to the adapter folder."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,10 +61,8 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
         processes: that do it together; by default this one alone.
     """
     processes = processes or Processes()
-    processes.agree(
-        {name: x for name, x in dataclasses.asdict(config).items() if name not in FILES}
-        | versions()
-    )
+    settings = dataclasses.asdict(config).items()
+    processes.agree(lambda: {name: x for name, x in settings if name not in FILES} | versions())
     config = with_adapters_settings(config)
     lora = config.lora if config.tune == "lora" else None
     if config.dry_run:
@@ -73,8 +72,7 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
     config = processes.first_then_others(lambda: with_sample(config))
     check_folder(config)
     llama, base = read_config(config.model), base_of(config.model, config.asked_base)
-    if processes.count > 1:
-        processes.agree(identity(config))
+    processes.agree(functools.partial(identity, config))
     config = with_mesh(config, llama, lora, processes)
     mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
     if base and config.tune == "full":

@@ -99,7 +99,7 @@ def fit(
             console.print(f"resumed after step {int(state.step)}")
         start = step = int(state.step)
         stopped = 0  # by which signal
-        processes.agree({"resumed after step": start})
+        processes.agree(lambda: {"resumed after step": start})
         evaluated = [s for s in range(1, start + 1) if due(config, s, batches, steps).evaluation]
         evaluated = [0, *evaluated] if start and held_out is not None else []
         metrics = Metrics(run, start, evaluated, config.wandb_project, processes.peak_memory_mib)

@@ -1,7 +1,7 @@
 """The processes of a run: found by the environment, joined by `jax.distributed`.
 
     with joined() as processes:
-        processes.agree({"seed": 1})      InputError where another one has another value
+        processes.agree(lambda: facts)    InputError where another one has another value
         processes.common(0, mesh)         the largest number that one of them gave
 
 What they tell each other goes through the key-value store of JAX's coordinator, process 0.
@@ -191,13 +191,15 @@ class Processes:
         self.tell("")
         return done if self.number == 0 else act()
 
-    def agree(self, facts: Mapping[str, object]) -> None:
-        """Goes on when all processes have given the same facts.
+    def agree(self, facts: Callable[[], Mapping[str, object]]) -> None:
+        """Goes on when all processes have given the same facts; one alone is not asked for them.
 
         Raises:
             InputError: with those that differ from process 0's.
         """
-        words = json.dumps(facts, default=str)
+        if self.count == 1:
+            return
+        words = json.dumps(facts(), default=str)
         first = json.loads(self.tell(words)[0])
         mine = json.loads(words)
         differ = [
