@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from train_runs import as_flags, lines, read, settings, small_place
 
 from jllama.config import MESH_AXES
 from jllama.errors import InputError
+from train.processes import watch
 from train.processes.join import Processes, Rank, rank_here, seconds
 from train.processes.launch import LaunchConfig, environments
+from train.processes.watch import Watch
 
 PARAMS = BASE | {"dim": 64, "n_heads": 8, "n_kv_heads": 4}
 FAULTY = Path(__file__).with_name("process_runs.py")
@@ -301,6 +304,53 @@ def test_a_launch_that_cannot_be_is_refused(more, message):
 def test_what_is_to_be_launched_is_said():
     said = ended(start("-m", "train.processes.launch", "-n", 2, "--", "report"), code=2)
     assert "expected a command of several processes after --: train" in said
+
+
+class Coordinator:
+    """Keeps texts by keys, as JAX's coordinator does."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def key_value_set(self, key, words, allow_overwrite):
+        self.texts[key] = words
+
+    def key_value_dir_get(self, room):
+        return [(key, words) for key, words in self.texts.items() if key.startswith(room)]
+
+
+def test_one_that_waited_long_is_not_behind_when_the_others_come(monkeypatch):
+    """Its words are older than theirs, who have gone on since; only staying behind is a hang."""
+    ended = []
+    monkeypatch.setattr(watch, "_EVERY", 1000)  # looks below, never by itself
+    monkeypatch.setattr(Watch, "_end", lambda self, code, reason: ended.append(reason))
+    now = 0.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    coordinator = Coordinator()
+    both = [Watch(coordinator, number, 2, "here", hang=5) for number in range(2)]
+
+    def look_every(seconds, until, *who):
+        nonlocal now
+        while now < until:
+            now += seconds
+            for number in who:
+                both[number]._look()
+        both[0]._judge()
+
+    for one in both:
+        one.mark("the start")
+    look_every(1, 2, 0, 1)
+    both[1].mark("step 1")
+    look_every(1, 12, 0, 1)  # process 0 still compiles
+    for step in range(1, 4):
+        both[0].mark(f"step {step}", step=True)
+        now += 0.1
+    look_every(1, 13, 0)  # nothing new of process 1, though it has gone on as well
+    assert ended == []
+    look_every(1, 20, 1, 0)
+    assert ended[0] == "process 1 of 2 (here) hangs: 5 s in step 1"
+    for one in both:
+        one.stop()
 
 
 def test_one_process_agrees_with_itself(capsys):

@@ -34,11 +34,12 @@ class _Beat(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What was last heard of a process; when it last spoke, and when it last began something."""
+    """What was last heard of a process, and when it last spoke, began something, was not behind."""
 
     beat: _Beat
     spoke: float
     began: float
+    level: float
 
 
 class Watch:
@@ -106,14 +107,17 @@ class Watch:
         self._beats += 1
         mine = _Beat(self._beats, self._marks, self._doing, self._peak_mib, self._where)
         self._give("beats", json.dumps(mine))
-        for number, words in self._given("beats").items():
-            beat, before = _Beat(*json.loads(words)), self._seen.get(number)
+        said = {n: _Beat(*json.loads(words)) for n, words in self._given("beats").items()}
+        furthest = max(beat.marks for beat in said.values())
+        for number, beat in said.items():
+            before = self._seen.get(number)
             if before is None or slept:
-                self._seen[number] = _Seen(beat, now, now)
+                self._seen[number] = _Seen(beat, now, now, now)
                 continue
             spoke = before.spoke if beat.beats == before.beat.beats else now
             began = before.began if beat.marks == before.beat.marks else now
-            self._seen[number] = _Seen(beat, spoke, began)
+            level = before.level if beat.marks < furthest else now
+            self._seen[number] = _Seen(beat, spoke, began, level)
         for number, words in self._given("ends").items():
             if number != self._number:
                 code, reason = json.loads(words)
@@ -123,16 +127,16 @@ class Watch:
         """Ends this process if another one has died, or if one hangs."""
         # What is no step may take long: the weights of one may come from a slower disk.
         limit = max(self._hang, 20 * self._longest_step) if self._longest_step else 6 * self._hang
-        furthest = max((seen.beat.marks for seen in self._seen.values()), default=0)
         idle = []
-        for number, (beat, spoke, began) in self._seen.items():
+        for number, (beat, spoke, began, level) in self._seen.items():
             if self._looked - spoke > SILENT_SECONDS:
                 silent = f"has not been heard of for {SILENT_SECONDS} s: killed, or its machine is"
                 self._end(2, f"{self._name(number)} {silent} gone")
             if self._looked - began > limit:
                 idle.append(number)
-                if beat.marks < furthest:
-                    self._end(2, f"{self._name(number)} hangs: {limit:.0f} s in {beat.doing}")
+            # One that waited long for the others is not behind as soon as they have come.
+            if self._looked - max(began, level) > limit:
+                self._end(2, f"{self._name(number)} hangs: {limit:.0f} s in {beat.doing}")
         if self._in_step and len(idle) == self._count:
             self._end(2, f"no process has ended {self._doing} for {limit:.0f} s")
 
