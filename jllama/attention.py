@@ -19,6 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jllama.sharding import with_dealt_rows
+
 Implementation = Literal["xla", "cudnn"]
 
 
@@ -29,11 +31,12 @@ class Documents(NamedTuple):
 
         rows [[2 3 4] [0 1 7] [5 7 7]]    places [[3 4 0 1 2 6 9]]
 
-    Documents of other lengths may lie in other rows; what lies in none is padding.
+    Documents of other lengths may lie in other rows; what lies in none is padding. Where rows are
+    dealt to several devices, each counts from its own first position, and place.
     """
 
-    rows: Int[Array | np.ndarray, "n L"]  # of each place the position in the batch, or B * T
-    places: Int[Array | np.ndarray, "B T"]  # of each position the place, or n * L
+    rows: Int[Array | np.ndarray, "n L"]  # of each place the position in the batch, or one behind
+    places: Int[Array | np.ndarray, "B T"]  # of each position the place, or one behind
 
 
 LayerCache = tuple[Float[Array, "B ... H"], Float[Array, "B ... H"]]
@@ -84,8 +87,11 @@ def _moved(
 
     As no two places are filled from one, the gradient is a gather, too, where JAX would add up.
     """
-    flat = x.reshape(-1, *x.shape[2:])
-    return flat.at[to].get(mode="fill", fill_value=0)
+
+    def of_a_device(x, to):
+        return x.reshape(-1, *x.shape[2:]).at[to].get(mode="fill", fill_value=0)
+
+    return with_dealt_rows(of_a_device)(x, to)
 
 
 def _moved_forward(x, to, back):

@@ -175,6 +175,18 @@ def over_dealt_rows(sums: Callable[..., Array]) -> Callable[..., Array]:
     return of_all
 
 
+def with_dealt_rows(work: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of arrays of rows, which gives rows: each device calls it with its own.
+
+    Inside of a compiled function, for the mesh of `jax.set_mesh`: without this XLA gathers the rows
+    of all devices wherever one is found by its number.
+    """
+    if not _are_dealt():
+        return work
+    rows = PartitionSpec(ROWS)
+    return jax.shard_map(work, axis_names={*ROWS}, check_vma=False, in_specs=rows, out_specs=rows)
+
+
 def _are_dealt() -> bool:
     """Whether the mesh of `jax.set_mesh` deals rows to several devices."""
     sizes = jax.sharding.get_abstract_mesh().shape

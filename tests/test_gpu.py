@@ -87,3 +87,14 @@ def test_the_measured_peak_is_the_planned_one_within_five_percent(tmp_path, rema
     assert found["peak_memory_of"] == "device"
     assert found["peak_memory_mib"] == pytest.approx(plan["peak_mib"], rel=0.05)
     assert found["planned_mib"] == pytest.approx(plan["peak_mib"], rel=0.05)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one GPU is here, and this wants two or more")
+def test_several_cards_train_as_one(tmp_path):
+    """In one process, and in one for each; `devices` of the suite, of which this is the judge."""
+    children.run("eval.speed", ["suite", "--json", tmp_path, "--only", "devices", "--tiny"])
+    found = json.loads((tmp_path / "devices.json").read_text())
+    assert found["state"] == "done", found
+    one, *others = (way["losses"] for way in found["figures"]["runs"].values())
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=0, atol=1e-4)  # sums of fp32 in other orders

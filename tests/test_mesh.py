@@ -101,28 +101,31 @@ from train.plan.arithmetic import Step
 from train.plan.compiled import lower_training
 mesh = mesh_shape(sys.argv[1])
 sizes = LlamaConfig(*map(int, sys.argv[2].split(",")))
-step = Step(sizes, LoraConfig(), "fp32", "block", 2, 128, 2, mesh=mesh)
+documents = ((2, 64),) if sys.argv[3:] else ()
+step = Step(sizes, LoraConfig(), "fp32", "block", 2, 128, 2, mesh=mesh, documents=documents)
 print(lower_training(step, make_mesh(jax.devices(), mesh)).compile().as_text())
 """
 
 
 @pytest.mark.integration
-def test_what_devices_exchange_is_what_fsdp_needs():
+@pytest.mark.parametrize("packing", [[], ["packing"]])
+def test_what_devices_exchange_is_what_fsdp_needs(packing):
     """In a micro-batch two gathers of each frozen weight, one sum of the adapters' gradients."""
     sizes = LlamaConfig(512, 4, 8, 8, 1536, 2048)
     text = on_devices(
-        8, "-c", COMPILED, "fsdp=8", ",".join(map(str, dataclasses.astuple(sizes)[:6]))
+        8, "-c", COMPILED, "fsdp=8", ",".join(map(str, dataclasses.astuple(sizes)[:6])), *packing
     )
     kinds = r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
-    moved = {}  # the sizes of all fp32 arrays, by the kind of exchange
+    moved = {}  # the sizes of all arrays, by the kind of exchange
     for made, kind in re.findall(rf"= (.*?) {kinds}\(", text):
-        shapes = re.findall(r"f32\[([\d,]+)\]", made)
+        shapes = re.findall(r"[fs]32\[([\d,]+)\]", made)
         moved.setdefault(kind, []).extend(math.prod(map(int, x.split(","))) for x in shapes)
     linears = [math.prod(shape) for shape in linear_shapes(sizes).values()] * sizes.n_layers
     head = sizes.vocab_size * sizes.dim
-    assert sorted(moved.pop("all-gather")) == sorted([*2 * linears, head])
+    tokens = 8 * 2 * 128  # a device looks its part of the embeddings up for all of them
+    assert sorted(moved.pop("all-gather")) == sorted([*2 * linears, head, tokens])
     assert sum(moved.pop("all-reduce")) == LoraConfig().parameter_count(sizes)
-    # A device looks its part of the embeddings up for all tokens, and hands the others theirs.
+    # ... and hands the others theirs.
     assert sum(map(sum, moved.values())) <= 2 * 128 * sizes.dim
 
 

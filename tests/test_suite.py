@@ -1,9 +1,11 @@
 """The suite of measurements: its parts, its files, and the page made from them."""
 
 import json
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.speed.command import main
@@ -12,6 +14,7 @@ from eval.speed.suite.bench import OutOfMemory
 from eval.speed.suite.parts import Part, parts
 from eval.speed.suite.settings import CARD, TINY
 from eval.speed.suite.tables import tables
+from jllama.cli import children
 from jllama.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +132,20 @@ def test_without_a_gpu_only_plans_and_tiny_parts_run(suite, capsys):
     assert suite(part("a", {}), more=())[0] == 2
     assert "JAX sees no GPU here" in capsys.readouterr().err
     assert suite(part("plans", {"x": {"gpu": {"name": "h200"}}}, device=False), more=())[0] == 0
+
+
+@pytest.mark.integration
+def test_several_devices_are_measured_beside_their_plans(tmp_path):
+    children.run("eval.speed", ["suite", "--json", tmp_path, "--only", "devices", "--tiny"])
+    found = json.loads((tmp_path / "devices.json").read_text())
+    assert found["state"] == "done", found
+    assert list(found["figures"]["steps"]) == ["one", "data=2", "fsdp=2", "tensor=2"]
+    one, *others = (way["losses"] for way in found["figures"]["runs"].values())
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=0, atol=1e-5)
+    number = r"[\d,]+"
+    row = rf"\| tensor=2 \| {number} \| {number} \| {number} MiB \| {number} MiB \|"
+    assert re.search(row, tables(tmp_path))
 
 
 def test_the_list_runs_nothing(suite, capsys):

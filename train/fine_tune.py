@@ -199,8 +199,10 @@ def plan_batches(
     config: TrainConfig, training: Examples, held_out: Examples
 ) -> tuple[Batches, Batches | None]:
     """The windows of the whole run, and those of one evaluation."""
+    devices = mesh_shape(config.mesh).rows
     shape: dict[str, Any] = {
-        "batch": config.micro_batch_size * mesh_shape(config.mesh).rows,
+        "batch": config.micro_batch_size * devices,
+        "devices": devices,
         "max_seq_len": config.max_seq_len,
         "packing": config.packing,
         "length_buckets": config.length_buckets,

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console, show_table
-from jllama.config import PRESETS, LoraConfig, Precision, Remat
+from jllama.config import PRESETS, LoraConfig, MeshChoice, Precision, Remat
 from jllama.errors import AtLeast0, AtLeast1, InputError, Positive, Share, SomeOf, checked
 from jllama.folders.json_files import write_json
 from jllama.folders.load import load_model, random_model
@@ -31,10 +32,11 @@ from jllama.lora import attach
 from jllama.machine import measured_here, peak_memory_mib, use_cores
 from jllama.model import Llama
 from jllama.names import LINEAR_CHOICES
+from jllama.sharding import make_mesh, mesh_shape, whole
 from train.data.documents import evenly, lay_out, stacked
 from train.optimizer import learning_rate_schedule, make_optimizer, split_learned
 from train.profile import profile
-from train.step import Programs, StepMetrics, TrainState, Window, initial_state
+from train.step import Programs, StepMetrics, TrainState, Window, deal, initial_state
 
 DOCUMENT = 300  # tokens of each in a packed row
 
@@ -71,6 +73,8 @@ class StepSpeed:
     """First steps, the first of which compiles; they do not count."""
     profile: bool = False
     """Also the time of a step by class of kernel, from two more steps."""
+    mesh: MeshChoice = ""
+    """Devices along each axis, as in train.lora; by default one."""
     threads: AtLeast0 = 0
     """Cores to run on; 0 takes all."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
@@ -82,12 +86,13 @@ def measure(config: StepSpeed) -> None:
     if config.threads:
         use_cores(config.threads)
     started = time.perf_counter()
-    model = made_or_loaded(config)
+    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
+    model = made_or_loaded(config, mesh)
     targets = tuple(config.lora_targets.split(","))
     lora = LoraConfig(config.lora_rank, dropout=config.lora_dropout, targets=targets)
     attach(model, lora, jax.random.key(0))
     jax.block_until_ready(jax.tree.leaves(split_learned(model, "lora")[1:]))
-    figures = {"seconds_to_load": time.perf_counter() - started, **train(config, model)}
+    figures = {"seconds_to_load": time.perf_counter() - started, **train(config, model, mesh)}
     show(figures)
     if config.output:
         content = {**measured_here("speed-step"), "settings": asdict(config), "figures": figures}
@@ -95,7 +100,7 @@ def measure(config: StepSpeed) -> None:
         console.print(f"wrote {config.output}")
 
 
-def made_or_loaded(config: StepSpeed) -> Llama:
+def made_or_loaded(config: StepSpeed, mesh: Mesh) -> Llama:
     """The model without adapters.
 
     Raises:
@@ -107,14 +112,15 @@ def made_or_loaded(config: StepSpeed) -> Llama:
             f"--max-seq-len {config.max_seq_len}, but the context of {config.model} is {context}"
         )
     if config.model in PRESETS:
-        return random_model(PRESETS[config.model], config.precision, remat=config.remat)
-    return load_model(config.model, config.precision, remat=config.remat)
+        sizes = PRESETS[config.model]
+        return random_model(sizes, config.precision, remat=config.remat, mesh=mesh)
+    return load_model(config.model, config.precision, remat=config.remat, mesh=mesh)
 
 
-def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
+def train(config: StepSpeed, model: Llama, mesh: Mesh) -> dict[str, Any]:
     """The figures: medians over the steps that count."""
-    programs, state, frozen, window = ready(config, model)
-    key = jax.random.key(0)
+    programs, state, frozen, window = ready(config, model, mesh)
+    key = jax.jit(jax.random.key, out_shardings=whole(mesh))(0)
 
     def step() -> StepMetrics:
         nonlocal state
@@ -162,7 +168,9 @@ def train(config: StepSpeed, model: Llama) -> dict[str, Any]:
     }
 
 
-def ready(config: StepSpeed, model: Llama) -> tuple[Programs, TrainState, nnx.State, Window]:
+def ready(
+    config: StepSpeed, model: Llama, mesh: Mesh
+) -> tuple[Programs, TrainState, nnx.State, Window]:
     """The step of a model with adapters, the arguments of its first call, and rows for all."""
     graphdef, learned, frozen = split_learned(model, "lora")
     optimizer = make_optimizer(
@@ -172,14 +180,16 @@ def ready(config: StepSpeed, model: Llama) -> tuple[Programs, TrainState, nnx.St
         max_grad_norm=1.0,
         accumulation=config.gradient_accumulation_steps,
     )
-    state = initial_state(learned, frozen, optimizer)
+    state = initial_state(learned, frozen, optimizer, mesh)
     window = random_window(config, model.config.vocab_size)
-    return Programs(graphdef, optimizer), state, frozen, window
+    return Programs(graphdef, optimizer, mesh), state, frozen, deal(window, mesh)
 
 
 def random_window(config: StepSpeed, vocab_size: int) -> Window:
     """Full rows of the ids that NumPy draws with seed 0; the same for whoever is compared."""
-    k, B, T = config.gradient_accumulation_steps, config.micro_batch_size, config.max_seq_len
+    k, T = config.gradient_accumulation_steps, config.max_seq_len
+    devices = mesh_shape(config.mesh).rows
+    B = devices * config.micro_batch_size
     ids = np.random.default_rng(0).integers(0, vocab_size, (k, B, T + 1), np.int32)
     mask = np.ones((k, B, T), bool)
     if not config.packing:
@@ -187,7 +197,7 @@ def random_window(config: StepSpeed, vocab_size: int) -> Window:
     place = np.arange(T, dtype=np.int32)
     mask[..., place % DOCUMENT == DOCUMENT - 1] = False  # what follows is another document's
     lengths = np.bincount(place // DOCUMENT)
-    documents = lay_out([lengths] * B, (B, T), evenly(DOCUMENT, T))
+    documents = lay_out([lengths] * B, (B, T), evenly(DOCUMENT, T), devices)
     positions = np.ascontiguousarray(np.broadcast_to(place % DOCUMENT, mask.shape))
     return Window(ids[..., :-1], ids[..., 1:], mask, positions, stacked([documents] * k))
 

@@ -122,7 +122,9 @@ def folders(config: GenerateSpeed, place: Path) -> Iterator[tuple[str, Path]]:
         yield f"random {size}", write_random(place / size, RANDOM[size])
 
 
-def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
+def write_random(
+    folder: Path, config: LlamaConfig, seed: int = 0, tokenizer: bytes | None = None
+) -> Path:
     """A random fp32 model folder, the same for the same seed, with logits of order one."""
     draw = np.random.default_rng(seed)
 
@@ -135,7 +137,7 @@ def write_random(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
         writer = ModelWriter(partial, config, f"random, seed {seed}")
         for block, shapes in tensor_shapes(config).items():
             writer.write_block(block, {name: tensor(shape) for name, shape in shapes.items()})
-        writer.finish(None)
+        writer.finish(tokenizer)
     return folder
 
 

@@ -74,22 +74,28 @@ def random_model(
     remat: Remat = "none",
     seed: int = 0,
     base: Base | None = None,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """A model of random weights with logits of order one, made on the device, tensor by tensor.
 
     For measuring: a model of any size is there in seconds, and never on the disk.
+
+    Args:
+        mesh: devices to cut the weights over; the first one makes each of them.
     """
+    place = of_the_base(mesh) if mesh is not None and mesh.size > 1 else None
     model = abstract_model(config, precision, remat=remat, platform=jax.default_backend())
     key, draws = jax.random.key(seed), iter(range(len(jax.tree.leaves(nnx.state(model)))))
     coded: dict[str, Coded] = {}
 
     def fill(name, shape):
+        there = place(name, shape.shape) if place else None
         if len(shape.shape) == 1:
-            return jnp.full(shape.shape, not name.endswith(".bias"), shape.dtype)
+            return jnp.full(shape.shape, not name.endswith(".bias"), shape.dtype, device=there)
         matrix = _random_matrix(jax.random.fold_in(key, next(draws)), shape.shape, shape.dtype)
         if base is None or not base.holds(name):
-            return matrix
-        coded[name] = jax.block_until_ready(quantised(matrix, base))
+            return jax.device_put(matrix, there, donate=True) if there else matrix
+        coded[name] = jax.block_until_ready(_cut(quantised(matrix, base), name, place))
         return shape
 
     state = map_named(fill, nnx.state(model))

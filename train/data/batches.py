@@ -110,6 +110,7 @@ class Batches:
         *,
         accumulation: int,
         batch: int,
+        devices: int = 1,
         max_seq_len: int,
         packing: bool,
         length_buckets: int = 1,
@@ -119,6 +120,7 @@ class Batches:
     ):
         self._examples = examples
         self._shape, self._size = (accumulation, batch), accumulation * batch
+        self._devices = devices  # to which the sequences of a micro-batch are dealt
         self._packing = packing
         self._seed = seed if shuffle else None  # or rows come in the file's order
         self._used = examples.lengths - 1
@@ -134,7 +136,7 @@ class Batches:
             found = [(len(self._epoch(epoch)), self._longer(epoch)) for epoch in reversed(packed)]
             counts = [[count] for count, _ in reversed(found)] * (epochs // len(found))
             longer = np.max([some for _, some in found], axis=0)
-            self.documents = shapes_for(longer, batch, max_seq_len)
+            self.documents = shapes_for(longer, batch // devices, max_seq_len)
         else:
             rows = np.bincount(self._bucket, minlength=len(self.lengths))
             counts = [(-(-rows // self._size)).tolist()] * epochs
@@ -162,9 +164,9 @@ class Batches:
         return [window for _, window in sorted(windows, key=lambda window: window[0])]
 
     def _longer(self, epoch: int) -> Int[np.ndarray, " W"]:
-        """Of `longer_than`, over the micro-batches of a packed epoch."""
+        """Of `longer_than`, over each device's part of the micro-batches of a packed epoch."""
         sequences = list(itertools.chain.from_iterable(self._epoch(epoch)))
-        batches = np.arange(len(sequences)) // self._shape[1]
+        batches = np.arange(len(sequences)) // (self._shape[1] // self._devices)
         rows = np.fromiter(itertools.chain.from_iterable(sequences), np.int64)
         of_rows = np.repeat(batches, [len(sequence) for sequence in sequences])
         return longer_than(self._used[rows], of_rows, self.lengths[-1])
@@ -217,7 +219,9 @@ class Batches:
         lengths = [self._used[sequence] for sequence in self._sequences(step)]
         micro_batches = (lengths[i * B : (i + 1) * B] for i in range(k))
         shape = B, self.lengths[-1]
-        return stacked([lay_out(some, shape, self.documents) for some in micro_batches])
+        return stacked(
+            [lay_out(some, shape, self.documents, self._devices) for some in micro_batches]
+        )
 
     def from_step(self, step: int, end: int | None = None) -> Iterator[Window]:
         """Windows from `step` on, up to `end`, prepared ahead by Grain's threads."""

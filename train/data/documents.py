@@ -5,7 +5,7 @@ micro-batch. They hold the documents of each of its micro-batches, so that the s
 once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -78,20 +78,25 @@ def evenly(tokens: int, max_seq_len: int) -> Shapes:
 
 
 def lay_out(
-    sequences: Iterable[Sequence[int] | Int[np.ndarray, " docs"]],
+    sequences: Sequence[Sequence[int] | Int[np.ndarray, " docs"]],
     shape: tuple[int, int],
     shapes: Shapes,
+    devices: int = 1,
 ) -> tuple[Documents, ...]:
     """The rows of one micro-batch.
 
     Args:
         sequences: the lengths of the documents of each sequence, which lie one after the other.
         shape: (B, T) of the micro-batch.
+        devices: to which its sequences are dealt; the documents of each stay with it.
 
     Raises:
         ValueError: if the documents have no room in these shapes.
     """
     B, T = shape
+    if devices > 1:
+        dealt = (sequences[i : i + B // devices] for i in range(0, B, B // devices))
+        return _together(np.concatenate, [lay_out(x, (B // devices, T), shapes) for x in dealt])
     begins, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for number, some in enumerate(sequences):
         lengths.append(np.asarray(some, np.int32))
@@ -117,5 +122,11 @@ def lay_out(
 
 def stacked(micro_batches: Sequence[tuple[Documents, ...]]) -> tuple[Documents, ...]:
     """Those of several micro-batches, their arrays one axis larger."""
-    by_shape = zip(*micro_batches, strict=True)
-    return tuple(Documents(*map(np.stack, zip(*of, strict=True))) for of in by_shape)
+    return _together(np.stack, micro_batches)
+
+
+def _together(
+    join: Callable[..., np.ndarray], several: Sequence[tuple[Documents, ...]]
+) -> tuple[Documents, ...]:
+    by_shape = zip(*several, strict=True)
+    return tuple(Documents(*map(join, zip(*of, strict=True))) for of in by_shape)

@@ -27,6 +27,7 @@ from jllama.folders.json_files import write_json
 from jllama.folders.load import random_model
 from jllama.lora import attach
 from jllama.machine import measured_here
+from jllama.sharding import ONE_DEVICE, make_mesh
 from train.plan.arithmetic import Step
 from train.plan.compiled import loss_chunks
 from train.plan.hlo import read_program
@@ -114,7 +115,7 @@ def run(step: Step, count: int) -> Timed:
         micro_batch_size=step.micro_batch_size, max_seq_len=step.max_seq_len,
         gradient_accumulation_steps=step.accumulation,
     )  # fmt: skip
-    programs, state, frozen, window = ready(shape, model)
+    programs, state, frozen, window = ready(shape, model, make_mesh(jax.devices(), ONE_DEVICE))
     key = jax.random.key(0)
     seconds = []
     for _ in range(2 + count):

@@ -18,6 +18,10 @@ class OutOfMemory(InputError):
     """The device has no room for what was asked: a result, and no mistake."""
 
 
+class NotHere(InputError):
+    """What a part measures is not on this machine."""
+
+
 @dataclass
 class Bench:
     """Children of one part.

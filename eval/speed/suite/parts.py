@@ -6,6 +6,7 @@ generate-1, -unmerged       decoding, with the adapters merged and beside the we
 peer-train-..., peer-generate-...    the same with `transformers` and `peft`
 repeat, repeat-deterministic         20 steps in two processes; the first one starts cold
 start                       `jllama train` on the bundled sample to its first step
+devices                     where there are several cards: each mesh, and a process for each
 plans                       what `jllama plan` says of all of them, without a card
 """
 
@@ -24,6 +25,7 @@ from eval.speed.peft_training import Job as TrainingJob
 from eval.speed.side import Adapters
 from eval.speed.side import Job as GenerationJob
 from eval.speed.suite.bench import Bench
+from eval.speed.suite.devices import devices
 from eval.speed.suite.settings import Setting, Sizes
 from jllama import bundled
 from jllama.cli.card import PLAN_EXTRA
@@ -95,6 +97,8 @@ def parts(sizes: Sizes) -> Iterator[Part]:
         )
     words = "`jllama train` on the bundled sample to its first step, cold and warm"
     yield Part("start", words, start, PEER[:1])
+    words = "several cards: the step on every mesh, and the command in a process for each"
+    yield Part("devices", words, partial(devices, sizes), PLAN_EXTRA)
     words = "memory and speed that are planned for all of these"
     yield Part("plans", words, partial(plans, sizes), PLAN_EXTRA, device=False)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from eval.speed.generate import device
-from eval.speed.suite.bench import Bench, OutOfMemory
+from eval.speed.suite.bench import Bench, NotHere, OutOfMemory
 from eval.speed.suite.parts import Part, parts
 from eval.speed.suite.settings import CARD, TINY
 from eval.speed.suite.tables import PACKAGES, tables
@@ -126,6 +126,8 @@ def run_part(part: Part, config: SuiteSpeed, on: Any, limit: float) -> dict[str,
             bench = Bench(Path(place), on, gpu, environment, limit)
             with bench.clock():
                 outcome = {"state": "done", "figures": part.run(bench)}
+    except NotHere as error:
+        outcome = {"state": "skipped", "reason": str(error)}
     except OutOfMemory as error:
         outcome = {"state": "out of memory", "reason": str(error)}
     except Exception as error:  # whatever it is, the parts after it are to run

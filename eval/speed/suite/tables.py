@@ -190,8 +190,27 @@ def repeats(results: Results, sizes: Sizes) -> str:
     return table("Repeating and starting", heads, rows)
 
 
+def several(results: Results, sizes: Sizes) -> str:
+    """Every mesh beside its plan; nothing where there is one card."""
+    found = figures(results, "devices")
+    if not found:
+        return ""
+    rows = [
+        [
+            mesh,
+            number(step, "tokens_per_second"),
+            number(step["plan"], "predicted_tokens_per_second"),
+            number(step, "peak_memory_mib", "MiB"),
+            number(step["plan"], "peak_mib", "MiB"),
+        ]
+        for mesh, step in found["steps"].items()
+    ]
+    heads = [words(sizes.repeated), "tokens/s", "planned", "memory of a card", "planned"]
+    return table("Several cards", heads, rows)
+
+
 TABLES: tuple[Callable[[Results, Sizes], str], ...] = (
-    ceilings, memory, training, classes, generation, repeats,
+    ceilings, memory, training, classes, generation, repeats, several,
 )  # fmt: skip
 
 
