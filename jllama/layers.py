@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -88,7 +87,7 @@ class Linear(nnx.Module):
 
     def _with_low_rank(self, x: Float[Array, "B T I"], low: Float[Array, "B T R"] | None):
         """y, where the adapter has made `low` of x."""
-        y = dealt(self.weight.product(x), PartitionSpec.UNCONSTRAINED)
+        y = dealt(self.weight.product(x))
         if low is not None:
             y = self.lora.added(y, low, self.weight)
         if self.bias is not None:

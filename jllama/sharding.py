@@ -130,18 +130,17 @@ def deal_rows(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
-def dealt(x: Array, rest: Any = None) -> Array:
-    """x `[rows, ...]`, its rows where `deal_rows` puts a batch's, and whole along its other axes.
+def dealt(x: Array) -> Array:
+    """x `[rows, ...]`, its rows where `deal_rows` puts a batch's.
 
     Inside of a compiled function, for the mesh of `jax.set_mesh`: without this XLA would rather cut
-    the stream as the weights are, and every device would compute something of every row.
-
-    Args:
-        rest: `PartitionSpec.UNCONSTRAINED` leaves the other axes to XLA.
+    the stream as the weights are, and every device would compute something of every row. The other
+    axes are left to it: what waits for the backward pass it cuts among the devices of `tensor`.
     """
     if not _are_dealt():
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *[rest] * (x.ndim - 1)))
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
 
 def one_after_another(x: Array, weights: Weights) -> tuple[Array, Weights]:

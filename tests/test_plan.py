@@ -167,6 +167,30 @@ def test_cards_exchange_what_fsdp_needs(base, gathers):
     assert whole.hidden > whole.predicted
 
 
+@needs_extra
+def test_what_waits_is_cut_over_tensor_whether_rows_are_dealt_or_not():
+    """The stream between two blocks: a model's part is as large with 8 cards as with 2 x 8."""
+    wide = LlamaConfig(1024, 9, 8, 8, 2816, 32000)
+    step = replace(seven(micro_batch_size=8), model=wide)
+    requests = [
+        Request(replace(step, mesh=MeshShape(data=data, tensor=8)), H200) for data in (1, 2)
+    ]
+    one, two = make_plans(requests, H200)
+    assert two.peak == pytest.approx(one.peak, rel=0.02)
+
+
+@needs_extra
+@pytest.mark.slow
+def test_the_sum_is_the_whole_of_405b_over_two_axes():
+    """Its first three layers take 700 MiB less each than what comes after the fifth."""
+    step = replace(
+        seven(micro_batch_size=4), mesh=MeshShape(data=8, fsdp=8),
+        model=replace(PRESETS["llama-3.1-405b"], n_layers=10),
+    )  # fmt: skip
+    summed, whole = make_plans([Request(step, H200, whole=whole) for whole in (False, True)], H200)
+    assert summed.peak == pytest.approx(whole.peak, rel=0.002)
+
+
 @pytest.mark.integration
 @needs_extra
 @pytest.mark.slow
