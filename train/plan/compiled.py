@@ -47,8 +47,7 @@ from train.step import Window, places_of, planned_bytes, start_state, train_step
 Program = Literal["train", "prefill", "decode"]
 GREEDY = Sampling(temperature=0)
 # Layers of the models whose difference is what each further layer adds. Of layers that are cut the
-# first few differ from each other: 405B over `data=8,fsdp=8` takes 730 MiB for the fourth and fifth,
-# and 67 for each after them.
+# first few differ: 405B over `data=8,fsdp=8` takes 730 MiB for the fourth and fifth each, then 67.
 SMALL, SMALL_CUT = (2, 3), (5, 7)
 # Who may compute a matmul on a GPU, which the card's autotuner decides by time; and what to compile
 # with so that one of them computes all.
