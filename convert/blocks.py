@@ -6,9 +6,9 @@ on with them.
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,13 @@ from jllama.folders.files import bytes_begun, room_for, whole_folder
 from jllama.folders.json_files import SHOWN
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
-from jllama.text.tokenizer import LLAMA3_SPECIALS, TiktokenTokenizer, Tokenizer, make_tokenizer
+from jllama.text.tokenizer import (
+    FILE_NAME,
+    LLAMA3_SPECIALS,
+    TiktokenTokenizer,
+    Tokenizer,
+    tokenizer_of,
+)
 
 Arrays = Mapping[str, np.ndarray]
 Written = Callable[[str, Arrays, Arrays], None]
@@ -73,7 +79,7 @@ def refuse_if(problems: Sequence[str], folder: Path, advice: str) -> None:
 
 def to_model_folder(
     weights: Weights,
-    tokenizer: bytes,
+    tokenizer: Mapping[str, bytes],
     tokenizer_from: Path,
     dst: Path,
     dtype: Dtype | None,
@@ -83,8 +89,8 @@ def to_model_folder(
     """Makes the model folder, whole or not at all, and says what it is.
 
     Args:
-        tokenizer: the content of Meta's tokenizer.model.
-        tokenizer_from: where it was found, for messages.
+        tokenizer: its files, by their names in a model folder.
+        tokenizer_from: the folder where they were found, for messages.
         dtype: what every tensor is rounded to; by default each stays as it is.
         base: the format in which the linears are stored; the others as `dtype` says.
         written: called with each block, its tensors and its arrays as they are stored.
@@ -100,12 +106,13 @@ def to_model_folder(
             "--base and --dtype out"
         )
     base = base or already
-    _check_rows(make_tokenizer(tokenizer, tokenizer_from), config.vocab_size, tokenizer_from)
+    file = tokenizer_from / next(iter(tokenizer), FILE_NAME)
+    _check_rows(tokenizer_of(tokenizer, tokenizer_from), config.vocab_size, file)
     dtypes = dict.fromkeys(weights.dtypes, BY_NAME[dtype]) if dtype else weights.dtypes
     stored = Stored(config, dtypes, base)
     origin = {
         "files": fingerprint(weights.files),
-        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer": {name: sha256(content).hexdigest() for name, content in tokenizer.items()},
         "config": dataclasses.asdict(config),
         "dtype": dtype,
         "base": base and base.words,

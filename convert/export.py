@@ -22,7 +22,6 @@ from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
 from jllama.quantize.weights import quantised
-from jllama.text.tokenizer_file import FILE_NAME
 
 
 @checked
@@ -64,7 +63,6 @@ class Model:
                 f"the weights come from {base.words}, so none has a dtype of its own; name the one "
                 f"to write: --dtype {', '.join(BY_NAME)}"
             )
-        self.has_tokenizer = FILE_NAME in manifest["files"]
         dtype = BY_NAME[settings.dtype] if settings.dtype else None
         self.dtypes = {
             name: np.dtype(manifest["tensors"][name]["dtype"]) if dtype is None else dtype

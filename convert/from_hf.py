@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
 from convert.dtypes import Dtype
-from convert.hf.files import open_hf
-from convert.hf.tokenizer import read_hf_tokenizer
+from convert.hf.files import INDEX, open_hf
+from convert.hf.tokenizer import ORIGINAL, read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
@@ -24,6 +24,7 @@ from jllama.errors import InputError, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
 from jllama.folders.model import CONFIG
+from jllama.text.hf_files import TOKENIZER_JSON
 from jllama.text.tokenizer import FILE_NAME
 
 
@@ -36,7 +37,7 @@ class FromHf:
     dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
     """Folder to make; by default models/ and the name of SRC."""
     tokenizer: Path | None = None
-    """Meta's tokenizer.model, or a folder with one; by default what SRC has."""
+    """A tokenizer.model or tokenizer.json, or a folder with the files; by default what SRC has."""
     dtype: Dtype | None = None
     """Stores every tensor in this dtype, rounded once; by default each as it is."""
     base: BaseChoice = "stored"
@@ -63,7 +64,8 @@ def convert(settings: FromHf) -> None:
     if place.is_dir():
         tokenizer = read_hf_tokenizer(place)
     else:
-        tokenizer = read_bytes(place, f"Meta's {FILE_NAME}")
+        name = TOKENIZER_JSON if place.suffix == ".json" else FILE_NAME
+        tokenizer, place = {name: read_bytes(place, f"a {name}")}, place.parent
     to_model_folder(
         weights,
         tokenizer,
@@ -72,6 +74,9 @@ def convert(settings: FromHf) -> None:
         settings.dtype,
         asked_base(settings.base, settings.base_skip),
     )
+    used = {INDEX, CONFIG, *tokenizer, *(file.name for file in weights.files), ORIGINAL.parts[0]}
+    if left := sorted(file.name for file in src.iterdir() if file.name not in used):
+        console.print(f"left out, for nothing here reads it: {', '.join(left)}")
     console.print("next: " + command_line("train", "--model", dst, "--data", "FILE"))
 
 

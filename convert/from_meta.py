@@ -70,8 +70,8 @@ def convert(settings: FromMeta) -> None:
     content = read_bytes(tokenizer, f"Meta's {FILE_NAME}")
     to_model_folder(
         weights,
-        content,
-        tokenizer,
+        {FILE_NAME: content},
+        tokenizer.parent,
         dst,
         settings.dtype,
         asked_base(settings.base, settings.base_skip),

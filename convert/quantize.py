@@ -29,7 +29,7 @@ from jllama.folders.files import check_destination
 from jllama.folders.manifest import read_manifest
 from jllama.folders.model import block_file, check_manifest, read_base, read_block, read_config
 from jllama.names import block_of
-from jllama.text.tokenizer_file import FILE_NAME
+from jllama.text.tokenizer import tokenizer_files
 
 
 @checked
@@ -129,13 +129,11 @@ def quantize(settings: Quantize) -> None:
         raise InputError(f"{src} is stored as {stored.words} already; give the original")
     base = asked_base(settings.base, settings.base_skip)
     assert base is not None
-    file = src / FILE_NAME
-    if not file.is_file():
-        raise InputError(f"{src}: no {FILE_NAME}; convert the model again")
+    tokenizer = tokenizer_files(src)
     report = Report(src, base)
     with quiet_if(settings.json):
         to_model_folder(
-            FolderWeights(src, config), file.read_bytes(), file, settings.dst, None, base, report
+            FolderWeights(src, config), tokenizer, src, settings.dst, None, base, report
         )
     if settings.json:
         print_json({"base": base.entry, "layers": report.layers})

@@ -16,7 +16,7 @@ import numpy as np
 from convert.export import Export, Model, exporting
 from convert.hf.config import hf_config
 from convert.hf.files import INDEX
-from convert.hf.tokenizer import write_hf_tokenizer
+from convert.hf.tokenizer import write_tokenizer_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
 from jllama.config import LlamaConfig
@@ -26,7 +26,8 @@ from jllama.folders.model import CONFIG
 from jllama.folders.tensors import map_tensors, save_tensors
 from jllama.layers import to_half_rotated
 from jllama.names import hf_name
-from jllama.text.tokenizer import FILE_NAME, load_tokenizer
+from jllama.text.hf_files import GENERATION
+from jllama.text.tokenizer import tokenizer_files, tokenizer_of
 
 
 @checked
@@ -62,14 +63,15 @@ def _write_small_files(src: Path, folder: Path, model: Model) -> None:
     """The tokenizer, config.json and generation_config.json."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    if model.has_tokenizer:
-        tokenizer = load_tokenizer(src)
+    if files := tokenizer_files(src):
+        tokenizer = tokenizer_of(files, src)
         bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
-        write_hf_tokenizer((src / FILE_NAME).read_bytes(), folder, model.config.max_seq_len)
+        write_tokenizer_files(files, folder, model.config.max_seq_len)
     config = hf_config(model.config, model.stored.usual, bos_id, eos_ids)
     write_json(folder / CONFIG, config)
-    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-    write_json(folder / "generation_config.json", ends)
+    if GENERATION not in files:
+        ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        write_json(folder / GENERATION, ends)
 
 
 def hf_rows(name: str, tensor: np.ndarray, config: LlamaConfig) -> np.ndarray:

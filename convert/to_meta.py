@@ -7,7 +7,6 @@ Without an adapter the tensors are byte for byte those that were converted, unle
 for another dtype, and the same folder always gives the same bytes.
 """
 
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,9 +21,10 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.config import LlamaConfig
 from jllama.errors import AtLeast1, InputError, checked
-from jllama.folders.json_files import write_json
+from jllama.folders.json_files import write_json, write_whole
 from jllama.names import EMBEDDINGS, OUTPUT
-from jllama.text.tokenizer import FILE_NAME, load_tokenizer
+from jllama.text.hf_files import TOKENIZER_JSON
+from jllama.text.tokenizer import FILE_NAME, tokenizer_files, tokenizer_of
 
 
 @checked
@@ -44,8 +44,14 @@ def export(settings: ToMeta) -> None:
     """
     with exporting(settings) as (folder, model):
         params = meta_params(model.config)
-        if model.has_tokenizer:
-            load_tokenizer(settings.src)  # refuses one that is damaged or missing
+        tokenizer = tokenizer_files(settings.src)
+        if tokenizer and FILE_NAME not in tokenizer:
+            raise InputError(
+                f"{settings.src}: its tokenizer is a {TOKENIZER_JSON}, and Meta's format has "
+                f"{FILE_NAME} alone; export it with to-hf"
+            )
+        if tokenizer:
+            tokenizer_of(tokenizer, settings.src)  # refuses one that is damaged
         shapes = {name: shape for block in model.blocks.values() for name, shape in block.items()}
         axes = {name: cut_axis(name, model.config) for name in shapes}
         parts = {
@@ -77,8 +83,12 @@ def export(settings: ToMeta) -> None:
         for archive in archives:
             archive.close()
         write_json(folder / PARAMS, params)
-        if model.has_tokenizer:
-            shutil.copyfile(settings.src / FILE_NAME, folder / FILE_NAME)
+        if tokenizer:
+            write_whole(folder / FILE_NAME, tokenizer.pop(FILE_NAME))
+        if tokenizer:
+            console.print(
+                f"left out, for Meta's format has no place for it: {', '.join(tokenizer)}"
+            )
     console.print("next: " + command_line("from-meta", settings.dst, "DST"))
 
 

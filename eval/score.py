@@ -31,12 +31,12 @@ from jllama.cli.terminal import Progress, console, print_json, quiet_if, show_ta
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
 from jllama.folders.adapter import WEIGHTS
 from jllama.folders.json_files import read_json
-from jllama.folders.manifest import file_sha256, manifest_sha256, read_manifest, write_sealed
+from jllama.folders.manifest import file_sha256, manifest_sha256, write_sealed
 from jllama.folders.model import read_config
 from jllama.folders.run import SCORES, RunFolder
 from jllama.text.row_file import read_rows
 from jllama.text.rows import make_examples
-from jllama.text.tokenizer import FILE_NAME as TOKENIZER
+from jllama.text.tokenizer import tokenizer_sha256
 
 NEUTRAL = Path(__file__).parent / "neutral.json"
 # Rows of the table, and where their figures stand in the result of a model.
@@ -112,7 +112,7 @@ def complete(config: ScoreConfig) -> ScoreConfig:
 def _check_tuned(model: str, tuned: str) -> None:
     """Two models are compared token by token, so they must share sizes and tokenizer."""
     configs = [read_config(folder) for folder in (model, tuned)]
-    tokenizers = [read_manifest(folder)["files"].get(TOKENIZER) for folder in (model, tuned)]
+    tokenizers = [tokenizer_sha256(folder) for folder in (model, tuned)]
     if configs[0] != configs[1] or tokenizers[0] != tokenizers[1]:
         what = "sizes" if configs[0] != configs[1] else "tokenizer"
         raise InputError(f"{tuned} and {model} differ in {what}; give the base that was tuned")

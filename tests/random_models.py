@@ -14,6 +14,7 @@ from jllama.config import Base, tensor_shapes
 from jllama.folders.codes import coded_arrays
 from jllama.folders.files import whole_folder
 from jllama.folders.model import ModelWriter, read_block, read_config
+from jllama.text.tokenizer import tokenizer_files
 
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
 GROUPED = BASE | {"n_kv_heads": 2}
@@ -72,7 +73,7 @@ def model_folder(
             for tensor in filter(base.holds if base else (lambda _: False), shapes):
                 tensors |= coded_arrays(tensor, tensors.pop(tensor), base)
             writer.write_block(block, tensors)
-        writer.finish(TOKENIZER)
+        writer.finish({"tokenizer.model": TOKENIZER})
     return root / name
 
 
@@ -89,5 +90,5 @@ def with_a_nan(model: Path, folder: Path) -> Path:
             if block == "embeddings":
                 tensors["tok_embeddings.weight"][ord("~")] = np.nan
             writer.write_block(block, tensors)
-        writer.finish((model / "tokenizer.model").read_bytes())
+        writer.finish(tokenizer_files(model))
     return folder

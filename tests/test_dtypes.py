@@ -222,7 +222,7 @@ def test_a_merge_that_overflows_is_named_and_nothing_is_written(command, tmp_pat
 def test_a_tuned_model_that_is_not_finite_is_not_written(large, tmp_path):
     model = load_model(large, "fp32")
     before = sorted(os.listdir(tmp_path))
-    message = refused(save_model, tmp_path / "tuned", model, np.float16, None, "x")
+    message = refused(save_model, tmp_path / "tuned", model, np.float16, {}, "x")
     assert f"{WQ} would hold NaN or infinity" in message
     assert sorted(os.listdir(tmp_path)) == before
 

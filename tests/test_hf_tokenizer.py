@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import jllama
+from convert.hf.llama3 import difference
 from convert.hf.tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from jllama.errors import InputError
-from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer, tokenizer_of
 
 SAMPLE = (jllama.SAMPLE / "tokenizer.model").read_bytes()
 # Bytes out of order, as in Meta's file; "xyz" and "日" follow from no two other tokens.
@@ -51,6 +52,11 @@ def write(content: bytes, folder: Path) -> Path:
     folder.mkdir()
     write_hf_tokenizer(content, folder, 4096)
     return folder
+
+
+def metas(folder: Path) -> bytes:
+    """Meta's tokenizer.model, as a model folder would have it."""
+    return read_hf_tokenizer(folder)["tokenizer.model"]
 
 
 def load(folder: Path):
@@ -156,11 +162,11 @@ def test_tokenizer_model_lies_beside_tokenizer_json_for_sentencepiece_alone(tmp_
 
 @SMALL
 def test_the_way_back_gives_every_byte(content, tmp_path):
-    assert read_hf_tokenizer(write(content, tmp_path / "hf")) == content
+    assert metas(write(content, tmp_path / "hf")) == content
 
 
 def test_tokenizer_json_alone_gives_metas_bytes(tmp_path):
-    assert read_hf_tokenizer(without_original(write(RANKS, tmp_path / "hf"))) == RANKS
+    assert metas(without_original(write(RANKS, tmp_path / "hf"))) == RANKS
 
 
 def without_original(folder: Path) -> Path:
@@ -170,8 +176,8 @@ def without_original(folder: Path) -> Path:
 
 def test_tokenizer_model_may_lie_in_the_folder_itself(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(RANKS)
-    (tmp_path / "tokenizer.json").write_text("not read")
-    assert read_hf_tokenizer(tmp_path) == RANKS
+    (tmp_path / "tokenizer.json").write_text("kept, not read")
+    assert metas(tmp_path) == RANKS
 
 
 def test_what_transformers_made_of_metas_file_gives_metas_bytes(tmp_path, monkeypatch):
@@ -179,13 +185,13 @@ def test_what_transformers_made_of_metas_file_gives_metas_bytes(tmp_path, monkey
     (tmp_path / "meta.model").write_bytes(RANKS)
     theirs = TikTokenConverter(str(tmp_path / "meta.model"), extra_special_tokens=LLAMA3_SPECIALS)
     theirs.converted().save(str(tmp_path / "tokenizer.json"))
-    assert read_hf_tokenizer(tmp_path) == RANKS
+    assert metas(tmp_path) == RANKS
 
 
 def test_what_transformers_saved_again_gives_metas_bytes(tmp_path):
     load(write(RANKS, tmp_path / "hf")).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "original").exists()
-    assert read_hf_tokenizer(tmp_path / "again") == RANKS
+    assert metas(tmp_path / "again") == RANKS
 
 
 def edit(folder: Path, change: Callable[[dict], object]) -> None:
@@ -217,7 +223,7 @@ def rename(**names: str) -> Callable[[dict], object]:
 def test_reserved_tokens_may_be_counted_as_in_any_release(names, tmp_path):
     folder = without_original(write(RANKS, tmp_path / "hf"))
     edit(folder, rename(**{i: f"<|reserved_special_token_{n}|>" for i, n in names.items()}))
-    assert read_hf_tokenizer(folder) == RANKS
+    assert metas(folder) == RANKS
 
 
 def model(**fields: object) -> Callable[[Path], None]:
@@ -250,10 +256,8 @@ def llama2(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
 
 
-OWN = "copy Meta's tokenizer.model to"
-
-# What is wrong -> how to make it so, and what the message must say.
-REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+# What is damaged -> how to make it so, and what the message must say.
+DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "none": (
         lambda folder: (folder / "tokenizer.json").unlink(),
         ["no tokenizer", "original/tokenizer.model", "copy Meta's tokenizer.model into it"],
@@ -263,12 +267,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["tokenizer.model: neither a SentencePiece model nor tiktoken ranks", "again (43 bytes"],
     ),
     "broken": (text("tokenizer.json", '{"model": '), ["line 1: invalid JSON"]),
-    "list": (text("tokenizer.json", "[]"), ["expected a JSON object, found list"]),
+    "list": (text("tokenizer.json", "[]"), ["expected a JSON object"]),
     "nested": (text("tokenizer.json", "[" * 100_000), ["not readable as JSON"]),
     "digits": (text("tokenizer.json", "1" * 5000), ["not readable as JSON", "4300"]),
+}
+
+# What makes it another tokenizer than Llama 3's, and in which words.
+ANOTHERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no model": (top(model=["BPE"]), ["the model's type is None, expected BPE"]),
-    "other model": (model(type="WordPiece"), ["type is 'WordPiece', expected BPE", OWN]),
-    "llama 2": (llama2, ["LLaMA 1's or 2's SentencePiece", OWN]),
+    "other model": (model(type="WordPiece"), ["type is 'WordPiece', expected BPE"]),
+    "llama 2": (llama2, ["LLaMA 1's or 2's SentencePiece"]),
     "gpt-2": (
         top(pre_tokenizer={"type": "ByteLevel", "use_regex": True}),
         ["pre_tokenizer is {'type': 'ByteLevel'", r"\\p{N}{1,3}"],
@@ -281,7 +289,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "vocab a list": (model(vocab=["a"]), ["vocab is not an object of tokens and whole numbers"]),
     "vocab of floats": (vocab(lambda v: v.update(the=1.0)), ["tokens and whole numbers"]),
     "vocab of truth": (vocab(lambda v: v.update(the=True)), ["tokens and whole numbers"]),
-    "gap": (vocab(lambda v: v.pop("in")), ["(a gap or a duplicate), the first 256", OWN]),
+    "gap": (vocab(lambda v: v.pop("in")), ["(a gap or a duplicate), the first 256"]),
     "duplicate": (vocab(lambda v: v.update(the=258)), ["duplicate), the first 259"]),
     "negative": (vocab(lambda v: v.update(the=-1)), ["duplicate), the first 0"]),
     "a space": (
@@ -303,14 +311,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "added without id": (added(lambda a: a[0].pop("id")), ["added_tokens is not a list"]),
     "one more": (
         added(lambda a: a.append({"id": N + 256, "content": "<|pad|>"})),
-        [f"257 added tokens, expected 256 with the ids {N} to {N + 255}", OWN],
+        [f"257 added tokens, expected 256 with the ids {N} to {N + 255}"],
     ),
-    "said twice": (added(lambda a: a.append(a[9])), ["257 added tokens, expected 256", OWN]),
-    "twice": (added(lambda a: a[1].update(id=N)), ["256 added tokens, expected", OWN]),
-    "elsewhere": (added(lambda a: a[1].update(id=0)), ["256 added tokens, expected", OWN]),
+    "said twice": (added(lambda a: a.append(a[9])), ["257 added tokens, expected 256"]),
+    "twice": (added(lambda a: a[1].update(id=N)), ["256 added tokens, expected"]),
+    "elsewhere": (added(lambda a: a[1].update(id=0)), ["256 added tokens, expected"]),
     "renamed end": (
         specials(_9="<|im_end|>"),
-        [f"special token {N + 9} is '<|im_end|>', expected <|eot_id|>", OWN],
+        [f"special token {N + 9} is '<|im_end|>', expected <|eot_id|>"],
     ),
     "renamed reserved": (
         specials(_200="<|im_start|>"),
@@ -318,7 +326,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no header": (
         specials(_6="<|reserved_special_token_250|>"),
-        [f"special token {N + 6} is", "expected <|start_header_id|>", OWN],
+        [f"special token {N + 6} is", "expected <|start_header_id|>"],
     ),
     "name no text": (added(lambda a: a[9].update(content=[9])), [f"special token {N + 9} is [9]"]),
 }
@@ -329,17 +337,37 @@ def llama3_folder(tmp_path_factory):
     return without_original(write(RANKS, tmp_path_factory.mktemp("good") / "hf"))
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_another_tokenizer_is_named_and_refused(what, llama3_folder, tmp_path):
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_named_and_refused(what, llama3_folder, tmp_path):
     folder = Path(shutil.copytree(llama3_folder, tmp_path / "hf"))
-    change, fragments = REFUSED[what]
+    change, fragments = DAMAGED[what]
     change(folder)
     with pytest.raises(InputError) as refused:
-        read_hf_tokenizer(folder)
+        tokenizer_of(read_hf_tokenizer(folder), folder)
     assert str(refused.value).startswith(str(folder))
     for fragment in fragments:
         assert fragment in str(refused.value)
     assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("what", ANOTHERS)
+def test_another_tokenizer_is_not_taken_for_llama_3s(what, llama3_folder, tmp_path):
+    """It is kept as it is; `tokenizers` reads it or, with its reason, not."""
+    folder = Path(shutil.copytree(llama3_folder, tmp_path / "hf"))
+    change, fragments = ANOTHERS[what]
+    change(folder)
+    found = difference(json.loads((folder / "tokenizer.json").read_text()))
+    for fragment in fragments:
+        assert fragment in found
+    files = read_hf_tokenizer(folder)
+    assert "tokenizer.model" not in files
+    assert files["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+    problem = ""
+    try:
+        tokenizer_of(files, folder)
+    except InputError as refused:
+        problem = str(refused)
+    assert not problem or (problem.startswith(str(folder)) and len(problem) < 1000)
 
 
 def trained(**options: object) -> bytes:
@@ -439,8 +467,8 @@ def test_metas_files_come_back_byte_for_byte_and_give_the_published_ids(real, as
     alone = Path(shutil.copytree(folder, tmp_path / "hf"))
     if family == "llama3":
         without_original(alone)
-    back = read_hf_tokenizer(alone)
-    assert back == content == read_hf_tokenizer(folder)
+    back = metas(alone)
+    assert back == content == metas(folder)
     ours = jllama_tokenizer(back, tmp_path)
     for row in json.loads((assets / "tokenizers" / "expected.json").read_text()):
         assert ours.encode(row["text"]) == row[family]

@@ -144,7 +144,7 @@ def test_answers_that_hold_such_ids_are_shown_and_streamed(tmp_path):
         writer = ModelWriter(folder, config, "zeros")
         for block, shapes in tensor_shapes(config).items():
             writer.write_block(block, {x: np.zeros(s, np.float32) for x, s in shapes.items()})
-        writer.finish(SAMPLE)
+        writer.finish({"tokenizer.model": SAMPLE})
     prompts = tmp_path / "prompts.json"
     prompts.write_text('[{"prompt": "Say"}]')
     output = tmp_path / "answers.jsonl"

@@ -30,7 +30,7 @@ from jllama.machine import versions
 from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.row_file import read_rows
 from jllama.text.rows import Examples, make_examples
-from jllama.text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from train.config import TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
 from train.data.documents import Shapes
@@ -137,7 +137,7 @@ def run_steps(
                 save_adapter(new, model, lora, transformers_name(config.model), passport)
             else:
                 dtype = PRECISIONS[config.precision]
-                words = (Path(config.model) / FILE_NAME).read_bytes()
+                words = tokenizer_files(Path(config.model))
                 save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
             if processes.number:
                 return

@@ -12,10 +12,7 @@ SentencePiece. The class is PreTrainedTokenizerFast, which reads tokenizer.json 
 LlamaTokenizer (transformers 5.23) builds its own, and gives a leading or double space other ids.
 """
 
-import base64
-import itertools
 import json
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,26 +20,20 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from convert.hf.llama3 import BYTES, LETTERS, SPLITTING, difference, ranks_of
 from jllama.errors import InputError
-from jllama.folders.json_files import read_bytes, read_json, write_json, write_whole
-from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, make_tokenizer
+from jllama.folders.json_files import decoded, parse, read_bytes, write_json, write_whole
+from jllama.folders.model import CONFIG
+from jllama.text.hf_files import (
+    HF_CONFIG,
+    HF_FILES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+)
+from jllama.text.tokenizer import LLAMA3_SPECIALS, make_tokenizer
 from jllama.text.tokenizer_file import FILE_NAME, read_ranks
 
-TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ORIGINAL = Path("original") / FILE_NAME  # where Meta's own Hugging Face repositories keep it
-
-# How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.
-_WORDS = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"}
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_SPLITTING = {
-    "type": "Sequence",
-    "pretokenizers": [_WORDS | {"invert": False}, _BYTES | {"use_regex": False}],
-}
-
-# Text and header borders and <|eot_id|> have one name in every release of Llama 3, others not.
-_FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[9]}
-_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
-
 
 # SentencePiece's remove_extra_whitespaces. (^ and $ would be the borders of lines.)
 _JOIN_SPACES = (
@@ -51,112 +42,54 @@ _JOIN_SPACES = (
 )
 
 
-def _byte_letters() -> str:
-    """GPT-2's letter for each byte: itself where it can be seen, else the next one from 256 on.
+def read_hf_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's files of a Hugging Face LLaMA folder, by their names in a model folder.
 
-    b"A" -> "A"    b" " (the 33rd that cannot be seen) -> chr(256 + 32), "Ġ"
-    """
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(256)
-    return "".join(chr(byte if byte in seen else next(others)) for byte in range(256))
-
-
-_LETTERS = _byte_letters()
-_BYTE_OF: Mapping[str, int] = {letter: byte for byte, letter in enumerate(_LETTERS)}
-
-
-def read_hf_tokenizer(folder: Path) -> bytes:
-    """The content of Meta's tokenizer.model for a Hugging Face LLaMA folder.
-
-    The file itself where it is there; else Llama 3's from tokenizer.json, sorted by rank as Meta
-    wrote it:
+    All that are there, byte for byte, and Meta's tokenizer.model: of a folder without one, Llama
+    3's from tokenizer.json, sorted by rank as Meta wrote it:
 
         {"!": 0, ..., "in": 258, "Ġa": 264}  ->  IQ== 0 ... aW4= 258 ... IGE= 264
 
     Raises:
-        InputError: if there is no tokenizer, or jllama would not give the ids of this one.
+        InputError: if there is no tokenizer, or a file is damaged.
     """
-    for file in (folder / ORIGINAL, folder / FILE_NAME):
-        if file.exists():
-            whole = read_bytes(file, f"Meta's {FILE_NAME}")
-            make_tokenizer(whole, file)  # refuses what is damaged
-            return whole
-    file = folder / TOKENIZER_JSON
-    if not file.exists():
+    places = {FILE_NAME: next((p for p in (ORIGINAL, FILE_NAME) if (folder / p).exists()), None)}
+    places |= {name: CONFIG if name == HF_CONFIG else Path(name) for name in HF_FILES}
+    files = {
+        name: read_bytes(folder / place, "a file of the tokenizer")
+        for name, place in places.items()
+        if place is not None and (folder / place).exists()
+    }
+    if not files.keys() & {FILE_NAME, TOKENIZER_JSON}:
         raise InputError(
             f"{folder}: no tokenizer; expected {ORIGINAL}, {FILE_NAME} or {TOKENIZER_JSON}; "
             f"copy Meta's {FILE_NAME} into it"
         )
-    content = read_json(file)
-    problem = _difference(content)
-    if problem:
-        raise InputError(
-            f"{file}: {problem}, so jllama would give other ids; if this is LLaMA, "
-            f"copy Meta's {FILE_NAME} to {folder / ORIGINAL}"
-        )
-    vocab = content["model"]["vocab"]
-    return b"".join(
-        base64.b64encode(bytes(_BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
-        for token, rank in sorted(vocab.items(), key=lambda item: item[1])
-    )
+    if FILE_NAME not in files:
+        content = parse(decoded(files[TOKENIZER_JSON], folder / TOKENIZER_JSON), str(folder))
+        if isinstance(content, dict) and difference(content) is None:
+            files = {FILE_NAME: ranks_of(content["model"]["vocab"]), **files}
+    return files
 
 
-def _difference(content: Mapping[str, Any]) -> str | None:
-    """The first thing in a tokenizer.json that is not Llama 3's, if there is one."""
-    model = content.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or kind != "BPE":
-        return f"the model's type is {reprlib.repr(kind)}, expected BPE"
-    if model.get("byte_fallback"):
-        return "found the pieces of LLaMA 1's or 2's SentencePiece, expected a byte-level BPE"
-    for part, expected in (("pre_tokenizer", _SPLITTING), ("normalizer", None)):
-        found = content.get(part)
-        if found != expected:
-            return f"{part} is {reprlib.repr(found)}, expected {json.dumps(expected)}"
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
-        return "vocab is not an object of tokens and whole numbers"
-    return _rank_difference(vocab) or _special_difference(content.get("added_tokens"), len(vocab))
+def write_tokenizer_files(files: Mapping[str, bytes], folder: Path, max_seq_len: int) -> None:
+    """The tokenizer of a model folder as transformers, vLLM and llama.cpp read it.
 
+    What came from Hugging Face leaves as it came; beside a tokenizer.model alone the others are
+    written. The source's config.json is not among them: `hf_config` writes one of the weights.
 
-def _rank_difference(vocab: Mapping[str, int]) -> str | None:
-    """Tokens in GPT-2's letters: their ids are 0, 1, 2, ... and every byte is one of them."""
-    wrong = [place for place, rank in enumerate(sorted(vocab.values())) if place != rank]
-    foreign = [token for token in vocab if not token or not _BYTE_OF.keys() >= set(token)]
-    missing = [byte for byte, letter in enumerate(_LETTERS) if letter not in vocab]
-    for cases, what in (
-        (wrong, "ids out of the order 0, 1, 2, ... (a gap or a duplicate)"),
-        (foreign, "tokens not written in GPT-2's letters for bytes"),
-        (missing, "of the 256 bytes without a token"),
-    ):
-        if cases:
-            return f"{len(cases):,} {what}, the first {reprlib.repr(cases[0])}"
-    return None
-
-
-def _special_difference(added: Any, first: int) -> str | None:
-    """Llama 3's 256 special tokens, right after the ranks.
-
-    A reserved one may bear any number, since 3.0, 3.1 and Hugging Face count them differently
-    and nothing uses them. A name of one's own is refused: tokenizer.model has no names, so
-    jllama could neither write that token nor give its name back.
+    Args:
+        files: by their names in a model folder.
     """
-    expected = dict(enumerate(LLAMA3_SPECIALS, first))
-    try:
-        names = {token["id"]: token["content"] for token in added}
-    except (TypeError, KeyError):
-        return "added_tokens is not a list of {id, content, ...}"
-    if len(added) != len(expected) or names.keys() != expected.keys():
-        return (
-            f"{len(added)} added tokens, expected {len(expected)} with the ids "
-            f"{first:,} to {max(expected):,}"
-        )
-    for token, name in expected.items():
-        found = names[token]
-        reserved = isinstance(found, str) and _RESERVED.fullmatch(found)
-        if found != name and (not reserved or name in _FIXED_SPECIALS):
-            return f"special token {token:,} is {reprlib.repr(found)}, expected {name}"
-    return None
+    if files.keys() == {FILE_NAME}:
+        write_hf_tokenizer(files[FILE_NAME], folder, max_seq_len)
+        return
+    ranks = FILE_NAME in files and read_ranks(files[FILE_NAME], Path(FILE_NAME))
+    for name, content in files.items():
+        place = folder / (ORIGINAL if name == FILE_NAME and ranks else name)
+        if name != HF_CONFIG:
+            place.parent.mkdir(exist_ok=True)
+            write_whole(place, content)
 
 
 def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
@@ -191,13 +124,13 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
 
 def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     """The tokenizer.json of tiktoken's ranks."""
-    vocab = {"".join(_LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab = {"".join(LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
     return _tokenizer_json(
         specials={name: len(vocab) + index for index, name in enumerate(LLAMA3_SPECIALS)},
         begin="<|begin_of_text|>",
         normalizer=None,
-        pre_tokenizer=_SPLITTING,
-        decoder=_BYTES | {"use_regex": False},
+        pre_tokenizer=SPLITTING,
+        decoder=BYTES | {"use_regex": False},
         model={
             "byte_fallback": False,  # by these two words llama.cpp knows a Llama 3
             "ignore_merges": True,  # tiktoken, too, looks a whole word up before it merges

@@ -31,6 +31,7 @@ from jllama.folders.files import room_for, whole_folder
 from jllama.folders.json_files import read_json, write_json
 from jllama.folders.model import ModelWriter, read_config
 from jllama.machine import available_cores, measured_here
+from jllama.text.tokenizer_file import FILE_NAME
 
 # Shown of each side: title, figure, factor, unit.
 ROWS = (
@@ -137,7 +138,7 @@ def write_random(
         writer = ModelWriter(partial, config, f"random, seed {seed}")
         for block, shapes in tensor_shapes(config).items():
             writer.write_block(block, {name: tensor(shape) for name, shape in shapes.items()})
-        writer.finish(tokenizer)
+        writer.finish({} if tokenizer is None else {FILE_NAME: tokenizer})
     return folder
 
 

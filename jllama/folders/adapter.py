@@ -31,7 +31,6 @@ from jllama.folders.manifest import (
     check_fields,
     file_sha256,
     manifest_sha256,
-    read_manifest,
     read_sealed,
     write_sealed,
 )
@@ -43,7 +42,7 @@ from jllama.model import Llama, map_named, named_arrays
 from jllama.names import HF_LINEARS, peft_name
 from jllama.sharding import on_host
 from jllama.text.prompt import PromptStyle
-from jllama.text.tokenizer import FILE_NAME as TOKENIZER
+from jllama.text.tokenizer import tokenizer_sha256
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
 
@@ -133,7 +132,7 @@ def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -
     passport = read_passport(adapter)
     found = {
         "base_manifest_sha256": ("manifest", manifest_sha256(model)),
-        "tokenizer_sha256": ("tokenizer", read_manifest(model)["files"].get(TOKENIZER)),
+        "tokenizer_sha256": ("tokenizer", tokenizer_sha256(model)),
     }
     for key, (what, sha256) in found.items():
         wanted = passport.get(key, sha256)

@@ -243,7 +243,7 @@ def _refuse_beyond_memory(path: Path, size: int) -> None:
 
 
 def save_model(
-    path: str | Path, model: Llama, dtype: Any, tokenizer: bytes | None, source: str
+    path: str | Path, model: Llama, dtype: Any, tokenizer: Mapping[str, bytes], source: str
 ) -> None:
     """Writes a model without adapters as a model folder, its weights rounded once to `dtype`.
 

@@ -33,7 +33,6 @@ from jllama.folders.manifest import (
 )
 from jllama.folders.tensors import WITH_CODES, map_tensors, save_tensors, stored_hashes
 from jllama.names import block_of
-from jllama.text.tokenizer import FILE_NAME
 
 CONFIG, BLOCKS = "config.json", "blocks"
 
@@ -89,8 +88,8 @@ class ModelWriter:
         self._tensors |= {name: entry(tensor, hashes[name]) for name, tensor in tensors.items()}
         write_manifest(self._folder, self._tensors, self._origin, files=())
 
-    def finish(self, tokenizer: bytes | None) -> None:
-        """Writes the config, the tokenizer and the last manifest."""
+    def finish(self, tokenizer: Mapping[str, bytes]) -> None:
+        """Writes the config, the files of the tokenizer and the last manifest."""
         missing = [
             block
             for block, names in self._blocks.items()
@@ -99,10 +98,9 @@ class ModelWriter:
         if missing:
             raise ValueError(f"blocks never written: {', '.join(missing)}")
         write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
-        if tokenizer is not None:
-            write_whole(self._folder / FILE_NAME, tokenizer)
-        files = (CONFIG,) if tokenizer is None else (CONFIG, FILE_NAME)
-        write_manifest(self._folder, self._tensors, self._origin, files)
+        for name, content in tokenizer.items():
+            write_whole(self._folder / name, content)
+        write_manifest(self._folder, self._tensors, self._origin, (CONFIG, *tokenizer))
 
 
 def block_file(folder: Path, block: str) -> Path:

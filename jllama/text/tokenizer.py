@@ -1,13 +1,15 @@
-"""SentencePiece (LLaMA 1 and 2) and tiktoken (Llama 3) behind one small interface."""
+"""SentencePiece (LLaMA 1 and 2), tiktoken (Llama 3) and any tokenizer.json behind one interface."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from jllama.errors import InputError
 from jllama.folders.json_files import read_bytes
-from jllama.folders.manifest import check_file
+from jllama.folders.manifest import MANIFEST, check_file, read_manifest
+from jllama.text.hf_files import HF_FILES, NO_WORDS, TOKENIZER_JSON, Words, read_words
+from jllama.text.json_tokenizer import JsonTokenizer
 from jllama.text.tokenizer_file import FILE_NAME, check_sentencepiece, read_ranks
 
 # Llama 3's splitting rule and 256 special tokens, in the order of their ids (from 128,000 on).
@@ -61,40 +63,53 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """LLaMA 1 and 2: bos 1, eos 2, no padding token."""
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, words: Words = NO_WORDS):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(model)
-        self.bos_id = self._model.bos_id()
-        self.eos_id = self._model.eos_id()
-        self.stop_ids: tuple[int, ...] = (self.eos_id,)
-        self.vocab_size = self._model.vocab_size()
+        self.pieces = self._model.vocab_size()
+        self._added = {name: token for name, token in words.added.items() if token >= self.pieces}
+        self._names = {token: name for name, token in self._added.items()}
+        self.bos_id = self._named(words.bos, self._model.bos_id())
+        self.eos_id = self._named(words.eos, self._model.eos_id())
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
+        self.vocab_size = 1 + max(self._names, default=self.pieces - 1)
+
+    def foreign(self, words: Words) -> list[int]:
+        """The added tokens that are no pieces of this model, or have other names there."""
+        return [
+            token
+            for name, token in words.added.items()
+            if token >= self.pieces or self._model.IdToPiece(token) != name
+        ]
+
+    def _named(self, name: str | None, otherwise: int) -> int:
+        known = {"<s>": self._model.bos_id(), "</s>": self._model.eos_id(), **self._added}
+        return known.get(name, otherwise) if name else otherwise
 
     def encode(self, text: str) -> list[int]:
         return self._model.EncodeAsIds(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.DecodeIds([int(t) for t in ids if 0 <= t < self.vocab_size])
+        return self._model.DecodeIds([int(t) for t in ids if 0 <= t < self.pieces])
 
     def piece(self, token: int) -> str:
-        if not 0 <= token < self.vocab_size:
-            return _nameless(token)
+        if not 0 <= token < self.pieces:
+            return self._names.get(int(token)) or _nameless(token)
         return self._model.IdToPiece(int(token)).replace("▁", " ").replace("<0x0A>", "⏎\n")
 
     def special(self, name: str) -> int:
-        found = {"<s>": self.bos_id, "</s>": self.eos_id}.get(name)
-        if found is None:
-            raise InputError(
-                f"a LLaMA 1/2 tokenizer has no {name}; choose a prompt style without it"
-            )
+        found = self._named(name, -1)
+        if found < 0:
+            raise InputError(f"this tokenizer has no {name}; choose a prompt style without it")
         return found
 
 
 class TiktokenTokenizer:
     """Llama 3: byte-level BPE ranks, then 256 special tokens."""
 
-    def __init__(self, ranks: dict[bytes, int]):
+    def __init__(self, ranks: dict[bytes, int], words: Words = NO_WORDS):
         import tiktoken
 
         first = len(ranks)
@@ -107,8 +122,13 @@ class TiktokenTokenizer:
         )
         self.bos_id = self._specials["<|begin_of_text|>"]
         self.eos_id = self._specials["<|end_of_text|>"]
-        self.stop_ids: tuple[int, ...] = (self.eos_id, self._specials["<|eot_id|>"])
+        ends = self.eos_id, self._specials["<|eot_id|>"], *words.ends
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.vocab_size = self._model.n_vocab
+
+    def foreign(self, words: Words) -> list[int]:
+        """The added tokens that Llama 3 has not, or by other names."""
+        return [t for name, t in words.added.items() if self._specials.get(name) != t]
 
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_RUN:
@@ -156,30 +176,88 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder, or of a `tokenizer.model` file itself.
 
     Raises:
-        InputError: if there is none, it is neither SentencePiece nor tiktoken, or it is not what
-            the model folder certifies.
+        InputError: if there is none, it cannot be read, or it is not what the model folder
+            certifies.
     """
     path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.exists():
-        raise InputError(f"{file}: no tokenizer; expected Meta's {FILE_NAME} beside the weights")
-    content = read_bytes(file, f"Meta's {FILE_NAME}")
-    check_file(file)
-    return make_tokenizer(content, file)
+    if not path.is_dir():
+        return make_tokenizer(read_bytes(path, f"Meta's {FILE_NAME}"), path)
+    return tokenizer_of(tokenizer_files(path), path)
 
 
-def make_tokenizer(content: bytes, file: Path) -> Tokenizer:
-    """The tokenizer that a file's content describes; `file` is named in errors.
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """What a model folder has of its tokenizer, by names: nothing, where it has none.
+
+    Raises:
+        InputError: if a file is not what the folder certifies.
+    """
+    certified = read_manifest(folder)["files"] if (folder / MANIFEST).exists() else None
+    names = [
+        name
+        for name in (FILE_NAME, *HF_FILES)
+        if ((folder / name).exists() if certified is None else name in certified)
+    ]
+    found = {name: read_bytes(folder / name, "a file of the tokenizer") for name in names}
+    for name in names:
+        check_file(folder / name)
+    return found
+
+
+def tokenizer_sha256(folder: str | Path) -> str | None:
+    """Identifies a model folder's tokenizer: the certified hash of the file with its tokens."""
+    certified = read_manifest(folder)["files"]
+    return certified.get(FILE_NAME, certified.get(TOKENIZER_JSON))
+
+
+def tokenizer_of(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
+    """The tokenizer that a model folder's files describe.
+
+    Meta's own file wherever it has all tokens: it gives the ids that the model was trained with.
+    Where a fine-tune has tokens of its own, its tokenizer.json; a SentencePiece model without one
+    is given the added tokens' names.
+
+    Args:
+        files: by their names in a model folder.
+        folder: where they lie, for errors.
+
+    Raises:
+        InputError: if there is no tokenizer, or it is damaged.
+    """
+    words = read_words(files, folder)
+    if FILE_NAME in files:
+        tokenizer = make_tokenizer(files[FILE_NAME], folder / FILE_NAME, words)
+        foreign = tokenizer.foreign(words)
+        if not foreign:
+            return tokenizer
+        if TOKENIZER_JSON not in files:
+            if isinstance(tokenizer, SentencePieceTokenizer) and min(foreign) >= tokenizer.pieces:
+                return tokenizer
+            raise InputError(
+                f"{folder}: token {min(foreign)} has another name than in {FILE_NAME}; copy "
+                f"{TOKENIZER_JSON}, which has all of them, into it"
+            )
+    if TOKENIZER_JSON not in files:
+        raise InputError(
+            f"{folder / FILE_NAME}: no tokenizer; expected Meta's {FILE_NAME} beside the weights, "
+            f"or {TOKENIZER_JSON}"
+        )
+    return JsonTokenizer(files[TOKENIZER_JSON], folder / TOKENIZER_JSON, words)
+
+
+def make_tokenizer(
+    content: bytes, file: Path, words: Words = NO_WORDS
+) -> "SentencePieceTokenizer | TiktokenTokenizer":
+    """The tokenizer that a tokenizer.model's content describes; `file` is named in errors.
 
     Raises:
         InputError: if it is neither SentencePiece nor tiktoken, or is damaged.
     """
     ranks = read_ranks(content, file)
     if ranks is not None:
-        return TiktokenTokenizer(ranks)
+        return TiktokenTokenizer(ranks, words)
     check_sentencepiece(content, file)
     try:
-        return SentencePieceTokenizer(content)
+        return SentencePieceTokenizer(content, words)
     except RuntimeError as error:
         raise InputError(
             f"{file}: no SentencePiece model that can be used ({error}); copy Meta's {FILE_NAME} "

@@ -10,10 +10,10 @@ import jax
 
 from jllama.folders.adapter import WEIGHTS
 from jllama.folders.json_files import read_bytes
-from jllama.folders.manifest import file_sha256, manifest_sha256, read_manifest
+from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.folders.run import Record
 from jllama.machine import versions
-from jllama.text.tokenizer import FILE_NAME as TOKENIZER
+from jllama.text.tokenizer import tokenizer_sha256
 from train.config import TrainConfig
 
 OF_PASSPORT = ("base_manifest_sha256", "data_sha256", "tokenizer_sha256", "versions")
@@ -30,7 +30,7 @@ def provenance(config: TrainConfig) -> dict[str, Any]:
         ],
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
-        "tokenizer_sha256": read_manifest(config.model)["files"][TOKENIZER],
+        "tokenizer_sha256": tokenizer_sha256(config.model),
         **identity(config),
     }
 

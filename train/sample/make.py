@@ -246,7 +246,7 @@ def write_meta(model: Llama, tokenizer_model: bytes, folder: Path) -> None:
         writer = ModelWriter(source, MODEL, COMMAND)
         for block, shapes in tensor_shapes(MODEL).items():
             writer.write_block(block, {name: tensors[name] for name in shapes})
-        writer.finish(tokenizer_model)
+        writer.finish({FILE_NAME: tokenizer_model})
         children.run("convert.to_meta", [source, meta])
         # As in Meta's files of Llama 2, whose readers take the number from the tensors.
         params = read_json(meta / "params.json") | {"vocab_size": -1}
