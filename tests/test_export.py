@@ -24,10 +24,10 @@ from meta_files import random_tensors, write_hf, write_meta
 from random_models import BASE, GROUPED, TOKENIZER, VOCABULARY
 
 from convert import from_hf, from_meta, to_hf, to_meta, verify
+from convert.change.probe import Probe
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
 from convert.meta import archive
-from convert.probe import Probe
 from convert.to_hf import ToHf
 from convert.to_meta import ToMeta
 from convert.verify import Verify

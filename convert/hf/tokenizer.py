@@ -13,7 +13,6 @@ LlamaTokenizer (transformers 5.23) builds its own, and gives a leading or double
 """
 
 import base64
-import itertools
 import json
 import re
 import reprlib
@@ -23,6 +22,7 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from convert.hf.bpe import BYTE_OF, LETTERS, in_letters, merges
 from jllama.errors import InputError
 from jllama.folders.json_files import read_bytes, read_json, write_json, write_whole
 from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, make_tokenizer
@@ -49,20 +49,6 @@ _JOIN_SPACES = (
     {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
 )
-
-
-def _byte_letters() -> str:
-    """GPT-2's letter for each byte: itself where it can be seen, else the next one from 256 on.
-
-    b"A" -> "A"    b" " (the 33rd that cannot be seen) -> chr(256 + 32), "Ġ"
-    """
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(256)
-    return "".join(chr(byte if byte in seen else next(others)) for byte in range(256))
-
-
-_LETTERS = _byte_letters()
-_BYTE_OF: Mapping[str, int] = {letter: byte for byte, letter in enumerate(_LETTERS)}
 
 
 def read_hf_tokenizer(folder: Path) -> bytes:
@@ -96,7 +82,7 @@ def read_hf_tokenizer(folder: Path) -> bytes:
         )
     vocab = content["model"]["vocab"]
     return b"".join(
-        base64.b64encode(bytes(_BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
+        base64.b64encode(bytes(BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
         for token, rank in sorted(vocab.items(), key=lambda item: item[1])
     )
 
@@ -122,8 +108,8 @@ def _difference(content: Mapping[str, Any]) -> str | None:
 def _rank_difference(vocab: Mapping[str, int]) -> str | None:
     """Tokens in GPT-2's letters: their ids are 0, 1, 2, ... and every byte is one of them."""
     wrong = [place for place, rank in enumerate(sorted(vocab.values())) if place != rank]
-    foreign = [token for token in vocab if not token or not _BYTE_OF.keys() >= set(token)]
-    missing = [byte for byte, letter in enumerate(_LETTERS) if letter not in vocab]
+    foreign = [token for token in vocab if not token or not BYTE_OF.keys() >= set(token)]
+    missing = [byte for byte, letter in enumerate(LETTERS) if letter not in vocab]
     for cases, what in (
         (wrong, "ids out of the order 0, 1, 2, ... (a gap or a duplicate)"),
         (foreign, "tokens not written in GPT-2's letters for bytes"),
@@ -191,7 +177,7 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
 
 def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     """The tokenizer.json of tiktoken's ranks."""
-    vocab = {"".join(_LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab = {in_letters(token): rank for token, rank in ranks.items()}
     return _tokenizer_json(
         specials={name: len(vocab) + index for index, name in enumerate(LLAMA3_SPECIALS)},
         begin="<|begin_of_text|>",
@@ -202,7 +188,7 @@ def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
             "byte_fallback": False,  # by these two words llama.cpp knows a Llama 3
             "ignore_merges": True,  # tiktoken, too, looks a whole word up before it merges
             "vocab": vocab,
-            "merges": _merges(sorted(vocab, key=vocab.__getitem__)),
+            "merges": merges(sorted(vocab, key=vocab.__getitem__)),
         },
     )
 
@@ -211,7 +197,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
     """The tokenizer.json of a SentencePiece model, as Hugging Face published LLaMA 2's."""
     make_tokenizer(file.read_bytes(), file)
     proto = ModelProto.FromString(file.read_bytes())
-    _check_sentencepiece(file, proto)
+    check_like_llama(file, proto, "Hugging Face")
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
     joins = proto.normalizer_spec.remove_extra_whitespaces  # LLaMA's do not, other small ones do
     by_score = sorted(normal, key=lambda piece: -piece.score)  # equal ones stay in order of ids
@@ -241,16 +227,21 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-            "merges": _merges([piece.piece for piece in by_score]),
+            "merges": merges([piece.piece for piece in by_score]),
         },
     )
 
 
-def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
+def check_like_llama(file: Path, proto: ModelProto, reader: str) -> None:
+    """Refuses a SentencePiece model to which `reader`, a program, would give other ids.
+
+    Raises:
+        InputError: listing what is not as in LLaMA 1 and 2.
+    """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     first = [piece.piece for piece in proto.pieces[:3]]
     user_defined = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
-    # What it is, what it is here, what it is in every LLaMA: all that tokenizer.json above assumes.
+    # What it is, what it is here, what it is in every LLaMA: all that the formats written assume.
     rules: Sequence[tuple[str, Any, Any]] = (
         ("model type", trainer.model_type, trainer.BPE),
         ("the first pieces", first, ["<unk>", "<s>", "</s>"]),
@@ -266,26 +257,9 @@ def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
     ]
     if problems:
         raise InputError(
-            f"{file}: not built as LLaMA 1's and 2's are, so Hugging Face's ids would differ; "
+            f"{file}: not built as LLaMA 1's and 2's are, so {reader}'s ids would differ; "
             f"export with convert.to_meta, which copies it\n  " + "\n  ".join(problems)
         )
-
-
-def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, from the token that is preferred to the last.
-
-    Both SentencePiece and tiktoken join two neighbours whenever that gives a token, the preferred
-    one first; `tokenizers` joins only listed pairs, in the order of the list.
-
-    h i s hi is his  ->  (h i) (i s) (h is) (hi s)
-    """
-    known = set(tokens)
-    return [
-        (token[:cut], token[cut:])
-        for token in tokens
-        for cut in range(1, len(token))
-        if token[:cut] in known and token[cut:] in known
-    ]
 
 
 def _tokenizer_json(
