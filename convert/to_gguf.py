@@ -8,12 +8,12 @@ the matrices are bit for bit those of the model folder; norms are always F32.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from tyro.conf import Positional, arg
 
@@ -96,7 +96,7 @@ def _usual(tensors: Tensors) -> GGMLQuantizationType:
     """The type of most weights."""
     weights: Counter[GGMLQuantizationType] = Counter()
     for shape, kind in tensors.values():
-        weights[kind] += int(np.prod(shape))
+        weights[kind] += math.prod(shape)
     return weights.most_common(1)[0][0]
 
 

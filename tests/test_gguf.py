@@ -30,11 +30,13 @@ from meta_files import random_tensors, reference, write_meta
 from random_models import GROUPED, LORA, VOCABULARY, adapted, model_folder
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from convert import to_meta
 from convert.from_meta import FromMeta, convert
 from convert.gguf import tensors as gguf_tensors
 from convert.gguf.vocabulary import read_vocabulary
 from convert.quantize import main as quantize
 from convert.to_gguf import ToGguf, export, main
+from convert.to_meta import ToMeta
 from jllama.bundled import SAMPLE
 from jllama.decode.generate import generate
 from jllama.decode.sampling import Sampling
@@ -139,6 +141,22 @@ def test_a_dtype_that_is_asked_for_rounds_the_matrices_once_and_no_norm(asked, t
         expected = tensor if tensor.ndim == 1 else tensor.to(kinds[asked])
         stored = expected.contiguous().view(torch.uint8).numpy().tobytes()
         assert found[theirs(name)].data.tobytes() == stored
+
+
+def test_a_merged_file_holds_what_the_other_exports_merge(sample, tmp_path):
+    """In the dtype of the source, though its norms have another one here."""
+    adapted(sample, tmp_path / "ad", size=0.03)
+    found = tensors_of(written(sample, tmp_path, adapter=tmp_path / "ad"))
+    to_meta.export(ToMeta(sample, tmp_path / "meta", adapter=tmp_path / "ad"))
+    merged = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    changed = 0
+    for name, tensor in torch.load(SAMPLE / "consolidated.00.pth", weights_only=True).items():
+        if tensor.ndim == 2:
+            other = found[theirs(name)]
+            assert other.tensor_type == Type.BF16
+            assert other.data.tobytes() == merged[name].view(torch.uint8).numpy().tobytes()
+            changed += not torch.equal(tensor, merged[name])
+    assert changed == 4 * 7
 
 
 def test_q8_0_is_within_half_a_step_and_leaves_rows_of_no_whole_blocks_in_f16(tmp_path, capsys):

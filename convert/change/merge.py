@@ -150,5 +150,5 @@ def show_report(report: dict[str, Any]) -> None:
     if lost > effect / 2:
         console.print(
             "warning: rounding ate the adapter: merging loses more than half of what it does. "
-            "Export with --dtype fp32, or keep the adapter apart"
+            "Export with --dtype fp32 (to-gguf: f32), or keep the adapter apart"
         )

@@ -29,7 +29,7 @@ from jllama.folders.json_files import naming
 from jllama.folders.tensors import is_finite, refuse_not_finite, write_at
 
 GgufDtype = Literal["f16", "bf16", "f32", "q8_0"]
-# In what each is summed, and where it is no type of 8 bits stored.
+# What a merged matrix is rounded to; q8_0 makes its 8 bits of that.
 BY_NAME: Mapping[str, np.dtype] = {
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
