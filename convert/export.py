@@ -10,8 +10,8 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from convert.blocks import block_progress, fingerprint
+from convert.change.merge import Merge, show_report
 from convert.dtypes import BY_NAME, Dtype, Stored, cast, forget
-from convert.merge import Merge, show_report
 from jllama.cli.terminal import console
 from jllama.config import Base, tensor_shapes
 from jllama.errors import InputError, checked
@@ -25,8 +25,8 @@ from jllama.quantize.weights import quantised
 
 
 @checked
-class Export:
-    """The flags of every export."""
+class Outgoing:
+    """The flags of every export, to a folder or to a file."""
 
     src: Annotated[Positional[Path], arg(metavar="SRC")]
     """The model folder."""
@@ -34,45 +34,64 @@ class Export:
     """The folder to make."""
     adapter: Annotated[Path | None, arg(metavar="DIR")] = None
     """PEFT adapter to merge in: W + scale * B A, summed in fp32 and rounded once."""
+    force: bool = False
+    """Merge an adapter that was trained on a different base model."""
+
+
+@checked
+class Export(Outgoing):
+    """The flags of an export to a folder."""
+
     dtype: Dtype | None = None
     """Writes every tensor in this dtype; by default each in its own, and named for one that is
     stored in 8 or 4 bits."""
-    force: bool = False
-    """Merge an adapter that was trained on a different base model."""
 
 
 class Model:
     """A model folder on its way out: iterating gives the tensors of block after block.
 
+    Args:
+        asked: the dtype that the user names; None leaves each tensor in its own.
+        choices: the dtypes that can be named.
+        vectors: the dtype of the norms, where the format has one for them.
+
     Raises:
         InputError: if the folder is incomplete or damaged, or the adapter does not fit.
     """
 
-    def __init__(self, settings: Export):
+    def __init__(
+        self,
+        settings: Outgoing,
+        asked: str | None,
+        choices: Mapping[str, np.dtype],
+        vectors: np.dtype | None = None,
+    ):
         self.src = settings.src
         self.config = read_config(self.src)
         self.blocks = tensor_shapes(self.config)
+        self.shapes = {
+            name: shape for block in self.blocks.values() for name, shape in block.items()
+        }
         check_manifest(self.src, self.config)
         manifest, self.base = read_manifest(self.src), read_base(self.src)
         self.trained_on: Base | None = None  # the format that the adapter's base was held in
         if settings.adapter is not None:
             self.trained_on = Base.of(read_passport(settings.adapter).get("base"))
         base = self.base or self.trained_on
-        if base is not None and settings.dtype is None:
+        if base is not None and asked is None:
             raise InputError(
                 f"the weights come from {base.words}, so none has a dtype of its own; name the one "
-                f"to write: --dtype {', '.join(BY_NAME)}"
+                f"to write: --dtype {', '.join(choices)}"
             )
-        dtype = BY_NAME[settings.dtype] if settings.dtype else None
-        self.dtypes = {
-            name: np.dtype(manifest["tensors"][name]["dtype"]) if dtype is None else dtype
-            for names in self.blocks.values()
-            for name in names
-        }
+        dtype = choices[asked] if asked else None
+        self.dtypes: dict[str, np.dtype] = {}
+        for name, shape in self.shapes.items():
+            fixed = vectors if vectors is not None and len(shape) == 1 else dtype
+            self.dtypes[name] = fixed or np.dtype(manifest["tensors"][name]["dtype"])
         self.stored = Stored(self.config, self.dtypes)
         self.merge: Merge | None = None
         if settings.adapter is not None:
-            self.merge = Merge(self.src, settings.adapter, dtype=dtype, force=settings.force)
+            self.merge = Merge(self.src, settings.adapter, self.dtypes, force=settings.force)
         self.advance: Callable[[int], None] = lambda size: None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -113,7 +132,7 @@ def exporting(settings: Export) -> Iterator[tuple[Path, Model]]:
             written is not finite.
     """
     check_destination(settings.dst)
-    model, dst = Model(settings), settings.dst
+    model, dst = Model(settings, settings.dtype, BY_NAME), settings.dst
     origin: dict[str, Any] = {"manifest": manifest_sha256(model.src), "settings": str(settings)}
     if settings.adapter is not None:
         origin["adapter"] = fingerprint(settings.adapter / name for name in (WEIGHTS, PEFT_CONFIG))

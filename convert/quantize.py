@@ -19,7 +19,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
-from convert.probe import Probe
+from convert.change.probe import Probe
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, print_json, quiet_if, show_table
 from jllama.config import Base, BaseSkip, Format, LlamaConfig, asked_base, tensor_shapes

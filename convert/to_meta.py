@@ -52,11 +52,10 @@ def export(settings: ToMeta) -> None:
             )
         if tokenizer:
             tokenizer_of(tokenizer, settings.src)  # refuses one that is damaged
-        shapes = {name: shape for block in model.blocks.values() for name, shape in block.items()}
-        axes = {name: cut_axis(name, model.config) for name in shapes}
+        axes = {name: cut_axis(name, model.config) for name in model.shapes}
         parts = {
             name: even_part(name, shape, axes[name], settings.shards)
-            for name, shape in shapes.items()
+            for name, shape in model.shapes.items()
         }
         tied = {OUTPUT: EMBEDDINGS} if model.config.tied else {}  # one storage under two names
         dtypes = {name: as_torch_dtype(dtype) for name, dtype in model.dtypes.items()}

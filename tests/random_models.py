@@ -1,4 +1,4 @@
-"""Tiny random models, without torch: their tensors under Meta's names, and as model folders.
+"""Tiny random models, without torch: their tensors under Meta's names, as folders, with adapters.
 
 `meta_files.py` has the same models in other programs' formats.
 """
@@ -7,19 +7,26 @@ import base64
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 
 from convert.meta.params import config_from_meta
-from jllama.config import Base, tensor_shapes
+from jllama.config import Base, LoraConfig, tensor_shapes
+from jllama.folders.adapter import save_adapter
 from jllama.folders.codes import coded_arrays
 from jllama.folders.files import whole_folder
+from jllama.folders.load import load_model
 from jllama.folders.model import ModelWriter, read_block, read_config
+from jllama.lora import adapted_linears, attach
+from jllama.model import Llama
+from jllama.names import HF_LINEARS
 from jllama.text.tokenizer import tokenizer_files
 
 BASE = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5}
 GROUPED = BASE | {"n_kv_heads": 2}
 VOCABULARY = 512  # 256 bytes and 256 special tokens: the smallest tiktoken file
 BASE_OF_ALL: Base | None = None  # the format of every model folder, by `pytest --base`
+LORA = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=tuple(HF_LINEARS))
 TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
 
 
@@ -75,6 +82,17 @@ def model_folder(
             writer.write_block(block, tensors)
         writer.finish({"tokenizer.model": TOKENIZER})
     return root / name
+
+
+def adapted(base: Path, folder: Path, lora: LoraConfig = LORA, size: float = 0.3) -> Llama:
+    """A model with a random adapter, and the adapter's folder."""
+    model = load_model(base, "fp32")
+    attach(model, lora, jax.random.key(0))
+    for index, linear in enumerate(adapted_linears(model).values()):
+        draw = jax.random.normal(jax.random.key(100 + index), linear.lora.b.shape)
+        linear.lora.b[...] = size * draw
+    save_adapter(folder, model, lora, str(base), {})
+    return model
 
 
 def with_a_nan(model: Path, folder: Path) -> Path:

@@ -21,17 +21,16 @@ import safetensors.torch
 import torch
 import transformers
 from meta_files import random_tensors, write_hf, write_meta
-from random_models import BASE, GROUPED, TOKENIZER, VOCABULARY
+from random_models import BASE, GROUPED, LORA, TOKENIZER, VOCABULARY, adapted
 
 from convert import from_hf, from_meta, to_hf, to_meta, verify
+from convert.change.probe import Probe
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
 from convert.meta import archive
-from convert.probe import Probe
 from convert.to_hf import ToHf
 from convert.to_meta import ToMeta
 from convert.verify import Verify
-from jllama.config import LoraConfig
 from jllama.decode.generate import generate
 from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
@@ -39,11 +38,10 @@ from jllama.folders.adapter import save_adapter
 from jllama.folders.load import load_model
 from jllama.folders.manifest import read_manifest
 from jllama.folders.model import read_config, transformers_name
-from jllama.lora import adapted_linears, attach
+from jllama.lora import attach
 
 SCALED = GROUPED | {"rope_theta": 500000.0, "use_scaled_rope": True}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-LORA = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
 Hashes = dict[str, str]
 
 
@@ -191,17 +189,6 @@ def test_a_stopped_export_goes_on_and_gives_the_same_bytes(
 
 
 # -------------------------------------------------------------------------- what others read
-
-
-def adapted(base: Path, folder: Path, lora: LoraConfig = LORA, size: float = 0.3):
-    """A model with a random adapter, and the adapter's folder."""
-    model = load_model(base, "fp32")
-    attach(model, lora, jax.random.key(0))
-    for index, linear in enumerate(adapted_linears(model).values()):
-        draw = jax.random.normal(jax.random.key(100 + index), linear.lora.b.shape)
-        linear.lora.b[...] = size * draw
-    save_adapter(folder, model, lora, str(base), {})
-    return model
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import tokenizers
+from gguf import TokenType
 from random_models import BASE, TOKENIZER, model_folder
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from train_runs import as_flags
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jllama
 from convert.from_hf import main as from_hf
+from convert.gguf.vocabulary import read_vocabulary
 from convert.hf.tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from convert.to_hf import main as to_hf
 from convert.to_meta import main as to_meta
@@ -144,6 +146,15 @@ def test_a_sentencepiece_model_is_given_the_names_of_added_tokens(tmp_path):
     assert ours.piece(size) == "<|im_start|>"
     assert ours.decode([*ours.encode("the dog"), size, size + 1]) == "the dog"
     assert ours.encode("<|im_end|>") == SentencePieceTokenizer(SAMPLE).encode("<|im_end|>")
+    vocabulary = read_vocabulary(tmp_path)
+    assert vocabulary.tokens[size:] == CHATML
+    assert vocabulary.types[size:] == [TokenType.CONTROL] * 2
+    assert vocabulary.stop_ids == (size + 1,)
+
+
+def test_gguf_refuses_a_tokenizer_json_of_its_own(tmp_path):
+    with pytest.raises(InputError, match=r"tokenizer\.json: llama\.cpp knows such tokenizers by"):
+        read_vocabulary(chatml(tmp_path))
 
 
 def test_metas_own_file_is_used_where_it_has_all_tokens(tmp_path):

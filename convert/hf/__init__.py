@@ -1,1 +1,1 @@
-"""Hugging Face's files: files.py (safetensors), config.py, tokenizer.py."""
+"""Hugging Face's files: files.py, config.py, tokenizer.py with bpe.py and llama3.py."""

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from jllama.text.json_tokenizer import bytes_of_letters, letters_of_bytes
+from convert.hf.bpe import BYTE_OF, LETTERS
 from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS
 
 # How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.
@@ -23,13 +23,10 @@ _FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
-LETTERS, _BYTE_OF = letters_of_bytes(), bytes_of_letters()
-
-
 def ranks_of(vocab: Mapping[str, int]) -> bytes:
     """Meta's tokenizer.model of tokens in GPT-2's letters."""
     return b"".join(
-        base64.b64encode(bytes(_BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
+        base64.b64encode(bytes(BYTE_OF[letter] for letter in token)) + b" %d\n" % rank
         for token, rank in sorted(vocab.items(), key=lambda item: item[1])
     )
 
@@ -55,7 +52,7 @@ def difference(content: Mapping[str, Any]) -> str | None:
 def _rank_difference(vocab: Mapping[str, int]) -> str | None:
     """Tokens in GPT-2's letters: their ids are 0, 1, 2, ... and every byte is one of them."""
     wrong = [place for place, rank in enumerate(sorted(vocab.values())) if place != rank]
-    foreign = [token for token in vocab if not token or not _BYTE_OF.keys() >= set(token)]
+    foreign = [token for token in vocab if not token or not BYTE_OF.keys() >= set(token)]
     missing = [byte for byte, letter in enumerate(LETTERS) if letter not in vocab]
     for cases, what in (
         (wrong, "ids out of the order 0, 1, 2, ... (a gap or a duplicate)"),

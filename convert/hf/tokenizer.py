@@ -20,7 +20,8 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from convert.hf.llama3 import BYTES, LETTERS, SPLITTING, difference, ranks_of
+from convert.hf.bpe import in_letters, merges
+from convert.hf.llama3 import BYTES, SPLITTING, difference, ranks_of
 from jllama.errors import InputError
 from jllama.folders.json_files import decoded, parse, read_bytes, write_json, write_whole
 from jllama.folders.model import CONFIG
@@ -124,7 +125,7 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
 
 def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     """The tokenizer.json of tiktoken's ranks."""
-    vocab = {"".join(LETTERS[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab = {in_letters(token): rank for token, rank in ranks.items()}
     return _tokenizer_json(
         specials={name: len(vocab) + index for index, name in enumerate(LLAMA3_SPECIALS)},
         begin="<|begin_of_text|>",
@@ -135,7 +136,7 @@ def _llama3(ranks: Mapping[bytes, int]) -> dict[str, Any]:
             "byte_fallback": False,  # by these two words llama.cpp knows a Llama 3
             "ignore_merges": True,  # tiktoken, too, looks a whole word up before it merges
             "vocab": vocab,
-            "merges": _merges(sorted(vocab, key=vocab.__getitem__)),
+            "merges": merges(sorted(vocab, key=vocab.__getitem__)),
         },
     )
 
@@ -144,7 +145,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
     """The tokenizer.json of a SentencePiece model, as Hugging Face published LLaMA 2's."""
     make_tokenizer(file.read_bytes(), file)
     proto = ModelProto.FromString(file.read_bytes())
-    _check_sentencepiece(file, proto)
+    check_like_llama(file, proto, "Hugging Face")
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
     joins = proto.normalizer_spec.remove_extra_whitespaces  # LLaMA's do not, other small ones do
     by_score = sorted(normal, key=lambda piece: -piece.score)  # equal ones stay in order of ids
@@ -174,16 +175,21 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-            "merges": _merges([piece.piece for piece in by_score]),
+            "merges": merges([piece.piece for piece in by_score]),
         },
     )
 
 
-def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
+def check_like_llama(file: Path, proto: ModelProto, reader: str) -> None:
+    """Refuses a SentencePiece model to which `reader`, a program, would give other ids.
+
+    Raises:
+        InputError: listing what is not as in LLaMA 1 and 2.
+    """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     first = [piece.piece for piece in proto.pieces[:3]]
     user_defined = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
-    # What it is, what it is here, what it is in every LLaMA: all that tokenizer.json above assumes.
+    # What it is, what it is here, what it is in every LLaMA: all that the formats written assume.
     rules: Sequence[tuple[str, Any, Any]] = (
         ("model type", trainer.model_type, trainer.BPE),
         ("the first pieces", first, ["<unk>", "<s>", "</s>"]),
@@ -199,26 +205,9 @@ def _check_sentencepiece(file: Path, proto: ModelProto) -> None:
     ]
     if problems:
         raise InputError(
-            f"{file}: not built as LLaMA 1's and 2's are, so Hugging Face's ids would differ; "
+            f"{file}: not built as LLaMA 1's and 2's are, so {reader}'s ids would differ; "
             f"export with convert.to_meta, which copies it\n  " + "\n  ".join(problems)
         )
-
-
-def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, from the token that is preferred to the last.
-
-    Both SentencePiece and tiktoken join two neighbours whenever that gives a token, the preferred
-    one first; `tokenizers` joins only listed pairs, in the order of the list.
-
-    h i s hi is his  ->  (h i) (i s) (h is) (hi s)
-    """
-    known = set(tokens)
-    return [
-        (token[:cut], token[cut:])
-        for token in tokens
-        for cut in range(1, len(token))
-        if token[:cut] in known and token[cut:] in known
-    ]
 
 
 def _tokenizer_json(

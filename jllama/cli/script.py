@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": Command("convert.quantize", "store a model's linears in 8 or 4 bits"),
     "to-meta": Command("convert.to_meta", "export a model folder, tuned or not, to Meta's format"),
     "to-hf": Command("convert.to_hf", "export a model folder, tuned or not, to Hugging Face's"),
+    "to-gguf": Command("convert.to_gguf", "export a model folder, tuned or not, to one GGUF file"),
     "verify": Command("convert.verify", "check a model folder, alone or against its source"),
     "plan": Command(
         "train.plan.command", "estimate memory and speed for any listed GPU, no GPU required"

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, by one process, where there is room."""
+"""Folders and files that are written whole or not at all, by one process, where there is room."""
 
 import contextlib
 import fcntl
@@ -57,6 +57,32 @@ def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iter
         _sync(destination.parent)
 
 
+@contextlib.contextmanager
+def whole_file(destination: str | Path) -> Iterator[Path]:
+    """The same for one large file: a temporary name, and nothing left behind by a body that fails.
+
+    Raises:
+        InputError: as `check_new_file`, or if another process is writing the file.
+    """
+    check_new_file(destination)
+    named, destination = Path(destination), _target(destination)
+    partial = _partial(destination)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    busy = f"{named} is being written by another process; wait for it, or choose another name"
+    with held(partial, busy):
+        try:
+            check_new_file(named)
+            yield partial
+            _sync(partial)
+            check_new_file(named)  # another program may have made it meanwhile
+            partial.replace(destination)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync(destination.parent)
+
+
 def _sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     number = os.open(path, os.O_RDONLY)
@@ -91,16 +117,10 @@ def check_destination(path: str | Path) -> None:
         InputError: if something is there that is no empty folder, if what is there cannot be
             replaced (a mount point, the working directory), or nothing can be written beside it.
     """
-    named, target = Path(path), _target(path)
+    named = Path(path)
     if named.name in ("", ".."):
         raise InputError(f"{named} is no new folder; name one in it, such as {named / 'NAME'}")
-    if target.is_symlink():
-        raise InputError(f"{named} is a link to itself; remove it or choose another name")
-    if target != named and not target.parent.is_dir():
-        raise InputError(
-            f"{named} links to {target}, but there is no {target.parent}; make that folder (is "
-            "its disk there?), or choose another name"
-        )
+    target = _followed(named)
     if target.exists():
         if not target.is_dir() or any(target.iterdir()):
             raise InputError(f"{named} exists; remove it or choose another name")
@@ -117,6 +137,42 @@ def check_destination(path: str | Path) -> None:
             f"{partial} is in the way: {named} is made under this name first, and it is no folder "
             "of its own; remove it"
         )
+    _check_beside(named, target)
+
+
+def check_new_file(path: str | Path) -> None:
+    """Refuses a name that a new file could not take when it is complete; asked as early.
+
+    Raises:
+        InputError: if something is there, or nothing can be written beside it.
+    """
+    named = Path(path)
+    target = _followed(named)
+    if target.exists():
+        raise InputError(f"{named} exists; remove it or choose another name")
+    partial = _partial(target)
+    if partial.is_symlink() or (partial.exists() and not partial.is_file()):
+        raise InputError(
+            f"{partial} is in the way: {named} is made under this name first, and it is no file "
+            "of its own; remove it"
+        )
+    _check_beside(named, target)
+
+
+def _followed(named: Path) -> Path:
+    """What a name stands for; InputError if it links to where nothing can be made."""
+    target = _target(named)
+    if target.is_symlink():
+        raise InputError(f"{named} is a link to itself; remove it or choose another name")
+    if target != named and not target.parent.is_dir():
+        raise InputError(
+            f"{named} links to {target}, but there is no {target.parent}; make that folder (is "
+            "its disk there?), or choose another name"
+        )
+    return target
+
+
+def _check_beside(named: Path, target: Path) -> None:
     beside = _existing_parent(target)
     if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
         raise InputError(f"{named} cannot be made: {beside} is no folder that may be written to")

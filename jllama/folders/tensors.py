@@ -114,13 +114,17 @@ def is_finite(array: np.ndarray) -> bool:
     return bool(signed.max(initial=0) < exponent and unsigned.max(initial=0) < sign + exponent)
 
 
-def refuse_not_finite(names: Sequence[str], place: object) -> None:
-    """Raises an InputError that names the tensors with NaN or infinity, if there are any."""
+def refuse_not_finite(names: Sequence[str], place: object, wider: str = "bf16 or fp32") -> None:
+    """Raises an InputError that names the tensors with NaN or infinity, if there are any.
+
+    Args:
+        wider: the dtypes that hold larger numbers, as the user names them.
+    """
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise InputError(
             f"{place}: {', '.join(names[:SHOWN])}{more} would hold NaN or infinity; nothing was "
-            "written. If the weights are finite, they overflow in this dtype: choose bf16 or fp32"
+            f"written. If the weights are finite, they overflow in this dtype: choose {wider}"
         )
 
 

@@ -69,8 +69,8 @@ class SentencePieceTokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(model)
         self.pieces = self._model.vocab_size()
-        self._added = {name: token for name, token in words.added.items() if token >= self.pieces}
-        self._names = {token: name for name, token in self._added.items()}
+        self.added = {name: token for name, token in words.added.items() if token >= self.pieces}
+        self._names = {token: name for name, token in self.added.items()}
         self.bos_id = self._named(words.bos, self._model.bos_id())
         self.eos_id = self._named(words.eos, self._model.eos_id())
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
         ]
 
     def _named(self, name: str | None, otherwise: int) -> int:
-        known = {"<s>": self._model.bos_id(), "</s>": self._model.eos_id(), **self._added}
+        known = {"<s>": self._model.bos_id(), "</s>": self._model.eos_id(), **self.added}
         return known.get(name, otherwise) if name else otherwise
 
     def encode(self, text: str) -> list[int]:

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.change.probe import Probe
 from convert.dtypes import cast
-from convert.probe import Probe
 from jllama.cli.terminal import console
 from jllama.folders.adapter import check_base, put_adapter, read_adapter
 from jllama.folders.model import read_block
 from jllama.lora import adapted_linears, merge
-from jllama.model import map_named, named_arrays
+from jllama.model import named_arrays
+from jllama.names import EMBEDDINGS, NORM, OUTPUT
 
 
 class Merge:
@@ -31,16 +31,16 @@ class Merge:
     Args:
         model: the base's model folder.
         adapter: a PEFT folder.
-        dtype: what the merged model is rounded to; by default each tensor keeps its own.
+        dtypes: what each tensor of the merged model is rounded to.
         force: also on a base that the adapter was not trained on.
 
     Raises:
         InputError: if the adapter is damaged or does not fit the base.
     """
 
-    def __init__(self, model: Path, adapter: Path, *, dtype: np.dtype | None = None, force: bool):
+    def __init__(self, model: Path, adapter: Path, dtypes: Mapping[str, np.dtype], *, force: bool):
         check_base(adapter, model, force=force)
-        self._model, self._adapter, self._dtype = model, adapter, dtype
+        self._model, self._adapter, self._dtypes = model, adapter, dtypes
         self._probe = Probe(model)
         self._config = self._probe.config
         self._lora, self._arrays = read_adapter(adapter, self._config)
@@ -59,9 +59,9 @@ class Merge:
             original: the tensors before they were quantised, where they are known.
         """
         if block == "embeddings":
-            rows = tensors["tok_embeddings.weight"][self._probe.tokens]
+            rows = tensors[EMBEDDINGS][self._probe.tokens]
             x = jnp.asarray(rows, jnp.float32)
-            rounded = jnp.asarray(self._rounded(rows), jnp.float32)
+            rounded = jnp.asarray(cast(rows, self._dtypes[EMBEDDINGS]), jnp.float32)
             self._probe.streams = {"base": x, "tuned": x, "merged": rounded}
             self._probe.streams |= {"original": x} if original is not None else {}
             return tensors
@@ -75,7 +75,7 @@ class Merge:
 
     def _merge_layer(self, block: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         # What is to change its dtype is summed in fp32, which holds it exactly.
-        wide = {name: x if self._dtype in (None, x.dtype) else x.astype(np.float32)
+        wide = {name: x if self._dtypes[name] == x.dtype else x.astype(np.float32)
                 for name, x in tensors.items()}  # fmt: skip
         base, tuned, merged = (self._probe.layer(block, wide) for _ in range(3))
         one = dataclasses.replace(self._config, n_layers=1)
@@ -85,12 +85,12 @@ class Merge:
             put_adapter(model, self._lora, arrays)
         linears = [name.replace("layers.0", block) for name in adapted_linears(merged)]
         merge(merged)
-        if self._dtype is not None:
-            nnx.update(merged, map_named(self._round, nnx.state(merged)))
+        found = named_arrays(nnx.state(merged))
+        folded = {name: cast(np.asarray(found[name.replace(block, "layers.0")]), self._dtypes[name])
+                  for name in tensors}  # fmt: skip
+        merged = self._probe.layer(block, folded)
         for who, model in (("base", base), ("tuned", tuned), ("merged", merged)):
             self._probe.run(who, model)
-        found = named_arrays(nnx.state(merged))
-        folded = {name: np.asarray(found[name.replace(block, "layers.0")]) for name in tensors}
         for name in linears:
             before, after = tensors[f"{name}.weight"], folded[f"{name}.weight"]
             self._weights += before.size
@@ -99,22 +99,17 @@ class Merge:
             self._unchanged += int(np.count_nonzero(before == after))
         return folded
 
-    def _rounded(self, array: np.ndarray) -> np.ndarray:
-        return array if self._dtype is None else cast(array, self._dtype)
-
-    def _round(self, _: str, array: jax.Array) -> jax.Array:
-        return array.astype(self._dtype)
-
     def _finish(self, tensors: dict[str, np.ndarray]) -> None:
         stored = tensors
         if self._config.tied:
             stored = tensors | read_block(self._model, "embeddings")
-        head = stored["tok_embeddings.weight" if self._config.tied else "output.weight"]
+        output = EMBEDDINGS if self._config.tied else OUTPUT
         for who in self._probe.streams:
-            weight, table = tensors["norm.weight"], head
-            if who == "merged":
-                weight, table = self._rounded(weight), self._rounded(table)
-            self._logits[who] = self._probe.logits(who, weight, table)
+            norm, head = (
+                cast(stored[name], self._dtypes[name]) if who == "merged" else stored[name]
+                for name in (NORM, output)
+            )
+            self._logits[who] = self._probe.logits(who, norm, head)
 
     def report(self) -> dict[str, Any]:
         """What the merge changed and what rounding took, in logits over the probe prompts."""
@@ -155,5 +150,5 @@ def show_report(report: dict[str, Any]) -> None:
     if lost > effect / 2:
         console.print(
             "warning: rounding ate the adapter: merging loses more than half of what it does. "
-            "Export with --dtype fp32, or keep the adapter apart"
+            "Export with --dtype fp32 (to-gguf: f32), or keep the adapter apart"
         )

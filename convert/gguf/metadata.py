@@ -1,0 +1,70 @@
+"""The header of a GGUF file: sizes, rotary embedding, vocabulary.
+
+The keys are those of llama.cpp's architecture `llama`, and of its tokenizers:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+from convert.gguf.vocabulary import Vocabulary
+from jllama.config import LlamaConfig
+from jllama.layers import rotary_frequencies
+
+_FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def add_sizes(writer: GGUFWriter, config: LlamaConfig) -> None:
+    """What a LLaMA is, in numbers. How it stretches the rotary embedding is `rotary_factors`."""
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def rotary_factors(config: LlamaConfig) -> np.ndarray | None:
+    """By what llama.cpp is to divide each pair's frequency, fp32 `[H/2]`; None for nothing."""
+    if config.rope_scaling is None:
+        return None
+    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+    return plain / rotary_frequencies(config)
+
+
+def add_origin(writer: GGUFWriter, name: str, usual: GGMLQuantizationType) -> None:
+    """What the file holds, for people: a name, and the type of most weights."""
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[usual])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """The tokenizer. Text begins with BOS, as in training, and is not ended."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_scores(vocabulary.scores)  # an empty list is left out
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.stop_ids[0])
+    if len(vocabulary.stop_ids) > 1:
+        writer.add_eot_token_id(vocabulary.stop_ids[1])
+    if vocabulary.unknown_id is not None:
+        writer.add_unk_token_id(vocabulary.unknown_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocabulary.space_before)
