@@ -23,7 +23,7 @@ from jllama.cli.terminal import console
 from jllama.decode.sampling import Likeliest, Likelihood
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Positive, checked
 from jllama.folders.adapter import read_passport
-from jllama.text.prompt import Message, PromptStyle, encode, render
+from jllama.text.prompt import Message, PromptStyle, conversation
 from jllama.text.tokenizer import Tokenizer
 
 WITH_TURNS = ("llama2-chat", "llama3-chat")  # made for conversations, however they were trained
@@ -180,7 +180,7 @@ class Chat:
         system = [Message("system", self.config.system)] if self.config.system else []
         for first in range(0, len(self.history) + 1, 2):
             messages = [*system, *self.history[first:], Message("user", question)]
-            ids = encode(render(self.style, messages), self.tokenizer)[0]
+            ids = conversation(self.style, messages, self.tokenizer)[0]
             if len(ids) + room <= self.context:
                 break
         if len(ids) >= self.context:
@@ -236,7 +236,7 @@ def chat(config: ChatConfig) -> None:
     style = config.prompt_style
     assert style
     tokenizer = jllama.load_tokenizer(config.model)
-    encode(render(style, [Message("user", "?")]), tokenizer)  # fails now if the two do not fit
+    conversation(style, [Message("user", "?")], tokenizer)  # fails now if the two do not fit
     if config.temperature is None:
         default = 0.0 if is_of_sample(settings) else jllama.Sampling.temperature
         config = replace(config, temperature=default)

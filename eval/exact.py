@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jllama
 from jllama.text.messages import row_messages
-from jllama.text.prompt import PromptStyle, encode, render
+from jllama.text.prompt import PromptStyle, conversation
 from jllama.text.rows import Examples, answered
 from jllama.text.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def short_answers(
         *before, answer = answered(row_messages(rows[example.row]))
         if not before or answer.learn is False:  # before a text there is nothing
             continue
-        prompt = encode(render(style, before), tokenizer)[0]
+        prompt = conversation(style, before, tokenizer)[0]
         fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most
         if fits and not example.cut:
             asked.append(Asked(example.row, prompt, answer.content.strip()))

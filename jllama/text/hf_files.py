@@ -24,6 +24,9 @@ HF_CONFIG = "hf_config.json"  # the source's config.json, for a model folder has
 HF_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIALS, ADDED, TEMPLATE, GENERATION, HF_CONFIG)
 
 
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
 class Words(NamedTuple):
     """Of the files that are there; nothing of those that are not."""
 
@@ -31,6 +34,9 @@ class Words(NamedTuple):
     bos: str | None = None
     eos: str | None = None
     ends: tuple[int, ...] = ()  # what generation ends on
+    names: Mapping[str, str] = {}  # bos_token, pad_token, ...: as templates know them
+    template: str | None = None  # of chats, in Jinja
+    template_file: str = TEMPLATE  # that has it
 
 
 NO_WORDS = Words()  # of a folder that is Meta's
@@ -52,10 +58,7 @@ def read_words(files: Mapping[str, bytes], folder: Path) -> Words:
             raise InputError(f"{folder / file}: token {name!r} has the id {token!r}")
         if added.setdefault(name, token) != token:
             raise InputError(f"{folder / file}: token {name!r} is {token}, elsewhere {added[name]}")
-    bos, eos = (
-        _text(said, TOKENIZER_CONFIG, key) or _text(said, SPECIALS, key)
-        for key in ("bos_token", "eos_token")
-    )
+    bos, eos = _name(said, "bos_token"), _name(said, "eos_token")
     ends: tuple[int, ...] = ()
     for file in (HF_CONFIG, GENERATION):  # the second one's word counts where it has one
         found = said.get(file, {}).get("eos_token_id")
@@ -63,7 +66,8 @@ def read_words(files: Mapping[str, bytes], folder: Path) -> Words:
         if any(type(token) is not int or token < 0 for token in ids):
             raise InputError(f"{folder / file}: eos_token_id is {found!r}, expected ids")
         ends = tuple(ids) or ends
-    return Words(added, bos, eos, ends)
+    names = {key: text for key in _NAMES if (text := _name(said, key)) is not None}
+    return Words(added, bos, eos, ends, names, *_template(files, said, folder))
 
 
 def _object(content: bytes, file: Path) -> dict[str, Any]:
@@ -85,6 +89,23 @@ def _added(said: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
     for token, entry in numbered.items() if isinstance(numbered, dict) else ():
         if isinstance(entry, dict) and token.isdecimal():
             yield entry.get("content"), int(token), TOKENIZER_CONFIG
+
+
+def _name(said: Mapping[str, Any], key: str) -> str | None:
+    return _text(said, TOKENIZER_CONFIG, key) or _text(said, SPECIALS, key)
+
+
+def _template(
+    files: Mapping[str, bytes], said: Mapping[str, Any], folder: Path
+) -> tuple[str | None, str]:
+    """The template and its file: of several by name, the one for chats without tools."""
+    if TEMPLATE in files:
+        return decoded(files[TEMPLATE], folder / TEMPLATE), TEMPLATE
+    found = said.get(TOKENIZER_CONFIG, {}).get("chat_template")
+    if isinstance(found, list):
+        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+        found = named.get("default")
+    return (found if isinstance(found, str) else None), TOKENIZER_CONFIG
 
 
 def _text(said: Mapping[str, Any], file: str, key: str) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jllama.errors import InputError
 from jllama.text.hf_files import TOKENIZER_JSON, Words
+from jllama.text.template import ChatTemplate
 
 
 class JsonTokenizer:
@@ -30,6 +31,9 @@ class JsonTokenizer:
         self.eos_id = self._named(words.eos, words.ends)
         self.bos_id = self._named(words.bos, (*begin[:1], self.eos_id))
         self._specials |= {self.bos_id, self.eos_id}
+        self.specials = frozenset(self._model.id_to_token(token) for token in self._specials)
+        self._marked = _read(self._model.to_str().encode(), file)  # which reads special tokens
+        self.template: ChatTemplate | None = None
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
 
     def _add(self, added: Mapping[str, int]) -> None:
@@ -52,6 +56,9 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def marked(self, text: str) -> list[int]:
+        return self._marked.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         kept = [int(t) for t in ids if 0 <= t < self.vocab_size and t not in self._specials]

@@ -18,7 +18,7 @@ from jllama.errors import InputError
 from jllama.text.messages import Message, row_messages
 from jllama.text.tokenizer import Tokenizer
 
-PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat"]
+PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat", "chat"]
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,48 @@ def prompt_ids(style: PromptStyle, row: Mapping, tokenizer: Tokenizer) -> list[i
         raise InputError("a row of text has no prompt; expected one of the other kinds")
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
-    return encode(render(style, messages), tokenizer)[0]
+    return conversation(style, messages, tokenizer)[0]
+
+
+def conversation(
+    style: PromptStyle,
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    train_on_prompt: bool = False,
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation and, for each, whether it is learned.
+
+    Without a last answer they end where the model begins.
+
+    Raises:
+        InputError: if the style, or the model's template, cannot express it.
+    """
+    if style != "chat" or [message.role for message in messages] == ["text"]:
+        return encode(render(style, messages), tokenizer, train_on_prompt)
+    if tokenizer.template is None:
+        raise InputError("this model has no chat template; choose another prompt style")
+    _check(messages)
+    if any(message.learn and message.role != "assistant" for message in messages):
+        raise InputError("only answers can be learned with --prompt-style chat")
+    if messages[-1].role != "assistant":
+        ids = tokenizer.marked(tokenizer.template.prompt(messages))
+        return ids, [False] * len(ids)
+    said = tokenizer.template.said(messages)
+    ids = tokenizer.marked(said.text)
+    learned = [train_on_prompt] * len(ids)
+    for first, end, number in said.answers:
+        begin, behind = (_ids_before(said.text[:at], ids, tokenizer) for at in (first, end))
+        learned[begin:behind] = [messages[number].learn is not False] * (behind - begin)
+    learned[:1] = [False] * len(learned[:1])
+    return ids, learned
+
+
+def _ids_before(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """How many ids the beginning of a text has; a chat begins with the same."""
+    before = tokenizer.marked(text)
+    if [*ids[: len(before)]] != before:
+        raise InputError(
+            "a token lies half in the prompt and half in the answer, as the chat template writes "
+            "them, and no chat would begin so; choose another --prompt-style"
+        )
+    return len(before)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32, Int64
 from jllama.errors import InputError
 from jllama.folders.json_files import listed
 from jllama.text.messages import Message, row_messages
-from jllama.text.prompt import PromptStyle, encode, render
+from jllama.text.prompt import PromptStyle, conversation
 from jllama.text.tokenizer import Tokenizer
 
 # What a tokenizer or a template somewhere would read as one token, or as a border.
@@ -113,7 +113,7 @@ def make_examples(
             try:
                 said = row_messages(row)
                 messages = answered(said)
-                whole, learns = encode(render(style, messages), tokenizer, train_on_prompt)
+                whole, learns = conversation(style, messages, tokenizer, train_on_prompt)
                 ids = np.array(whole[:max_seq_len], np.int32)
                 learned = np.array(learns[:max_seq_len])
                 if not learned.any():

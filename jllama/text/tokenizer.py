@@ -10,6 +10,7 @@ from jllama.folders.json_files import read_bytes
 from jllama.folders.manifest import MANIFEST, check_file, read_manifest
 from jllama.text.hf_files import HF_FILES, NO_WORDS, TOKENIZER_JSON, Words, read_words
 from jllama.text.json_tokenizer import JsonTokenizer
+from jllama.text.template import ChatTemplate
 from jllama.text.tokenizer_file import FILE_NAME, check_sentencepiece, read_ranks
 
 # Llama 3's splitting rule and 256 special tokens, in the order of their ids (from 128,000 on).
@@ -46,6 +47,12 @@ class Tokenizer(Protocol):
     eos_id: int
     stop_ids: tuple[int, ...]  # generation ends on any of these
     vocab_size: int
+    specials: frozenset[str]  # the texts of special tokens
+    template: ChatTemplate | None  # the model's own
+
+    def marked(self, text: str) -> list[int]:
+        """As `encode`, but a special token that is spelled out is that token."""
+        ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -75,6 +82,17 @@ class SentencePieceTokenizer:
         self.eos_id = self._named(words.eos, self._model.eos_id())
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
         self.vocab_size = 1 + max(self._names, default=self.pieces - 1)
+        self.specials = frozenset({"<s>", "</s>", *self.added})
+        self._border = re.compile(
+            f"({'|'.join(map(re.escape, sorted(self.specials, key=len)[::-1]))})"
+        )
+        self.template: ChatTemplate | None = None
+
+    def marked(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for place, part in enumerate(self._border.split(text)):
+            ids += [self._named(part, -1)] if place % 2 else self.encode(part)
+        return ids
 
     def foreign(self, words: Words) -> list[int]:
         """The added tokens that are no pieces of this model, or have other names there."""
@@ -125,6 +143,11 @@ class TiktokenTokenizer:
         ends = self.eos_id, self._specials["<|eot_id|>"], *words.ends
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.vocab_size = self._model.n_vocab
+        self.specials = frozenset(self._specials)
+        self.template: ChatTemplate | None = None
+
+    def marked(self, text: str) -> list[int]:
+        return self._model.encode(text, allowed_special="all")
 
     def foreign(self, words: Words) -> list[int]:
         """The added tokens that Llama 3 has not, or by other names."""
@@ -224,6 +247,16 @@ def tokenizer_of(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
         InputError: if there is no tokenizer, or it is damaged.
     """
     words = read_words(files, folder)
+    tokenizer = _choose(files, folder, words)
+    if words.template is not None:
+        names = {"bos_token": tokenizer.piece(tokenizer.bos_id)} | dict(words.names)
+        tokenizer.template = ChatTemplate(
+            words.template, folder / words.template_file, names, tokenizer.specials
+        )
+    return tokenizer
+
+
+def _choose(files: Mapping[str, bytes], folder: Path, words: Words) -> Tokenizer:
     if FILE_NAME in files:
         tokenizer = make_tokenizer(files[FILE_NAME], folder / FILE_NAME, words)
         foreign = tokenizer.foreign(words)

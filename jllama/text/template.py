@@ -1,0 +1,159 @@
+"""A model's own chat template: messages to text, and which of it the model wrote.
+
+    {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}
+
+What an answer adds to the text before it is learned, up to its last special token. Where the
+template marks it itself, by `{% generation %}`, what lies between the marks.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jllama.errors import InputError
+from jllama.text.messages import Message
+
+
+class Said(NamedTuple):
+    """A conversation as text, and where in it the answers lie: (first, behind the last, number)."""
+
+    text: str
+    answers: list[tuple[int, int, int]]
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the model writes, between two marks."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_marked", [jinja2.nodes.Name("jllama_mark", "load")])
+        return CallBlock(call, [], [], body).set_lineno(line)
+
+    def _marked(self, mark: str, caller: Any) -> str:
+        return mark + caller() + mark
+
+
+class ChatTemplate:
+    """A template of Jinja, in its sandbox.
+
+    Args:
+        names: what it may know of special tokens: bos_token, eos_token, ...
+        specials: the texts of special tokens.
+
+    Raises:
+        InputError: if it is no template.
+    """
+
+    def __init__(self, source: str, file: Path, names: dict[str, str], specials: frozenset[str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _json
+        self._file, self._names, self._specials = file, names, specials
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{file}: line {getattr(error, 'lineno', 0)}: {error}") from error
+        self._marks = "{% generation" in source or "{%- generation" in source
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which the model answers.
+
+        Raises:
+            InputError: as for `said`.
+        """
+        self._check(messages)
+        return self._render(messages, begins_answer=True)
+
+    def said(self, messages: Sequence[Message]) -> Said:
+        """A conversation that ends with an answer.
+
+        Raises:
+            InputError: if the template refuses it, a message spells out a special token, or later
+                turns change what the template writes of earlier ones.
+        """
+        self._check(messages)
+        numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        if self._marks:
+            return self._by_marks(messages, numbers)
+        whole = self._render(messages)
+        answers = []
+        for n in numbers:
+            before = self._render(messages[:n], begins_answer=True)
+            after = self._render(messages[: n + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise InputError(
+                    f"{self._file} writes turn {n + 1} in another way once others follow, so the "
+                    "model would learn what it never sees; split the conversation, or choose "
+                    "another --prompt-style"
+                )
+            answers.append((len(before), self._end(after, len(before)), n))
+        return Said(whole, answers)
+
+    def _end(self, text: str, start: int) -> int:
+        """Behind the last special token of an answer: what follows it is no part of it."""
+        ends = [at + len(s) for s in self._specials if (at := text.rfind(s, start)) >= 0]
+        return max(ends, default=len(text))
+
+    def _by_marks(self, messages: Sequence[Message], numbers: list[int]) -> Said:
+        mark = secrets.token_hex(16)
+        parts = self._render(messages, mark=mark).split(mark)
+        if len(parts) != 2 * len(numbers) + 1:
+            raise InputError(
+                f"{self._file}: {len(parts) // 2} parts between generation marks for "
+                f"{len(numbers)} answers"
+            )
+        answers, at = [], 0
+        for place, part in enumerate(parts):
+            if place % 2:
+                answers.append((at, at + len(part), numbers[place // 2]))
+            at += len(part)
+        return Said("".join(parts), answers)
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            for name in self._specials:
+                if name in message.content + message.context:
+                    raise InputError(
+                        f"a message spells out {name}, which the model's chat template would read "
+                        "as its own; take it out, or choose another --prompt-style"
+                    )
+
+    def _render(
+        self, messages: Sequence[Message], *, begins_answer: bool = False, mark: str = ""
+    ) -> str:
+        turns = [
+            {"role": m.role, "content": f"{m.content}\n{m.context}" if m.context else m.content}
+            for m in messages
+        ]
+        try:
+            return self._template.render(
+                messages=turns, add_generation_prompt=begins_answer, jllama_mark=mark, tools=None,
+                documents=None, **self._names,
+            )  # fmt: skip
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
+                AttributeError, RecursionError) as error:  # fmt: skip
+            raise InputError(f"{self._file}: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
