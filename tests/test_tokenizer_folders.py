@@ -5,6 +5,8 @@ import random
 import shutil
 
 import pytest
+
+pytest.importorskip("torch")
 import tokenizers
 from gguf import TokenType
 from random_models import BASE, TOKENIZER, model_folder
