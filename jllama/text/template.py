@@ -7,6 +7,7 @@ What an answer adds to the text before it is learned, up to its last special tok
 template marks it itself, by `{% generation %}`, what lies between the marks.
 """
 
+import functools
 import json
 import secrets
 from collections.abc import Sequence
@@ -46,17 +47,19 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """A template of Jinja, in its sandbox.
+    """A template of Jinja, in its sandbox; read when it is used first.
 
     Args:
         names: what it may know of special tokens: bos_token, eos_token, ...
         specials: the texts of special tokens.
-
-    Raises:
-        InputError: if it is no template.
     """
 
     def __init__(self, source: str, file: Path, names: dict[str, str], specials: frozenset[str]):
+        self._source, self._file, self._names, self._specials = source, file, names, specials
+        self._marks = "{% generation" in source or "{%- generation" in source
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -64,12 +67,11 @@ class ChatTemplate:
         )
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = _json
-        self._file, self._names, self._specials = file, names, specials
         try:
-            self._template = environment.from_string(source)
+            return environment.from_string(self._source)
         except jinja2.TemplateError as error:
-            raise InputError(f"{file}: line {getattr(error, 'lineno', 0)}: {error}") from error
-        self._marks = "{% generation" in source or "{%- generation" in source
+            line = getattr(error, "lineno", 0)
+            raise InputError(f"{self._file}: line {line}: {error}") from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers.
@@ -84,8 +86,8 @@ class ChatTemplate:
         """A conversation that ends with an answer.
 
         Raises:
-            InputError: if the template refuses it, a message spells out a special token, or later
-                turns change what the template writes of earlier ones.
+            InputError: if it is no template, or refuses them, a message spells out a special token,
+                or later turns change what the template writes of earlier ones.
         """
         self._check(messages)
         numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
