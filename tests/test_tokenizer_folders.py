@@ -159,6 +159,22 @@ def test_gguf_refuses_a_tokenizer_json_of_its_own(tmp_path):
         read_vocabulary(chatml(tmp_path))
 
 
+def test_llama_3s_reserved_tokens_may_bear_any_number(tmp_path):
+    """As Hugging Face's 3.1 counts them, beside Meta's own file."""
+    exported(TOKENIZER, tmp_path / "hf")
+    file = tmp_path / "hf/tokenizer.json"
+    content = json.loads(file.read_text())
+    for index in (5, *range(11, 256)):
+        number = 2 if index == 5 else index - 8
+        content["added_tokens"][index]["content"] = f"<|reserved_special_token_{number}|>"
+    file.write_text(json.dumps(content))
+    files = read_hf_tokenizer(tmp_path / "hf")
+    assert isinstance(tokenizer_of(files, tmp_path), TiktokenTokenizer)
+    content["added_tokens"][9]["content"] = "<|reserved_special_token_900|>"
+    renamed = files | {"tokenizer.json": json.dumps(content).encode()}
+    assert isinstance(tokenizer_of(renamed, tmp_path), JsonTokenizer)
+
+
 def test_metas_own_file_is_used_where_it_has_all_tokens(tmp_path):
     for content, kind in ((SAMPLE, SentencePieceTokenizer), (TOKENIZER, TiktokenTokenizer)):
         folder = tmp_path / kind.__name__

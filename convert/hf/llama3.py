@@ -2,13 +2,12 @@
 
 import base64
 import json
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from convert.hf.bpe import BYTE_OF, LETTERS
-from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS
+from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, is_llama3s
 
 # How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.
 _WORDS = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"}
@@ -17,10 +16,6 @@ SPLITTING = {
     "type": "Sequence",
     "pretokenizers": [_WORDS | {"invert": False}, BYTES | {"use_regex": False}],
 }
-
-# Text and header borders and <|eot_id|> have one name in every release of Llama 3, others not.
-_FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[9]}
-_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
 def ranks_of(vocab: Mapping[str, int]) -> bytes:
@@ -67,9 +62,7 @@ def _rank_difference(vocab: Mapping[str, int]) -> str | None:
 def _special_difference(added: Any, first: int) -> str | None:
     """Llama 3's 256 special tokens, right after the ranks.
 
-    A reserved one may bear any number, since 3.0, 3.1 and Hugging Face count them differently
-    and nothing uses them. A name of one's own is refused: tokenizer.model has no names, so
-    jllama could neither write that token nor give its name back.
+    A name of one's own makes it another tokenizer: tokenizer.model has no names.
     """
     expected = dict(enumerate(LLAMA3_SPECIALS, first))
     try:
@@ -83,7 +76,6 @@ def _special_difference(added: Any, first: int) -> str | None:
         )
     for token, name in expected.items():
         found = names[token]
-        reserved = isinstance(found, str) and _RESERVED.fullmatch(found)
-        if found != name and (not reserved or name in _FIXED_SPECIALS):
+        if not is_llama3s(found, token - first):
             return f"special token {token:,} is {reprlib.repr(found)}, expected {name}"
     return None

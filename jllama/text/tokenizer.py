@@ -35,6 +35,22 @@ LLAMA3_SPECIALS = (
 )
 
 
+# Text and header borders and <|eot_id|> have one name in every release of Llama 3, others not.
+_FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[9]}
+_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
+
+
+def is_llama3s(name: object, index: int) -> bool:
+    """Whether Llama 3's special token of this number has this name in one of its releases.
+
+    A reserved one may bear any number, since 3.0, 3.1 and Hugging Face count them differently and
+    nothing uses them.
+    """
+    ours = LLAMA3_SPECIALS[index] if 0 <= index < len(LLAMA3_SPECIALS) else None
+    reserved = isinstance(name, str) and _RESERVED.fullmatch(name) is not None
+    return ours is not None and (name == ours or (reserved and ours not in _FIXED_SPECIALS))
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. `encode` adds no special token and reads none out of the text.
@@ -151,7 +167,7 @@ class TiktokenTokenizer:
 
     def foreign(self, words: Words) -> list[int]:
         """The added tokens that Llama 3 has not, or by other names."""
-        return [t for name, t in words.added.items() if self._specials.get(name) != t]
+        return [t for name, t in words.added.items() if not is_llama3s(name, t - self.bos_id)]
 
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_RUN:
