@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 import tokenizers
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 from random_models import BASE, TOKENIZER, model_folder
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from train_runs import as_flags
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jllama
 from convert.from_hf import main as from_hf
+from convert.gguf.metadata import add_vocabulary
 from convert.gguf.vocabulary import read_vocabulary
 from convert.hf.tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from convert.to_hf import main as to_hf
@@ -148,7 +149,11 @@ def test_a_sentencepiece_model_is_given_the_names_of_added_tokens(tmp_path):
     assert ours.piece(size) == "<|im_start|>"
     assert ours.decode([*ours.encode("the dog"), size, size + 1]) == "the dog"
     assert ours.encode("<|im_end|>") == SentencePieceTokenizer(SAMPLE).encode("<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     vocabulary = read_vocabulary(tmp_path)
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    add_vocabulary(writer, vocabulary)
+    assert writer.kv_data[0]["tokenizer.chat_template"].value == "{{ messages }}"
     assert vocabulary.tokens[size:] == CHATML
     assert vocabulary.types[size:] == [TokenType.CONTROL] * 2
     assert vocabulary.stop_ids == (size + 1,)

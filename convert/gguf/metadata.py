@@ -68,3 +68,5 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_before)
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)

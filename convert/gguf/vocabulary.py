@@ -51,6 +51,7 @@ class Vocabulary:
     stop_ids: tuple[int, ...]
     unknown_id: int | None
     space_before: bool
+    template: str | None = None  # of chats, in Jinja
 
     def padded(self, rows: int) -> "Vocabulary":
         """With a token for each row of the embedding: llama.cpp wants as many.
@@ -74,6 +75,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     file = folder / FILE_NAME
     tokenizer = load_tokenizer(folder)
+    template = tokenizer.template.source if tokenizer.template else None
     if isinstance(tokenizer, JsonTokenizer):
         raise InputError(
             f"{folder / TOKENIZER_JSON}: llama.cpp knows such tokenizers by its own rules, which "
@@ -82,9 +84,11 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     content = file.read_bytes()
     ranks = read_ranks(content, file)
     if ranks is not None:
-        return _llama3(ranks, tokenizer.bos_id, tokenizer.stop_ids)
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    return _sentencepiece(content, file, tokenizer)
+        found = _llama3(ranks, tokenizer.bos_id, tokenizer.stop_ids)
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        found = _sentencepiece(content, file, tokenizer)
+    return dataclasses.replace(found, template=template)
 
 
 def _llama3(ranks: Mapping[bytes, int], bos_id: int, stop_ids: tuple[int, ...]) -> Vocabulary:

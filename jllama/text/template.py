@@ -55,7 +55,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, file: Path, names: dict[str, str], specials: frozenset[str]):
-        self._source, self._file, self._names, self._specials = source, file, names, specials
+        self.source, self._file, self._names, self._specials = source, file, names, specials
         self._marks = "{% generation" in source or "{%- generation" in source
 
     @functools.cached_property
@@ -68,7 +68,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = _json
         try:
-            return environment.from_string(self._source)
+            return environment.from_string(self.source)
         except jinja2.TemplateError as error:
             line = getattr(error, "lineno", 0)
             raise InputError(f"{self._file}: line {line}: {error}") from error
