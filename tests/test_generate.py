@@ -187,9 +187,12 @@ class Bytes:
     bos_id = eos_id = 0
     stop_ids = (0,)
     vocab_size = 256
+    specials, template = frozenset(), None
 
     def encode(self, text):
         return list(text.encode())
+
+    marked = encode
 
     def decode(self, ids):
         return bytes(ids).decode("utf-8", errors="replace")
