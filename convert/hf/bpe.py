@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from jllama.text.json_tokenizer import bytes_of_letters, letters_of_bytes
-
-LETTERS, BYTE_OF = letters_of_bytes(), bytes_of_letters()
+from jllama.text.json_tokenizer import LETTERS
 
 
 def in_letters(token: bytes) -> str:

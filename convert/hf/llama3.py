@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from convert.hf.bpe import BYTE_OF, LETTERS
+from jllama.text.json_tokenizer import BYTE_OF, LETTERS
 from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, is_llama3s
 
 # How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.

@@ -1,11 +1,27 @@
 """Any `tokenizer.json`, through the `tokenizers` package: SmolLM's, DeepSeek's, a fine-tune's."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jllama.errors import InputError
 from jllama.text.hf_files import TOKENIZER_JSON, Words
 from jllama.text.template import ChatTemplate
+
+
+def _byte_letters() -> str:
+    """GPT-2's letter for each byte: itself where it can be seen, else the next one from 256 on.
+
+    b"A" -> "A"    b" " (the 33rd that cannot be seen) -> chr(256 + 32), "Ġ"
+    """
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others: Iterator[int] = iter(range(256, 512))
+    return "".join(chr(byte if byte in seen else next(others)) for byte in range(256))
+
+
+LETTERS = _byte_letters()
+BYTE_OF: Mapping[str, int] = {letter: byte for byte, letter in enumerate(LETTERS)}
 
 
 class JsonTokenizer:
@@ -26,13 +42,12 @@ class JsonTokenizer:
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         spelled = getattr(self._model.model, "byte_fallback", False)  # <0x0A>, not in letters
-        self._letters = {} if spelled else bytes_of_letters()
+        self._letters: Mapping[str, int] = {} if spelled else BYTE_OF
         begin = self._model.encode("", add_special_tokens=True).ids
         self.eos_id = self._named(words.eos, words.ends)
         self.bos_id = self._named(words.bos, (*begin[:1], self.eos_id))
         self._specials |= {self.bos_id, self.eos_id}
         self.specials = frozenset(self._model.id_to_token(token) for token in self._specials)
-        self._marked = _read(self._model.to_str().encode(), file)  # which reads special tokens
         self.template: ChatTemplate | None = None
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
 
@@ -56,6 +71,11 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _marked(self) -> Any:
+        """The same, which reads special tokens out of a text; only chat templates need it."""
+        return _read(self._model.to_str().encode(), self._file)
 
     def marked(self, text: str) -> list[int]:
         return self._marked.encode(text, add_special_tokens=False).ids
@@ -91,18 +111,3 @@ def _read(content: bytes, file: Path):  # `tokenizers` has no types
             f"{file}: no tokenizer that `tokenizers` {tokenizers.__version__} reads ({error}); "
             f"copy {TOKENIZER_JSON} again"
         ) from error
-
-
-def letters_of_bytes() -> str:
-    """GPT-2's letter for each byte: itself where it can be seen, else the next one from 256 on.
-
-    b"A" -> "A"    b" " (the 33rd that cannot be seen) -> chr(256 + 32), "Ġ"
-    """
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others: Iterator[int] = iter(range(256, 512))
-    return "".join(chr(byte if byte in seen else next(others)) for byte in range(256))
-
-
-def bytes_of_letters() -> dict[str, int]:
-    """And back."""
-    return {letter: byte for byte, letter in enumerate(letters_of_bytes())}
