@@ -137,6 +137,17 @@ def test_a_template_may_lie_in_tokenizer_config(tmp_path):
         assert ours.decode(conversation("chat", TURNS, ours)[0]).startswith("system\nBe kind.")
 
 
+def test_an_end_id_without_a_token_hinders_no_chat(tmp_path):
+    folder = smollm(tmp_path)
+    file = folder / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token"}
+    file.write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 99999}')
+    ours, _ = opened(folder, CHATML)
+    assert ours.stop_ids == (99999,)
+    assert conversation("chat", TURNS, ours)[0]
+
+
 def test_without_a_template_the_style_is_refused(tmp_path):
     folder = saved_again(tmp_path)
     with pytest.raises(InputError, match="this model has no chat template"):

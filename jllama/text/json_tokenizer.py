@@ -47,7 +47,8 @@ class JsonTokenizer:
         self.eos_id = self._named(words.eos, words.ends)
         self.bos_id = self._named(words.bos, (*begin[:1], self.eos_id))
         self._specials |= {self.bos_id, self.eos_id}
-        self.specials = frozenset(self._model.id_to_token(token) for token in self._specials)
+        names = map(self._model.id_to_token, self._specials)  # None: an end id without a token
+        self.specials: frozenset[str] = frozenset(filter(None, names))
         self.template: ChatTemplate | None = None
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *words.ends)))
 
