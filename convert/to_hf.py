@@ -21,12 +21,13 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import console
 from jllama.config import LlamaConfig
 from jllama.errors import InputError, checked
+from jllama.folders.adapter import style_of
 from jllama.folders.json_files import write_json
 from jllama.folders.model import CONFIG
 from jllama.folders.tensors import map_tensors, save_tensors
 from jllama.layers import to_half_rotated
 from jllama.names import hf_name
-from jllama.text.hf_files import GENERATION
+from jllama.text.hf_files import GENERATION, with_template
 from jllama.text.tokenizer import tokenizer_files, tokenizer_of
 
 
@@ -43,7 +44,7 @@ def export(settings: ToHf) -> None:
             disk is too small.
     """
     with exporting(settings) as (folder, model):
-        _write_small_files(settings.src, folder, model)  # first: they are refused at once or never
+        _write_small_files(settings, folder, model)  # first: they are refused at once or never
         placed: dict[str, str] = {}
         for number, tensors in enumerate(model, 1):
             file = f"model-{number:05d}-of-{len(model.blocks):05d}.safetensors"
@@ -59,13 +60,16 @@ def export(settings: ToHf) -> None:
     console.print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
 
 
-def _write_small_files(src: Path, folder: Path, model: Model) -> None:
-    """The tokenizer, config.json and generation_config.json."""
+def _write_small_files(settings: ToHf, folder: Path, model: Model) -> None:
+    """The tokenizer with its chat template, config.json and generation_config.json."""
+    src = settings.src
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     if files := tokenizer_files(src):
         tokenizer = tokenizer_of(files, src)
         bos_id, eos_ids = tokenizer.bos_id, tokenizer.stop_ids
+        if settings.adapter and (template := style_of(settings.adapter, tokenizer)) is not None:
+            files = with_template(files, template, eos_ids, src)
         write_tokenizer_files(files, folder, model.config.max_seq_len)
     config = hf_config(model.config, model.stored.usual, bos_id, eos_ids)
     write_json(folder / CONFIG, config)

@@ -235,7 +235,7 @@ def chat(config: ChatConfig) -> None:
     config, settings = resolve(config)
     style = config.prompt_style
     assert style
-    tokenizer = jllama.load_tokenizer(config.model)
+    tokenizer = jllama.load_tokenizer(config.model, config.prompt_template)
     conversation(style, [Message("user", "?")], tokenizer)  # fails now if the two do not fit
     if config.temperature is None:
         default = 0.0 if is_of_sample(settings) else jllama.Sampling.temperature

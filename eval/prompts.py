@@ -86,7 +86,7 @@ def answer_prompts(config: PromptsConfig) -> None:
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder; --output wants a file in a folder")
     references = read_references(config.reference) if config.reference else {}
-    tokenizer = jllama.load_tokenizer(config.model)
+    tokenizer = jllama.load_tokenizer(config.model, config.prompt_template)
     prompts = read_prompts(
         config.prompts or REPORT_PROMPTS,
         tokenizer,

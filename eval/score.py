@@ -134,7 +134,7 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
          "per_row": [{"row": 0, "cut": false, "base": {...}, "tuned": {...}}, ...]}
     """
     assert config.prompt_style
-    tokenizer = jllama.load_tokenizer(config.model)
+    tokenizer = jllama.load_tokenizer(config.model, config.prompt_template)
     rows = read_rows(config.data)
     if config.rows == "all":
         rows = rows[: config.limit or None]

@@ -11,10 +11,10 @@ import jllama
 from jllama import bundled
 from jllama.config import Base, BaseChoice, BaseSkip, MeshChoice, Precision, asked_base
 from jllama.errors import InputError, checked
-from jllama.folders.adapter import check_base, read_passport
+from jllama.folders.adapter import check_base, read_passport, template_of
 from jllama.folders.run import LATEST, RunFolder
 from jllama.sharding import make_mesh, mesh_shape
-from jllama.text.prompt import PromptStyle
+from jllama.text.prompt import PromptStyle, chat_style
 
 Voices = dict[str, tuple[jllama.Llama, float]]  # "base", "tuned": a model, its adapter's scale
 
@@ -44,8 +44,13 @@ class Subject:
     """Several devices that the weights are cut over, as fsdp=4 or tensor=4."""
     prompt_style: PromptStyle | None = None
     """How a prompt becomes text; by default as it was in training, else plain."""
+    prompt_template: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """A chat template in Jinja, instead of the model's own."""
 
     def __post_init__(self):
+        if self.prompt_template:
+            chosen = chat_style(self.prompt_style or "chat")
+            object.__setattr__(self, "prompt_style", chosen)
         if self.adapter and self.tuned:
             raise InputError("--adapter and --tuned; expected one of them")
         asked_base(self.base or "stored", self.base_skip)
@@ -74,14 +79,16 @@ def resolve(config: Named) -> tuple[Named, dict[str, Any]]:
         check_base(config.adapter, config.model, force=config.force)
     result = config.adapter or config.tuned
     passport = read_passport(result) if result else {}
-    trained: PromptStyle = passport.get("prompt_style", "plain")
+    style: PromptStyle = config.prompt_style or passport.get("prompt_style", "plain")
+    own = template_of(result) if result and style == "chat" else None
     if config.base is None and (base := Base.of(passport.get("base"))):
         skip = ",".join(base.skip) or "none"
         config = dataclasses.replace(config, base=base.format, base_skip=skip)
     return dataclasses.replace(
         config,
         precision=config.precision or "bf16",
-        prompt_style=config.prompt_style or trained,
+        prompt_style=style,
+        prompt_template=config.prompt_template or str(own or ""),
     ), settings
 
 

@@ -37,13 +37,13 @@ from jllama.errors import (
 from jllama.folders.json_files import write_whole
 from jllama.folders.run import LATEST, RunFolder
 from jllama.names import LINEAR_CHOICES
-from jllama.text.prompt import PromptStyle
+from jllama.text.prompt import PromptStyle, chat_style
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# What a resume may give anew: files that were moved (their hashes tell), more epochs, and other
-# devices.
-CHANGEABLE = ("model", "data", "init_adapter", "epochs", "mesh")
+# What may lie elsewhere for each process, and at a resume: hashes tell whether it is the same.
+FILES = ("model", "data", "init_adapter", "prompt_template")
+CHANGEABLE = (*FILES, "epochs", "mesh")  # what a resume may give anew
 
 Scheduler = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "lion"]
@@ -56,8 +56,8 @@ class TrainConfig:
 
     --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
     override it. --resume RUN (or --resume latest) continues a run with its own settings; --model,
-    --data and --init-adapter beside it say where moved files are now, --epochs adds epochs, --mesh
-    goes on with other devices.
+    --data, --init-adapter and --prompt-template beside it say where moved files are now, --epochs
+    adds epochs, --mesh goes on with other devices.
     """
 
     model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
@@ -77,6 +77,8 @@ class TrainConfig:
 
     prompt_style: PromptStyle = "plain"
     """How a row becomes text; saved with the adapter."""
+    prompt_template: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """A chat template in Jinja, instead of the model's own; saved with the adapter."""
     max_seq_len: AtLeast1 = 512
     """Tokens a row may have, and with --packing the length of a sequence."""
     train_on_prompt: bool = False
@@ -167,6 +169,8 @@ class TrainConfig:
 
     def __post_init__(self):
         wrong = []
+        if self.prompt_template:
+            object.__setattr__(self, "prompt_style", chat_style(self.prompt_style))
         asked_base(self.base, self.base_skip)
         if self.packing and self.length_buckets > 1:
             wrong.append("packing and length_buckets, expected one of them")

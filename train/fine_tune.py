@@ -28,10 +28,12 @@ from jllama.folders.model import base_of, model_sizes, read_config, transformers
 from jllama.lora import attach
 from jllama.machine import versions
 from jllama.sharding import make_mesh, mesh_shape
+from jllama.text.hf_files import with_template
 from jllama.text.row_file import read_rows
 from jllama.text.rows import Examples, make_examples
+from jllama.text.style_template import style_template
 from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
-from train.config import TrainConfig
+from train.config import FILES, TrainConfig
 from train.data.batches import Batches, hold_out, sequence_lengths
 from train.data.documents import Shapes
 from train.data.view import show_row
@@ -50,8 +52,6 @@ from train.processes.join import Processes
 from train.run.folder import check_folder, run_folder
 from train.run.provenance import identity, make_passport
 from train.run.show import run_facts, show_end, show_plan, show_settings, without_effect
-
-FILES = ("model", "data", "init_adapter")  # which may lie elsewhere for each process: hashes tell
 
 
 def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
@@ -78,7 +78,7 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
     if base and config.tune == "full":
         raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
     refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.prompt_template)
     show_settings(config, llama, lora)
     training, held_out = load_examples(config, tokenizer)
     (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
@@ -100,12 +100,13 @@ def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
     with out_of_memory_explained(step):
         warmup = round(config.warmup_ratio * steps)
         facts = run_facts(step, batches, (training, held_out), steps, warmup)
-        run_steps(config, lora, batches, evaluation, steps, facts, mesh, processes)
+        run_steps(config, lora, tokenizer, batches, evaluation, steps, facts, mesh, processes)
 
 
 def run_steps(
     config: TrainConfig,
     lora: LoraConfig | None,
+    tokenizer: Tokenizer,
     batches: Batches,
     evaluation: Batches | None,
     steps: int,
@@ -124,6 +125,7 @@ def run_steps(
         load_adapter(model, config.init_adapter)
     elif lora:
         attach(model, lora, jax.random.key(config.seed))
+    template = style_template(config.prompt_style, tokenizer)
     with run_folder(config, facts, processes) as run:
         record = run.read_record()
         passport = make_passport(config, record)
@@ -134,10 +136,14 @@ def run_steps(
             if processes.number == 0:
                 shutil.rmtree(new, ignore_errors=True)
             if lora:
-                save_adapter(new, model, lora, transformers_name(config.model), passport)
+                base_name = transformers_name(config.model)
+                save_adapter(new, model, lora, base_name, passport, template)
             else:
                 dtype = PRECISIONS[config.precision]
-                words = tokenizer_files(Path(config.model))
+                place = Path(config.model)
+                words = tokenizer_files(place)
+                if template is not None:
+                    words = with_template(words, template, tokenizer.stop_ids, place)
                 save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
             if processes.number:
                 return
@@ -190,7 +196,8 @@ def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, 
         console.print(f"left out: {problem}")
     if examples.notes:
         noted = [f"{len(rows):,} rows {note}" for note, rows in examples.notes.items()]
-        flags = ("--model", config.model, "--prompt-style", config.prompt_style)
+        flags = ["--model", config.model, "--prompt-style", config.prompt_style]
+        flags += ["--prompt-template", config.prompt_template] if config.prompt_template else []
         console.print(f"{'; '.join(noted)}; {command_line('lint', config.data, *flags)} lists them")
     return hold_out(examples, config.val_size, config.seed)
 

@@ -28,6 +28,7 @@ from jllama.folders.model import CONFIG
 from jllama.text.hf_files import (
     HF_CONFIG,
     HF_FILES,
+    TEMPLATE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
 )
@@ -82,9 +83,9 @@ def write_tokenizer_files(files: Mapping[str, bytes], folder: Path, max_seq_len:
     Args:
         files: by their names in a model folder.
     """
-    if files.keys() == {FILE_NAME}:
+    if files.keys() <= {FILE_NAME, TEMPLATE}:
         write_hf_tokenizer(files[FILE_NAME], folder, max_seq_len)
-        return
+        files = {name: files[name] for name in files if name == TEMPLATE}
     ranks = FILE_NAME in files and read_ranks(files[FILE_NAME], Path(FILE_NAME))
     for name, content in files.items():
         place = folder / (ORIGINAL if name == FILE_NAME and ranks else name)
@@ -97,8 +98,7 @@ def write_hf_tokenizer(content: bytes, folder: Path, max_seq_len: int) -> None:
     """The tokenizer files that transformers, vLLM and llama.cpp want, from Meta's file.
 
     They give jllama's ids for any text in which no special token is spelled out; jllama takes
-    those for text, Hugging Face only with `split_special_tokens=True`. There is no chat template:
-    a base model has none, and a tuned one follows its prompt style.
+    those for text, Hugging Face only with `split_special_tokens=True`.
 
     Raises:
         InputError: if the content is no tokenizer, or not built as LLaMA's are.

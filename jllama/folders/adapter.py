@@ -4,6 +4,7 @@
     adapter_config.json         rank, alpha, dropout, targets (peft_config.py)
     jllama.json                 the passport: hashes of both files above, of the base model, of its
                                 tokenizer and of the data; prompt style, seed, versions
+    chat_template.jinja         the prompt style, for whoever serves the adapter
 
 PEFT adapts Hugging Face's LLaMA: the rows of B for q and k change their order on the way out and
 back (`jllama.layers.to_half_rotated`).
@@ -25,7 +26,7 @@ from typing_extensions import TypedDict
 from jllama.config import LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.files import room_for, whole_folder
-from jllama.folders.json_files import listed, read_json, write_json
+from jllama.folders.json_files import listed, read_json, read_text, write_json, write_whole
 from jllama.folders.manifest import (
     BaseEntry,
     check_fields,
@@ -41,8 +42,10 @@ from jllama.lora import adapted_linears, attach
 from jllama.model import Llama, map_named, named_arrays
 from jllama.names import HF_LINEARS, peft_name
 from jllama.sharding import on_host
+from jllama.text.hf_files import TEMPLATE
 from jllama.text.prompt import PromptStyle
-from jllama.text.tokenizer import tokenizer_sha256
+from jllama.text.style_template import style_template
+from jllama.text.tokenizer import Tokenizer, tokenizer_sha256
 
 WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
 
@@ -72,13 +75,19 @@ def row_lengths(linear: Linear) -> np.ndarray:
 
 
 def save_adapter(
-    path: str | Path, model: Llama, lora: LoraConfig, base_name: str, passport: Mapping[str, Any]
+    path: str | Path,
+    model: Llama,
+    lora: LoraConfig,
+    base_name: str,
+    passport: Mapping[str, Any],
+    template: str | None = None,
 ) -> None:
     """Writes the model's adapters as a PEFT folder; of several processes the first one does.
 
     Args:
         base_name: where a reader finds the base model.
         passport: becomes `jllama.json`, together with the settings and the files' hashes.
+        template: the prompt style as a chat template, if there is one.
 
     Raises:
         InputError: if a value is not finite, the folder exists or the disk is full.
@@ -99,7 +108,9 @@ def save_adapter(
     with room_for(size, Path(path)), whole_folder(path) as folder:
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, hashed=False)
         write_json(folder / PEFT_CONFIG, peft_settings(lora, base_name))
-        files = {name: file_sha256(folder / name) for name in (WEIGHTS, PEFT_CONFIG)}
+        if template is not None:
+            write_whole(folder / TEMPLATE, template)
+        files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
         settings = {**dataclasses.asdict(lora), "scale": lora.scale}
         write_passport(folder, {**passport, "lora": settings, "files": files})
 
@@ -121,6 +132,34 @@ def read_passport(path: str | Path) -> dict[str, Any]:
     content: Any = read_sealed(file, advice)
     check_fields(content, _DECLARED, file, advice)
     return content
+
+
+def template_of(result: str | Path) -> Path | None:
+    """The chat template that an adapter, or a tuned model, brings for the style `chat`.
+
+    Raises:
+        InputError: if it is not the one that was written with it.
+    """
+    path = Path(result)
+    file, passport = path / TEMPLATE, read_passport(path)
+    if passport.get("prompt_style", "chat") != "chat" or not file.exists():
+        return None
+    _check_files(path)
+    return file
+
+
+def style_of(adapter: str | Path, tokenizer: Tokenizer) -> str | None:
+    """The chat template that an adapter was trained with, if there is one, whatever its style.
+
+    Raises:
+        InputError: as for `template_of`.
+    """
+    file, passport = Path(adapter) / TEMPLATE, read_passport(adapter)
+    if file.exists():
+        _check_files(file.parent)
+        return read_text(file, "a chat template")
+    style = passport.get("prompt_style")  # of an adapter without the file
+    return style and style_template(style, tokenizer)
 
 
 def check_base(adapter: str | Path, model: str | Path, *, force: bool = False) -> None:
@@ -248,7 +287,7 @@ def put_adapter(model: Llama, lora: LoraConfig, tensors: Mapping[str, np.ndarray
 
 def _check_files(path: Path) -> None:
     certified = read_passport(path).get("files", {})
-    for name in (WEIGHTS, PEFT_CONFIG):
+    for name in (WEIGHTS, PEFT_CONFIG, TEMPLATE):
         file = path / name
         if name in certified and file.is_file() and file_sha256(file) != certified[name]:
             raise InputError(

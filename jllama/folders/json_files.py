@@ -132,7 +132,7 @@ def as_line(value: Mapping[str, Any]) -> str:
 
     {"step": 7, "loss": 2.1}  ->  {"step": 7, "loss": 2.1, "crc32": "b1efc2a0"}
     """
-    return _sealed(_text(value)) + "\n"
+    return _sealed(json_text(value)) + "\n"
 
 
 def _sealed(line: str) -> str:
@@ -143,7 +143,7 @@ _SEAL = re.compile(r', "crc32": "[0-9a-f]{8}"}')
 _SEAL_LENGTH = len(_sealed("{}")) - 1
 
 
-def _text(value: object, indent: int | None = None) -> str:
+def json_text(value: object, indent: int | None = None) -> str:
     """JSON as text that UTF-8 can hold; a byte of a file's name that is no UTF-8 is `\\udcff`."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode()
@@ -151,7 +151,7 @@ def _text(value: object, indent: int | None = None) -> str:
 
 def write_json(path: Path, content: object) -> None:
     """Indented JSON with a final newline; whole or not at all."""
-    write_whole(path, _text(content, indent=2) + "\n")
+    write_whole(path, json_text(content, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -10,12 +10,12 @@
 A model folder keeps all of them byte for byte, to be read here and to leave again with an export.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jllama.errors import InputError
-from jllama.folders.json_files import decoded, parse
+from jllama.folders.json_files import decoded, json_text, parse
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIALS, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -70,6 +70,29 @@ def read_words(files: Mapping[str, bytes], folder: Path) -> Words:
     return Words(added, bos, eos, ends, names, *_template(files, said, folder))
 
 
+def with_template(
+    files: Mapping[str, bytes], template: str, ends: Sequence[int], folder: Path
+) -> dict[str, bytes]:
+    """The files for a model that was tuned: its template, and the ids that end its answers.
+
+    A template in tokenizer_config.json goes, and generation_config.json gets the ids that it has
+    not; all else stays as it came.
+    """
+    words = read_words(files, folder)
+    found = dict(files)
+    if words.template != template:
+        found[TEMPLATE] = template.encode()
+        if TOKENIZER_CONFIG in files:
+            config = _object(files[TOKENIZER_CONFIG], folder / TOKENIZER_CONFIG)
+            if config.pop("chat_template", None) is not None:
+                found[TOKENIZER_CONFIG] = json_text(config, indent=2).encode()
+    if GENERATION in files and not {*ends} <= {*words.ends}:
+        config = _object(files[GENERATION], folder / GENERATION)
+        every = [*dict.fromkeys((*words.ends, *ends))]
+        found[GENERATION] = json_text(config | {"eos_token_id": every}, indent=2).encode()
+    return found
+
+
 def _object(content: bytes, file: Path) -> dict[str, Any]:
     found = parse(decoded(content, file), str(file))
     if not isinstance(found, dict):
@@ -105,7 +128,9 @@ def _template(
     if isinstance(found, list):
         named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
         found = named.get("default")
-    return (found if isinstance(found, str) else None), TOKENIZER_CONFIG
+    if not isinstance(found, str):
+        return None, TOKENIZER_CONFIG
+    return found.encode("utf-8", "replace").decode(), TOKENIZER_CONFIG  # halves of a pair are ?
 
 
 def _text(said: Mapping[str, Any], file: str, key: str) -> str | None:

@@ -34,21 +34,35 @@ class Piece:
     special: bool = False
 
 
-_ALPACA = (
+def chat_style(style: PromptStyle) -> PromptStyle:
+    """The style where the user names a template: chat, which plain, the default, gives way to.
+
+    Raises:
+        InputError: if another one is asked for.
+    """
+    if style not in ("chat", "plain"):
+        raise InputError(f"prompt_template and prompt_style {style}; a template is style chat")
+    return "chat"
+
+
+# Stanford Alpaca's template, and what its fields are where a question has an input.
+ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+ALPACA_PAIRED = ", paired with an input that provides further context"
+ALPACA_INPUT = "### Input:\n{context}\n\n"
 
 
 def _user_text(style: PromptStyle, message: Message) -> str:
     content, context = message.content, message.context
     if style == "report":
         return content + context
-    if style == "alpaca":  # Stanford Alpaca's template, with and without an input
-        return _ALPACA.format(
-            paired=", paired with an input that provides further context" if context else "",
+    if style == "alpaca":
+        return ALPACA.format(
+            paired=ALPACA_PAIRED if context else "",
             instruction=content,
-            input=f"### Input:\n{context}\n\n" if context else "",
+            input=ALPACA_INPUT.format(context=context) if context else "",
         )
     text = f"{content}\n{context}" if context else content
     return text + "\n" if style == "plain" else text.strip()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from jllama.errors import InputError
-from jllama.folders.json_files import read_bytes
+from jllama.folders.json_files import read_bytes, read_text
 from jllama.folders.manifest import MANIFEST, check_file, read_manifest
 from jllama.text.hf_files import HF_FILES, NO_WORDS, TOKENIZER_JSON, Words, read_words
 from jllama.text.json_tokenizer import JsonTokenizer
@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
 
     def piece(self, token: int) -> str:
         if not 0 <= token < self.pieces:
-            return self._names.get(int(token)) or _nameless(token)
+            return self._names.get(int(token), f"<id {int(token)}>")
         return self._model.IdToPiece(int(token)).replace("▁", " ").replace("<0x0A>", "⏎\n")
 
     def special(self, name: str) -> int:
@@ -180,7 +180,7 @@ class TiktokenTokenizer:
 
     def piece(self, token: int) -> str:
         if not 0 <= token < self.vocab_size:
-            return _nameless(token)
+            return f"<id {int(token)}>"
         text = self._model.decode_single_token_bytes(int(token)).decode("utf-8", "replace")
         return text.replace("\n", "⏎\n")
 
@@ -207,12 +207,11 @@ def _parts(text: str) -> Iterator[str]:
         yield part[start:]
 
 
-def _nameless(token: int) -> str:
-    return f"<id {int(token)}>"
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, template: str | Path = "") -> Tokenizer:
     """The tokenizer of a model folder, or of a `tokenizer.model` file itself.
+
+    Args:
+        template: a file of Jinja, instead of the model's own chat template.
 
     Raises:
         InputError: if there is none, it cannot be read, or it is not what the model folder
@@ -221,7 +220,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_dir():
         return make_tokenizer(read_bytes(path, f"Meta's {FILE_NAME}"), path)
-    return tokenizer_of(tokenizer_files(path), path)
+    return tokenizer_of(tokenizer_files(path), path, template)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -248,7 +247,7 @@ def tokenizer_sha256(folder: str | Path) -> str | None:
     return certified.get(FILE_NAME, certified.get(TOKENIZER_JSON))
 
 
-def tokenizer_of(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
+def tokenizer_of(files: Mapping[str, bytes], folder: Path, template: str | Path = "") -> Tokenizer:
     """The tokenizer that a model folder's files describe.
 
     Meta's own file wherever it has all tokens: it gives the ids that the model was trained with.
@@ -258,16 +257,22 @@ def tokenizer_of(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
     Args:
         files: by their names in a model folder.
         folder: where they lie, for errors.
+        template: as for `load_tokenizer`.
 
     Raises:
         InputError: if there is no tokenizer, or it is damaged.
     """
     words = read_words(files, folder)
     tokenizer = _choose(files, folder, words)
-    if words.template is not None:
-        names = {"bos_token": tokenizer.piece(tokenizer.bos_id)} | dict(words.names)
+    source, file = words.template, folder / words.template_file
+    if template:
+        file = Path(template)
+        source = read_text(file, "a chat template")
+    if source is not None:
+        borders = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names = {name: tokenizer.piece(token) for name, token in borders.items()}
         tokenizer.template = ChatTemplate(
-            words.template, folder / words.template_file, names, tokenizer.specials
+            source, file, names | dict(words.names), tokenizer.specials
         )
     return tokenizer
 

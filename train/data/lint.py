@@ -19,7 +19,7 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
 from jllama.text.messages import ignored
-from jllama.text.prompt import PromptStyle
+from jllama.text.prompt import PromptStyle, chat_style
 from jllama.text.row_file import read_rows
 from jllama.text.rows import Examples, make_examples
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +37,8 @@ class LintConfig:
     """Model folder, or any folder with a tokenizer.model."""
     prompt_style: PromptStyle = "plain"
     """How a row becomes text."""
+    prompt_template: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """A chat template in Jinja, instead of the model's own."""
     max_seq_len: AtLeast1 = 512
     """Tokens a row may have."""
     train_on_prompt: bool = False
@@ -48,6 +50,10 @@ class LintConfig:
     show: AtLeast0 = 3
     """Rows to show."""
 
+    def __post_init__(self):
+        if self.prompt_template:
+            object.__setattr__(self, "prompt_style", chat_style(self.prompt_style))
+
 
 def lint(config: LintConfig) -> None:
     """Prints the view and the counts.
@@ -55,7 +61,7 @@ def lint(config: LintConfig) -> None:
     Raises:
         InputError: if the file cannot be read at all.
     """
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.prompt_template)
     rows = read_rows(config.file)
     examples, skipped = make_examples(
         rows,

@@ -17,7 +17,7 @@ from jllama.folders.files import held
 from jllama.folders.json_files import NEW
 from jllama.folders.manifest import file_sha256, write_sealed
 from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
-from train.config import CHANGEABLE, TrainConfig, write_config
+from train.config import CHANGEABLE, FILES, TrainConfig, write_config
 from train.processes.join import Processes
 from train.run.provenance import identity, provenance
 
@@ -61,7 +61,8 @@ def check_folder(config: TrainConfig) -> None:
 
     Raises:
         InputError: if a new run would overwrite something; or if a resumed one has finished, its
-            base, data or initial adapter is not the same, or its schedule forbids more epochs.
+            base, data, initial adapter or template is not the same, or its schedule forbids more
+            epochs.
     """
     if config.resume:
         _check_resumable(RunFolder(Path(config.resume)), config)
@@ -109,9 +110,7 @@ def _link_latest(run: Path) -> None:
 def _from_anywhere(config: TrainConfig) -> TrainConfig:
     """The settings with whole paths and no folder of their own, to be read back anywhere."""
     paths: dict[str, Any] = {
-        name: str(Path(getattr(config, name)).absolute())
-        for name in ("model", "data", "init_adapter")
-        if getattr(config, name)
+        name: str(Path(getattr(config, name)).absolute()) for name in FILES if getattr(config, name)
     }
     return dataclasses.replace(config, output_dir="", **paths)
 

@@ -41,6 +41,9 @@ def identity(config: TrainConfig) -> dict[str, str]:
         "base_manifest_sha256": manifest_sha256(config.model),
         "data_sha256": hashlib.sha256(read_bytes(config.data, "the rows of the run")).hexdigest(),
     }
+    if config.prompt_template:
+        template = read_bytes(config.prompt_template, "a chat template")
+        found["prompt_template_sha256"] = hashlib.sha256(template).hexdigest()
     if config.init_adapter:
         found["init_adapter_sha256"] = file_sha256(Path(config.init_adapter) / WEIGHTS)
     return found
