@@ -1,5 +1,6 @@
 """Short answers asked of a model by greedy decoding, and whether it gives them to the letter."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -34,13 +35,15 @@ def short_answers(
         context: longest row that the model can write to its end.
     """
     asked = []
+    parts = Counter(examples.rows.tolist())  # of a long row there may be several
     for example in examples:
         *before, answer = answered(row_messages(rows[example.row]))
         if not before or answer.learn is False:  # before a text there is nothing
             continue
         prompt = conversation(style, before, tokenizer)[0]
         fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most
-        if fits and not example.cut:
+        whole = parts[example.row] == 1 and example.ids[: len(prompt)].tolist() == prompt
+        if fits and whole and not example.cut:
             asked.append(Asked(example.row, prompt, answer.content.strip()))
     return asked
 

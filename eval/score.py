@@ -34,8 +34,9 @@ from jllama.folders.json_files import read_json
 from jllama.folders.manifest import file_sha256, manifest_sha256, write_sealed
 from jllama.folders.model import read_config
 from jllama.folders.run import SCORES, RunFolder
+from jllama.text.messages import Learn
 from jllama.text.row_file import read_rows
-from jllama.text.rows import make_examples
+from jllama.text.rows import LongRows, make_examples
 from jllama.text.tokenizer import tokenizer_sha256
 
 NEUTRAL = Path(__file__).parent / "neutral.json"
@@ -61,7 +62,17 @@ class ScoreConfig(Subject):
     """
 
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """JSON or JSONL rows as for training; by default those of the run."""
+    """Rows as for training; by default those of the run."""
+    columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
+    """What the columns are called: prompt=question,completion=answer; by default as in the run."""
+    max_rows: AtLeast0 = 0
+    """Only the first rows of the file; 0 takes as many as the run, else all."""
+    long_rows: LongRows | None = None
+    """Rows that are longer are cut, left out (drop) or go on as further rows (split); by default as
+    in the run, else cut."""
+    learn: Learn | None = None
+    """Which answers of a conversation are scored; by default those that the run learned, else
+    all."""
     rows: Part | None = None
     """Which rows of the run's own data: those it held out, those it learned from, or all. By
     default those held out, if there are any."""
@@ -82,6 +93,13 @@ class ScoreConfig(Subject):
     nowhere)."""
 
 
+# What a run's settings say otherwise.
+_DEFAULTS: Mapping[str, Any] = {
+    "max_seq_len": 512, "skip_bad_rows": 0, "columns": "", "long_rows": "cut", "learn": "all",
+    "max_rows": 0, "data": "", "val_data": "",
+}  # fmt: skip
+
+
 def complete(config: ScoreConfig) -> ScoreConfig:
     """The settings with what the run and the passport say filled in; pairs that do not fit refused.
 
@@ -93,8 +111,13 @@ def complete(config: ScoreConfig) -> ScoreConfig:
     config, run = resolve(config)
     if config.tuned:
         _check_tuned(config.model, config.tuned)
-    settings: dict[str, Any] = {"max_seq_len": 512, "skip_bad_rows": 0} | run
-    own = not config.data or Path(config.data).resolve() == Path(run.get("data", "")).resolve()
+    settings: dict[str, Any] = dict(_DEFAULTS) | run
+    data = config.data or settings["data"]
+    if not config.data and settings["val_data"]:  # the two parts lie in a file each
+        if config.rows in (None, "held-out"):
+            data = settings["val_data"]
+        config = dataclasses.replace(config, rows="all")
+    own = _is_one_of(data, settings["data"], settings["val_data"])
     record: Any = RunFolder(Path(config.run)).read_record() if run else {"data": {}}
     parted = own and bool(record["data"].get("held_out"))
     if config.rows not in (None, "all") and not parted:
@@ -102,11 +125,19 @@ def complete(config: ScoreConfig) -> ScoreConfig:
         raise InputError(f"--rows {config.rows}: {why}")
     return dataclasses.replace(
         config,
-        data=config.data or settings["data"],
+        data=data,
+        columns=config.columns or (settings["columns"] if own else ""),
+        max_rows=config.max_rows or (settings["max_rows"] if data == settings["data"] else 0),
+        long_rows=config.long_rows or settings["long_rows"],
+        learn=config.learn or settings["learn"],
         rows=config.rows or ("held-out" if parted else "all"),
         max_seq_len=config.max_seq_len or settings["max_seq_len"],
         skip_bad_rows=max(config.skip_bad_rows, settings["skip_bad_rows"]),
     )
+
+
+def _is_one_of(data: str, *files: str) -> bool:
+    return Path(data).resolve() in [Path(file).resolve() for file in files if file]
 
 
 def _check_tuned(model: str, tuned: str) -> None:
@@ -135,12 +166,15 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
     """
     assert config.prompt_style
     tokenizer = jllama.load_tokenizer(config.model, config.prompt_template)
-    rows = read_rows(config.data)
+    assert config.long_rows
+    assert config.learn
+    rows = read_rows(config.data, config.columns)[: config.max_rows or None]
     if config.rows == "all":
         rows = rows[: config.limit or None]
     examples, skipped = make_examples(
         rows, tokenizer, config.prompt_style, max_seq_len=config.max_seq_len,
         train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
+        learn=config.learn, long_rows=config.long_rows,
     )  # fmt: skip
     if config.rows != "all":
         held = np.isin(examples.rows, RunFolder(Path(config.run)).read_record()["data"]["held_out"])

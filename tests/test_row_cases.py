@@ -28,7 +28,7 @@ SAID = {
     "16-system-and-history.jsonl": (0, "<s> Answer with one word."),
     "23-utf16.jsonl": (0, "⟦ red</s>⟧"),
     "30-wrapped-data.json": (0, "2 rows, no errors"),
-    "34-csv.csv": (2, "this looks like CSV"),
+    "34-csv.csv": (0, "rows, no errors"),
     "37-special-in-text.jsonl": (0, "2 rows spell out special tokens such as </s>"),
     "38-question-answer.jsonl": (0, "⟦ red</s>⟧"),
     "40-escape-sequences.jsonl": (0, "a<0x1B><0x5B>31mRED"),

@@ -37,12 +37,14 @@ from jllama.errors import (
 from jllama.folders.json_files import write_whole
 from jllama.folders.run import LATEST, RunFolder
 from jllama.names import LINEAR_CHOICES
+from jllama.text.messages import Learn
 from jllama.text.prompt import PromptStyle, chat_style
+from jllama.text.rows import LongRows
 
 RECIPES = Path(__file__).parent / "recipes"
 
 # What may lie elsewhere for each process, and at a resume: hashes tell whether it is the same.
-FILES = ("model", "data", "init_adapter", "prompt_template")
+FILES = ("model", "data", "val_data", "init_adapter", "prompt_template")
 CHANGEABLE = (*FILES, "epochs", "mesh")  # what a resume may give anew
 
 Scheduler = Literal["constant", "linear", "cosine"]
@@ -56,15 +58,19 @@ class TrainConfig:
 
     --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
     override it. --resume RUN (or --resume latest) continues a run with its own settings; --model,
-    --data, --init-adapter and --prompt-template beside it say where moved files are now, --epochs
-    adds epochs, --mesh goes on with other devices.
+    --data, --val-data, --init-adapter and --prompt-template beside it say where moved files are
+    now, --epochs adds epochs, --mesh goes on with other devices.
     """
 
     model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
     """Model folder; with --dry-run also a preset such as llama-2-7b."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Rows: JSON or JSONL with instruction/input/output, prompt/completion, messages,
-    conversations or text."""
+    """Rows with instruction/input/output, prompt/completion, messages, conversations or text: a
+    file of JSON, JSONL, CSV or Parquet, packed by gzip or not, or a folder of them."""
+    columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
+    """What the columns are called: prompt=question,completion=answer."""
+    max_rows: AtLeast0 = 0
+    """Only the first rows; 0 takes all."""
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"
@@ -81,6 +87,12 @@ class TrainConfig:
     """A chat template in Jinja, instead of the model's own; saved with the adapter."""
     max_seq_len: AtLeast1 = 512
     """Tokens a row may have, and with --packing the length of a sequence."""
+    long_rows: LongRows = "cut"
+    """Rows that are longer lose their end (cut), are left out (drop), or go on as further rows
+    (split)."""
+    learn: Learn = "all"
+    """Which answers of a conversation: each one that no mark excepts, the last one, or those that
+    are marked (weight 1, train true)."""
     train_on_prompt: bool = False
     """Learn the prompt as well as the answer."""
     packing: bool = False
@@ -94,6 +106,8 @@ class TrainConfig:
     """Rows without anything to learn that may be left out; one more is an error."""
     val_size: NotNegative = 0.0
     """Rows held out for evaluation: a share below 1, or a number."""
+    val_data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Rows for evaluation from a file of their own, instead of --val-size."""
 
     tune: Tune = "lora"
     """What learns: adapters, or every weight (full); the result is then a model folder."""
@@ -174,6 +188,8 @@ class TrainConfig:
         asked_base(self.base, self.base_skip)
         if self.packing and self.length_buckets > 1:
             wrong.append("packing and length_buckets, expected one of them")
+        if self.val_data and self.val_size:
+            wrong.append("val_data and val_size, expected one of them")
         if self.tune == "full":
             only_lora = (
                 {"lora_plus_ratio": 1.0}

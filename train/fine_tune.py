@@ -177,15 +177,27 @@ def run_steps(
 
 
 def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
-    """(training, held-out) examples of the data file."""
+    """(training, held-out) examples of the data files."""
+    examples = _examples_of(config, config.data, tokenizer, config.max_rows)
+    if not config.val_data:
+        return hold_out(examples, config.val_size, config.seed)
+    return examples, _examples_of(config, config.val_data, tokenizer)
+
+
+def _examples_of(
+    config: TrainConfig, file: str, tokenizer: Tokenizer, max_rows: int = 0
+) -> Examples:
+    """Of one file; says what becomes of rows that are not learned as they are."""
     examples, skipped = make_examples(
-        read_rows(config.data),
+        read_rows(file, config.columns)[: max_rows or None],
         tokenizer,
         config.prompt_style,
         max_seq_len=config.max_seq_len,
         train_on_prompt=config.train_on_prompt,
         skip_bad_rows=config.skip_bad_rows,
-        source=config.data,
+        source=file,
+        learn=config.learn,
+        long_rows=config.long_rows,
     )
     if cut := np.count_nonzero(examples.cut):
         console.print(
@@ -196,10 +208,11 @@ def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, 
         console.print(f"left out: {problem}")
     if examples.notes:
         noted = [f"{len(rows):,} rows {note}" for note, rows in examples.notes.items()]
-        flags = ["--model", config.model, "--prompt-style", config.prompt_style]
-        flags += ["--prompt-template", config.prompt_template] if config.prompt_template else []
-        console.print(f"{'; '.join(noted)}; {command_line('lint', config.data, *flags)} lists them")
-    return hold_out(examples, config.val_size, config.seed)
+        chosen = {"model": config.model, "prompt-style": config.prompt_style}
+        chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
+        flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
+        console.print(f"{'; '.join(noted)}; {command_line('lint', file, *flags)} lists them")
+    return examples
 
 
 def plan_batches(

@@ -93,6 +93,7 @@ class Record(TypedDict):
     config_sha256: str
     init_adapter_sha256: NotRequired[str]  # of its weights
     prompt_template_sha256: NotRequired[str]
+    val_data_sha256: NotRequired[str]
     chosen: NotRequired[list[str]]  # settings of config.yaml that are not the defaults
     changed: NotRequired[dict[str, Any]]  # settings that a resume gave anew, over config.yaml's
     parameters: dict[str, int]  # {"trainable": 8388608, "total": 6746804224}

@@ -10,10 +10,12 @@ A `null` is as if it were missing. What would change the meaning of a row is hon
 its name; `ignored` tells the other columns.
 """
 
+import dataclasses
+import difflib
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jllama.errors import InputError
 from jllama.folders.json_files import kind_of
@@ -37,7 +39,7 @@ class Message:
 
 
 # Columns, and the part of a row that each is; of several for one part the first counts.
-_COLUMNS = {
+COLUMNS = {
     "system": "system", "system_prompt": "system",
     "messages": "turns", "conversations": "turns",
     "history": "history",
@@ -52,6 +54,9 @@ _KINDS = {
     "question": ("system", "history", "context", "answer"),
     "text": (),
 }
+# Which answers are learned: each one that no mark excepts, the last one of a conversation, or those
+# of a conversation's that a mark names (weight 1, train true).
+Learn = Literal["all", "last", "weighted"]
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -70,12 +75,15 @@ _EXPECTED = (
 )
 
 
-def row_messages(row: Mapping) -> list[Message]:
+def row_messages(row: Mapping, learn: Learn = "all") -> list[Message]:
     """A data row of any kind as messages; its answer may be missing: such a row is a prompt.
 
     A `history` of [question, answer] pairs comes before the row's own question, and its answers are
     learned like those of earlier messages. A message with `"weight": 0`, `"train": false` or
     `"loss": false` is never learned.
+
+    Args:
+        learn: which answers are; of those that are not, `Message.learn` is False.
 
     Raises:
         InputError: if the columns are of no kind, a value is not text, or a column changes what the
@@ -92,15 +100,25 @@ def row_messages(row: Mapping) -> list[Message]:
     if "text" in names:
         return [Message("text", _text(row, "text"))]
     if "turns" in names:
-        said = [_message(turn, i) for i, turn in enumerate(turns)]
-        return messages + [turn for turn in said if turn.role != "system" or turn.content]
+        said = [_message(turn, i, learn) for i, turn in enumerate(turns)]
+        messages += [turn for turn in said if turn.role != "system" or turn.content]
+        return _last_learned(messages) if learn == "last" else messages
     for question, answer in _history(row.get("history")):
         messages += [Message("user", question), Message("assistant", answer)]
     context = _text(row, names["context"]) if "context" in names else ""
     messages.append(Message("user", _text(row, names["question"]), context))
     if "answer" in names:
         messages.append(Message("assistant", _text(row, names["answer"])))
-    return messages
+    return _last_learned(messages) if learn == "last" else messages
+
+
+def _last_learned(messages: list[Message]) -> list[Message]:
+    """The messages, of whose answers only the last one is learned."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return [
+        dataclasses.replace(message, learn=False) if i in answers[:-1] else message
+        for i, message in enumerate(messages)
+    ]
 
 
 def ignored(row: Mapping) -> set[str]:
@@ -118,17 +136,28 @@ def ignored(row: Mapping) -> set[str]:
 def _names(row: Mapping) -> dict[str, str]:
     """The parts of a row and its names for them: {"question": "prompt", "answer": "completion"}."""
     names: dict[str, str] = {}
-    for name, part in _COLUMNS.items():
+    for name, part in COLUMNS.items():
         if row.get(name) is not None:
             names.setdefault(part, name)
     kind = next((part for part in _KINDS if part in names), None)
+    if kind is None and "context" in names and "answer" in names:  # {"input": ..., "output": ...}
+        kind, names["question"] = "question", names.pop("context")
     if kind is None:
-        columns = ", ".join(map(reprlib.repr, sorted(row)[:12]))
-        raise InputError(f"columns {columns or 'none'}; expected {_EXPECTED}")
+        raise InputError(_unknown(row))
     for part in ("system", "history"):
         if part not in _KINDS[kind] and row.get(names.get(part, part)):
             raise InputError(f"'{names[part]}' beside '{names[kind]}', which has no place for it")
     return {part: name for part, name in names.items() if part in (kind, *_KINDS[kind])}
+
+
+def _unknown(row: Mapping) -> str:
+    """What is wrong with columns of no kind, and which of them may be meant."""
+    columns = ", ".join(map(reprlib.repr, sorted(row)[:12]))
+    words = f"columns {columns or 'none'}; expected {_EXPECTED}"
+    for name in row:
+        if near := difflib.get_close_matches(name.lower(), COLUMNS, n=1):
+            return f"{words}. If {name!r} is {near[0]!r}: --columns {near[0]}={name}"
+    return f"{words}; --columns NAME=COLUMN,... says which is which"
 
 
 def _text(values: Mapping, name: str) -> str:
@@ -154,10 +183,12 @@ def _turns(row: Mapping, name: str) -> list[Mapping]:
     return turns
 
 
-def _message(turn: Mapping, index: int) -> Message:
+def _message(turn: Mapping, index: int, learn: Learn) -> Message:
     try:
         role = _role(_text(turn, _first(turn, _ROLE)))
-        return Message(role, _content(turn, _first(turn, _CONTENT)), learn=_learn(turn, role))
+        return Message(
+            role, _content(turn, _first(turn, _CONTENT)), learn=_learn(turn, role, learn)
+        )
     except InputError as error:
         raise InputError(f"message {index}: {error}") from None
 
@@ -174,13 +205,15 @@ def _role(name: str) -> str:
     return role
 
 
-def _learn(turn: Mapping, role: str) -> bool | None:
-    """Whether a message says that it is learned; None where that goes without saying."""
+def _learn(turn: Mapping, role: str, learn: Learn) -> bool | None:
+    """Whether a message is learned; None where that goes without saying."""
     said = {name: turn[name] for name in _LEARNED if turn.get(name) is not None}
     for name, value in said.items():
         if value not in (0, 1):
             raise InputError(f"'{name}' is {reprlib.repr(value)}, expected 0 or 1, false or true")
     if not all(said.values()):
+        return False
+    if learn == "weighted" and role == "assistant" and not said:
         return False
     return True if said and role != "assistant" else None
 

@@ -1,49 +1,36 @@
-"""The rows of a JSON file of any shape, recognised by its content, whatever its name ends in:
+"""The rows of a file, recognised by its content, whatever its name ends in. JSON of any shape:
 
 [{...}, {...}]                         a list
 {...} {...}                            objects, one a line (JSONL) or over several lines
 {"data": [{...}, {...}], "about": 1}   a list in an object
+
+Other formats are turned into objects, one a line (`jllama.text.row_formats`).
 """
 
 import codecs
 import json
 import re
-import shlex
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from jllama.errors import InputError
-from jllama.folders.json_files import ROW_DECODER, SHOWN, kind_of, listed, read_bytes
+from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, kind_of, listed
+from jllama.text.messages import COLUMNS
+from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv
 
 LISTS = ("data", "rows", "examples", "train", "prompts", "instances")  # fields that hold the rows
-_WANTED = "rows: a JSON list, or one JSON object a line"
+_WANTED = "rows: a JSON list, one JSON object a line, CSV or Parquet"
 _OPEN, _OPEN_ROWS, _COMMA, _CLOSE, _BRACE, _COLON, _END, _SPACE = (
     re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*")
     for mark in (r"\[", r"\[[ \t\r\n]*[{\]]", ",", r"\]", r"\{", ":", r"\}", "")
 )
 _NEXT = re.compile(r"\n(?=[ \t]*\{)")  # where the object after a damaged one may begin
-
-_PANDAS = "python -c \"import pandas, sys; pandas.read_{}(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" {{0}} {{0}}.jsonl"  # noqa: E501
-_CSV = 'python -c "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1]))]" {0} > {0}.jsonl'  # noqa: E501
-# How files of other formats begin, and what makes rows of them.
-_FORMATS = {
-    b"\x1f\x8b": ("gzip", "gunzip --keep {0}"),
-    b"PAR1": ("Parquet", _PANDAS.format("parquet")),
-    b"ARROW1": ("Arrow (Feather)", _PANDAS.format("feather")),
-    b"\xff\xff\xff\xff": (
-        "Arrow",
-        'python -c "import datasets, sys; datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2])" {0} {0}.jsonl',  # noqa: E501
-    ),
-    b"PK\x03\x04": ("ZIP or Excel", f"unzip {{0}}, or {_PANDAS.format('excel')}"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd --decompress {0}"),
-    b"\xfd7zXZ": ("xz", "unxz --keep {0}"),
-    b"BZh": ("bzip2", "bunzip2 --keep {0}"),
-}
 
 
 class Rows(Sequence[dict]):
@@ -53,33 +40,88 @@ class Rows(Sequence[dict]):
         content: the file's, in UTF-8.
         spans: where each row begins and ends in it.
         beside: the other fields of an object that holds the rows.
+        columns: our names of columns, and the file's.
     """
 
     def __init__(
-        self, content: bytes, spans: Int64[np.ndarray, "rows 2"], beside: Mapping[str, Any]
+        self,
+        content: bytes,
+        spans: Int64[np.ndarray, "rows 2"],
+        beside: Mapping[str, Any],
+        columns: Mapping[str, str] = MappingProxyType({}),
     ):
-        self._content, self._spans, self.beside = content, spans, beside
+        self.content, self.spans, self.beside = content, spans, beside
+        self._columns = columns
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self.spans)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Rows(self._content, self._spans[index], self.beside)
-        start, stop = self._spans[index]
+            return Rows(self.content, self.spans[index], self.beside, self._columns)
+        start, stop = self.spans[index]
         try:
-            return ROW_DECODER.decode(self._content[start:stop].decode())
+            row = ROW_DECODER.decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
             raise InputError(f"row {index}: nested too deeply") from None
+        named = {ours: row.pop(theirs, None) for ours, theirs in self._columns.items()}
+        return row | named
+
+    def renamed(self, columns: str, path: str | Path) -> "Rows":
+        """With names for columns: "prompt=question,completion=answer".
+
+        Raises:
+            InputError: if they are no such names, or no row has a column of them.
+        """
+        names: dict[str, str] = {}
+        for pair in columns.split(","):
+            ours, is_pair, theirs = (word.strip() for word in pair.partition("="))
+            if (
+                ours not in COLUMNS
+                or not is_pair
+                or not theirs
+                or ours in names
+                or theirs in names.values()
+            ):
+                raise InputError(
+                    f"columns {columns}: expected NAME=COLUMN,..., each once, and NAME one of "
+                    + ", ".join(COLUMNS)
+                )
+            names[ours] = theirs
+        missing = {*names.values()}
+        found: set[str] = set()
+        for row in self:
+            found |= row.keys()
+            missing -= row.keys()
+            if not missing:
+                return Rows(self.content, self.spans, self.beside, names)
+        raise InputError(
+            f"{path}: no row has the column {', '.join(sorted(missing))}; found: "
+            + ", ".join(sorted(found)[:SHOWN])
+        )
 
 
-def read_rows(path: str | Path) -> Rows:
-    """The rows of a file of data or prompts.
+def read_rows(path: str | Path, columns: str = "") -> Rows:
+    """The rows of a file of data or prompts, or of a folder of such files.
+
+    Args:
+        columns: what its columns are called, "prompt=question,completion=answer".
 
     Raises:
         InputError: naming the row and line of all that is wrong, or the format if it is another.
     """
-    content = _utf8(read_bytes(path, _WANTED), path)
+    rows = _joined([_rows_of(*file) for file in contents(Path(path), _WANTED)])
+    return rows.renamed(columns, path) if columns else rows
+
+
+def _rows_of(path: Path, content: bytes) -> Rows:
+    table = arrow_rows(content, path)
+    if table is not None:
+        rows = _as_lines(table)
+        if not len(rows):
+            raise InputError(f"{path}: no rows")
+        return rows
+    content = _utf8(content, path)
     found = _Scan(content)
     found.file()
     if not found.problems and found.spans:
@@ -87,8 +129,22 @@ def read_rows(path: str | Path) -> Rows:
         return Rows(content, spans, found.beside)
     if not content.strip():
         raise InputError(f"{path}: empty; expected {_WANTED}")
-    _refuse_csv(content, path)
+    if is_csv(content, path):
+        rows = _as_lines(csv_rows(decoded(content, path), path))
+        if len(rows):
+            return rows
     raise InputError(f"{path}: {listed(found.problems) or 'no rows'}; expected {_WANTED}")
+
+
+def _joined(files: Sequence[Rows]) -> Rows:
+    """The rows of several files, one after the other."""
+    if len(files) == 1:
+        return files[0]
+    contents, starts = [rows.content for rows in files], [0]
+    for content in contents:
+        starts.append(starts[-1] + len(content))
+    spans = [rows.spans + start for rows, start in zip(files, starts, strict=False)]
+    return Rows(b"".join(contents), np.concatenate(spans), {})
 
 
 class _Scan:
@@ -195,11 +251,8 @@ def _skip(text: str, at: int) -> int:
     return space.end() if space else at
 
 
-def _utf8(content: bytes, path: str | Path) -> bytes:
-    """A file's content in UTF-8 without a byte order mark; InputError for other formats."""
-    for begin, (name, conversion) in _FORMATS.items():
-        if content.startswith(begin):
-            raise _other_format(path, name, conversion)
+def _utf8(content: bytes, path: Path) -> bytes:
+    """A file's content in UTF-8 without a byte order mark."""
     encoding = json.detect_encoding(content)
     if encoding.startswith("utf-8"):
         return content.removeprefix(codecs.BOM_UTF8)
@@ -211,14 +264,12 @@ def _utf8(content: bytes, path: str | Path) -> bytes:
         ) from None
 
 
-def _refuse_csv(content: bytes, path: str | Path) -> None:
-    first = content.lstrip()[:4096].partition(b"\n")[0]
-    if first[:1] not in b"[{" and (re.search(rb"[,;\t]", first) or Path(path).suffix == ".csv"):
-        raise _other_format(path, "CSV", _CSV)
-
-
-def _other_format(path: str | Path, name: str, conversion: str) -> InputError:
-    command = conversion.format(shlex.quote(str(path)))
-    return InputError(
-        f"{path}: this looks like {name}; expected {_WANTED}. To convert it:\n  {command}"
-    )
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Rows:
+    """Rows of a table; a value that JSON has no word for, such as a date, is as if missing."""
+    content, spans = bytearray(), array("q")
+    for row in rows:
+        line = json.dumps(row, ensure_ascii=False, default=lambda _: None)
+        spans.append(len(content))
+        content += line.encode("utf-8", "replace")
+        spans.append(len(content))
+    return Rows(bytes(content), np.array(spans, np.int64).reshape(-1, 2), {})

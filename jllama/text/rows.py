@@ -8,14 +8,14 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from jllama.errors import InputError
 from jllama.folders.json_files import listed
-from jllama.text.messages import Message, row_messages
+from jllama.text.messages import Learn, Message, row_messages
 from jllama.text.prompt import PromptStyle, conversation
 from jllama.text.tokenizer import Tokenizer
 
@@ -24,6 +24,11 @@ _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<(?:bos|eos|pad|unk)>"
 )
+
+
+# What becomes of a row that is longer than max_seq_len: it loses its end, is left out, or goes on
+# as another example, whose first id is the last one of the part before it.
+LongRows = Literal["cut", "drop", "split"]
 
 
 class Example(NamedTuple):
@@ -99,6 +104,8 @@ def make_examples(
     train_on_prompt: bool,
     skip_bad_rows: int,
     source: str,
+    learn: Learn = "all",
+    long_rows: LongRows = "cut",
 ) -> tuple[Examples, list[str]]:
     """Tokenises rows, one at a time; gives the usable ones, and what is wrong with the others.
 
@@ -111,31 +118,53 @@ def make_examples(
     def usable() -> Iterator[Example]:
         for index, row in enumerate(rows):
             try:
-                said = row_messages(row)
+                said = row_messages(row, learn)
                 messages = answered(said)
                 whole, learns = conversation(style, messages, tokenizer, train_on_prompt)
-                ids = np.array(whole[:max_seq_len], np.int32)
-                learned = np.array(learns[:max_seq_len])
-                if not learned.any():
-                    raise InputError(
-                        f"its prompt fills all {max_seq_len} tokens" if any(learns)
-                        else "each answer is marked as not to be learned"
-                    )  # fmt: skip
+                if not any(learns):
+                    raise InputError("each answer is marked as not to be learned")
+                ids, learned = np.array(whole, np.int32), np.array(learns)
+                long = len(ids) > max_seq_len
+                if long_rows == "cut" and not learned[:max_seq_len].any():
+                    raise InputError(f"its prompt fills all {max_seq_len} tokens")
             except InputError as error:
                 problems.append(f"row {index}: {error}")
                 continue
-            for note in _notes(messages, dropped=len(said) > len(messages)):
+            found = [*_notes(messages, dropped=len(said) > len(messages))]
+            if long and long_rows == "drop":
+                found.append(f"are longer than {max_seq_len} tokens, and left out")
+            for note in found:
                 notes.setdefault(note, array("i")).append(index)
-            yield Example(index, ids, learned, cut=len(whole) > max_seq_len)
+            if not long or long_rows == "cut":
+                yield Example(index, ids[:max_seq_len], learned[:max_seq_len], cut=long)
+            elif long_rows == "split":
+                yield from _parts(index, ids, learned, max_seq_len)
 
     examples = dataclasses.replace(Examples.of(usable()), notes=notes)
-    if len(problems) > skip_bad_rows or not len(examples):
+    if len(problems) > skip_bad_rows or len(problems) == len(rows):
         raise InputError(
             f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "
             f"--max-seq-len, or allow them with --skip-bad-rows {len(problems)}\n  "
             + listed(problems)
         )
+    if not len(examples):
+        raise InputError(
+            f"{source}: all {len(rows) - len(problems)} rows that can be used are longer than "
+            f"{max_seq_len} tokens; raise --max-seq-len, or keep their beginnings: --long-rows cut"
+        )
     return examples, problems
+
+
+def _parts(index: int, ids: np.ndarray, learned: np.ndarray, size: int) -> Iterator[Example]:
+    """A long row in parts; those in which nothing is learned are left out.
+
+    ids 1 2 3 4 5, at most 3  ->  1 2 3, then 3 4 5, of which 3 is not learned again
+    """
+    for start in range(0, len(ids) - 1, size - 1):
+        part = learned[start : start + size].copy()
+        part[0] = False
+        if part.any():
+            yield Example(index, ids[start : start + size], part)
 
 
 def answered(messages: Sequence[Message]) -> Sequence[Message]:

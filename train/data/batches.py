@@ -46,12 +46,13 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
     Raises:
         InputError: if nothing is left to train on.
     """
-    n = round(size * len(examples)) if size < 1 else int(size)
-    if n >= len(examples):
-        raise InputError(f"--val-size {size} holds out all {len(examples)} rows")
-    held = np.zeros(len(examples), bool)
-    held[shuffled(len(examples), seed, epoch=2**31, first=n)] = True  # an epoch that no run reaches
-    return examples.take(~held), examples.take(held)
+    rows, of_rows = np.unique(examples.rows, return_inverse=True)  # a long row may be in parts
+    n = round(size * len(rows)) if size < 1 else int(size)
+    if n >= len(rows):
+        raise InputError(f"--val-size {size} holds out all {len(rows)} rows")
+    held = np.zeros(len(rows), bool)
+    held[shuffled(len(rows), seed, epoch=2**31, first=n)] = True  # an epoch that no run reaches
+    return examples.take(~held[of_rows]), examples.take(held[of_rows])
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:

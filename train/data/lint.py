@@ -18,10 +18,10 @@ from jllama import bundled
 from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, NotNegative, Seed, checked
-from jllama.text.messages import ignored
+from jllama.text.messages import Learn, ignored
 from jllama.text.prompt import PromptStyle, chat_style
 from jllama.text.row_file import read_rows
-from jllama.text.rows import Examples, make_examples
+from jllama.text.rows import Examples, LongRows, make_examples
 from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from train.data.batches import Batches, hold_out
 from train.data.view import show_row
@@ -32,7 +32,11 @@ class LintConfig:
     """Check a data file and show what would be learned; exit code 1 on a hard error."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")] = str(bundled.ROWS)
-    """Rows: JSON or JSONL; by default the bundled sample's."""
+    """Rows, as for training; by default the bundled sample's."""
+    columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
+    """What the columns are called: prompt=question,completion=answer."""
+    max_rows: AtLeast0 = 0
+    """Only the first rows; 0 takes all."""
     model: Annotated[str, tyro.conf.arg(metavar="DIR")] = str(bundled.SAMPLE)
     """Model folder, or any folder with a tokenizer.model."""
     prompt_style: PromptStyle = "plain"
@@ -41,6 +45,10 @@ class LintConfig:
     """A chat template in Jinja, instead of the model's own."""
     max_seq_len: AtLeast1 = 512
     """Tokens a row may have."""
+    long_rows: LongRows = "cut"
+    """Rows that are longer are cut, left out (drop) or go on as further rows (split)."""
+    learn: Learn = "all"
+    """Which answers of a conversation: all, the last one, or those that are marked (weighted)."""
     train_on_prompt: bool = False
     """Learn the prompt as well as the answer."""
     val_size: NotNegative = 0.0
@@ -62,7 +70,7 @@ def lint(config: LintConfig) -> None:
         InputError: if the file cannot be read at all.
     """
     tokenizer = load_tokenizer(config.model, config.prompt_template)
-    rows = read_rows(config.file)
+    rows = read_rows(config.file, config.columns)[: config.max_rows or None]
     examples, skipped = make_examples(
         rows,
         tokenizer,
@@ -71,6 +79,8 @@ def lint(config: LintConfig) -> None:
         train_on_prompt=config.train_on_prompt,
         skip_bad_rows=len(rows),
         source=config.file,
+        learn=config.learn,
+        long_rows=config.long_rows,
     )
     for example in itertools.islice(examples, config.show):
         show_row(example, tokenizer)

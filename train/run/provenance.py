@@ -13,6 +13,7 @@ from jllama.folders.json_files import read_bytes
 from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.folders.run import Record
 from jllama.machine import versions
+from jllama.text.row_formats import rows_sha256
 from jllama.text.tokenizer import tokenizer_sha256
 from train.config import TrainConfig
 
@@ -39,8 +40,10 @@ def identity(config: TrainConfig) -> dict[str, str]:
     """The files that a resume must find unchanged, wherever they are: their hashes."""
     found = {
         "base_manifest_sha256": manifest_sha256(config.model),
-        "data_sha256": hashlib.sha256(read_bytes(config.data, "the rows of the run")).hexdigest(),
+        "data_sha256": rows_sha256(config.data),
     }
+    if config.val_data:
+        found["val_data_sha256"] = rows_sha256(config.val_data)
     if config.prompt_template:
         template = read_bytes(config.prompt_template, "a chat template")
         found["prompt_template_sha256"] = hashlib.sha256(template).hexdigest()
