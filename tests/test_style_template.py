@@ -74,6 +74,31 @@ def test_llama_3s_own_style(tmp_path):
     check_talks("llama3-chat", *exported(KINDS["llama 3"](tmp_path), "llama3-chat", tmp_path))
 
 
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "style", "turns"),
+    [
+        *[("llama2", style, True) for style in OURS],
+        ("llama3", "report", False),
+        ("llama3", "plain", True),
+        ("llama3", "alpaca", True),
+        ("llama3", "llama2-chat", False),
+        ("llama3", "llama3-chat", True),
+    ],
+)
+def test_the_real_tokenizers(name, style, turns, assets, tmp_path):
+    """Where a template takes one question only, no join gives the ids of an answer."""
+    files = {"tokenizer.model": (assets / f"tokenizers/{name}_tokenizer.model").read_bytes()}
+    ours, theirs = exported(files, style, tmp_path)
+    if turns:
+        check_talks(style, ours, theirs)
+        return
+    prompt, _ = conversation(style, TURNS[:2], ours)
+    assert prompt == theirs.apply_chat_template(dicts(TURNS[:2]), return_dict=False)
+    with pytest.raises(Exception, match="one question at a time"):
+        theirs.apply_chat_template(dicts(TURNS))
+
+
 def check_talks(style, ours, theirs):
     for talk in TALKS:
         ids, _ = conversation(style, talk, ours)
