@@ -35,7 +35,8 @@ from jllama.folders.manifest import file_sha256, manifest_sha256, write_sealed
 from jllama.folders.model import read_config
 from jllama.folders.run import SCORES, RunFolder
 from jllama.text.messages import Learn
-from jllama.text.row_file import read_rows
+from jllama.text.row_file import read_sources
+from jllama.text.row_formats import Sources, several, source_of
 from jllama.text.rows import LongRows, make_examples
 from jllama.text.tokenizer import tokenizer_sha256
 
@@ -61,12 +62,12 @@ class ScoreConfig(Subject):
     learned its prompts.
     """
 
-    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    data: Sources = ()
     """Rows as for training; by default those of the run."""
     columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
     """What the columns are called: prompt=question,completion=answer; by default as in the run."""
     max_rows: AtLeast0 = 0
-    """Only the first rows of the file; 0 takes as many as the run, else all."""
+    """Only the first rows of each file; 0 takes as many as the run, else all."""
     long_rows: LongRows | None = None
     """Rows that are longer are cut, left out (drop) or go on as further rows (split); by default as
     in the run, else cut."""
@@ -112,12 +113,13 @@ def complete(config: ScoreConfig) -> ScoreConfig:
     if config.tuned:
         _check_tuned(config.model, config.tuned)
     settings: dict[str, Any] = dict(_DEFAULTS) | run
-    data = config.data or settings["data"]
-    if not config.data and settings["val_data"]:  # the two parts lie in a file each
+    data, val_data = several(settings["data"]), several(settings["val_data"])
+    own = not config.data or _paths(config.data) in (_paths(data), _paths(val_data))
+    chosen = config.data or data
+    if not config.data and val_data:  # the two parts lie in a file each
         if config.rows in (None, "held-out"):
-            data = settings["val_data"]
+            chosen = val_data
         config = dataclasses.replace(config, rows="all")
-    own = _is_one_of(data, settings["data"], settings["val_data"])
     record: Any = RunFolder(Path(config.run)).read_record() if run else {"data": {}}
     parted = own and bool(record["data"].get("held_out"))
     if config.rows not in (None, "all") and not parted:
@@ -125,9 +127,9 @@ def complete(config: ScoreConfig) -> ScoreConfig:
         raise InputError(f"--rows {config.rows}: {why}")
     return dataclasses.replace(
         config,
-        data=data,
+        data=chosen,
         columns=config.columns or (settings["columns"] if own else ""),
-        max_rows=config.max_rows or (settings["max_rows"] if data == settings["data"] else 0),
+        max_rows=config.max_rows or (settings["max_rows"] if chosen == data else 0),
         long_rows=config.long_rows or settings["long_rows"],
         learn=config.learn or settings["learn"],
         rows=config.rows or ("held-out" if parted else "all"),
@@ -136,8 +138,8 @@ def complete(config: ScoreConfig) -> ScoreConfig:
     )
 
 
-def _is_one_of(data: str, *files: str) -> bool:
-    return Path(data).resolve() in [Path(file).resolve() for file in files if file]
+def _paths(sources: Sequence[str]) -> list[Path]:
+    return [source_of(source).path.resolve() for source in sources]
 
 
 def _check_tuned(model: str, tuned: str) -> None:
@@ -168,12 +170,12 @@ def measure(config: ScoreConfig) -> dict[str, Any]:
     tokenizer = jllama.load_tokenizer(config.model, config.prompt_template)
     assert config.long_rows
     assert config.learn
-    rows = read_rows(config.data, config.columns)[: config.max_rows or None]
+    rows, _ = read_sources(config.data, config.columns, config.max_rows)
     if config.rows == "all":
         rows = rows[: config.limit or None]
     examples, skipped = make_examples(
         rows, tokenizer, config.prompt_style, max_seq_len=config.max_seq_len,
-        train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=config.data,
+        train_on_prompt=False, skip_bad_rows=config.skip_bad_rows, source=", ".join(config.data),
         learn=config.learn, long_rows=config.long_rows,
     )  # fmt: skip
     if config.rows != "all":

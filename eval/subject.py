@@ -110,7 +110,8 @@ def _from_run(config: Named) -> tuple[Named, dict[str, Any]]:
 
 def is_of_sample(settings: dict[str, Any]) -> bool:
     """Whether a run's settings are of one on the bundled sample."""
-    return bool(settings) and Path(settings["data"]) == bundled.ROWS
+    data = settings.get("data")
+    return isinstance(data, str) and Path(data) == bundled.ROWS
 
 
 def load_on_mesh(config: Subject, folder: str, base: Base | None = None) -> jllama.Llama:

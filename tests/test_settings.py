@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import yaml
+from pydantic import BeforeValidator
 
 import train.lora
 from jllama.cli.script import COMMANDS
@@ -69,14 +70,15 @@ def out_of_range(declared: Any) -> list[Any]:
 
 def wrong_values(declared: Any) -> list[Any]:
     """Values that a declaration does not allow: of another kind than its own, or out of range."""
-    kind, parts, _ = unpacked(declared)
+    kind, parts, marks = unpacked(declared)
     if kind is Literal:
         return [NO_CHOICE, 0.5, math.nan, True, None, [*parts]]
     if kind in (Union, tuple):
         wrong = [value for part in parts if part in OF_NO_KIND or get_origin(part)
                  for value in wrong_values(part)]  # fmt: skip
         if kind is tuple:
-            return [7, NO_CHOICE, None, *([value] for value in wrong)]
+            text = [] if any(isinstance(x, BeforeValidator) for x in marks) else [NO_CHOICE]
+            return [7, *text, None, *([value] for value in wrong)]  # one text may stand for itself
         return [value for value in wrong if value is not None or type(None) not in parts]
     return OF_NO_KIND[kind] + out_of_range(declared)
 

@@ -10,7 +10,7 @@ import tyro
 import yaml
 
 from jllama import bundled
-from jllama.cli.settings import checked_settings, settings_from_yaml, take_flag
+from jllama.cli.settings import checked_settings, settings_from_yaml, take_flag, take_words
 from jllama.config import (
     MESH_AXES,
     Base,
@@ -39,6 +39,7 @@ from jllama.folders.run import LATEST, RunFolder
 from jllama.names import LINEAR_CHOICES
 from jllama.text.messages import Learn
 from jllama.text.prompt import PromptStyle, chat_style
+from jllama.text.row_formats import Sources
 from jllama.text.rows import LongRows
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,13 +65,14 @@ class TrainConfig:
 
     model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
     """Model folder; with --dry-run also a preset such as llama-2-7b."""
-    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Rows with instruction/input/output, prompt/completion, messages, conversations or text: a
-    file of JSON, JSONL, CSV or Parquet, packed by gzip or not, or a folder of them."""
+    data: Sources = ()
+    """Rows with instruction/input/output, prompt/completion, messages, conversations or text: files
+    of JSON, JSONL, CSV or Parquet, packed by gzip or not, or folders of them. A weight says how
+    often an epoch has each row: a.json b.json:0.5 has half of b's."""
     columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
     """What the columns are called: prompt=question,completion=answer."""
     max_rows: AtLeast0 = 0
-    """Only the first rows; 0 takes all."""
+    """Only the first rows of each file; 0 takes all."""
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"
@@ -224,7 +226,13 @@ class TrainConfig:
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """The resolved settings as YAML; `--config` reads them back."""
-    write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_whole(path, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as YAML has them: one file of rows is its name."""
+    data = list(config.data)
+    return dataclasses.asdict(config) | {"data": data if len(data) > 1 else "".join(data)}
 
 
 def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
@@ -251,6 +259,8 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
 def _resumed(path: Path, argv: Sequence[str]) -> TrainConfig:
     """A run's own settings, but for those that the arguments may give anew."""
     anew: dict[str, Any] = {"resume": str(path)}
+    argv, data = take_words("--data", argv)
+    anew |= {"data": data} if data else {}
     for name in CHANGEABLE:
         argv, value = take_flag(f"--{name.replace('_', '-')}", argv)
         anew |= {} if value is None else {name: value}

@@ -29,7 +29,7 @@ from jllama.lora import attach
 from jllama.machine import versions
 from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.hf_files import with_template
-from jllama.text.row_file import read_rows
+from jllama.text.row_file import read_sources
 from jllama.text.rows import Examples, make_examples
 from jllama.text.style_template import style_template
 from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
@@ -181,21 +181,22 @@ def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, 
     examples = _examples_of(config, config.data, tokenizer, config.max_rows)
     if not config.val_data:
         return hold_out(examples, config.val_size, config.seed)
-    return examples, _examples_of(config, config.val_data, tokenizer)
+    return examples, _examples_of(config, (config.val_data,), tokenizer)
 
 
 def _examples_of(
-    config: TrainConfig, file: str, tokenizer: Tokenizer, max_rows: int = 0
+    config: TrainConfig, sources: tuple[str, ...], tokenizer: Tokenizer, max_rows: int = 0
 ) -> Examples:
-    """Of one file; says what becomes of rows that are not learned as they are."""
+    """Of some files; says what becomes of rows that are not learned as they are."""
+    rows, weights = read_sources(sources, config.columns, max_rows)
     examples, skipped = make_examples(
-        read_rows(file, config.columns)[: max_rows or None],
+        rows,
         tokenizer,
         config.prompt_style,
         max_seq_len=config.max_seq_len,
         train_on_prompt=config.train_on_prompt,
         skip_bad_rows=config.skip_bad_rows,
-        source=file,
+        source=", ".join(sources),
         learn=config.learn,
         long_rows=config.long_rows,
     )
@@ -211,8 +212,8 @@ def _examples_of(
         chosen = {"model": config.model, "prompt-style": config.prompt_style}
         chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
         flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
-        console.print(f"{'; '.join(noted)}; {command_line('lint', file, *flags)} lists them")
-    return examples
+        console.print(f"{'; '.join(noted)}; {command_line('lint', sources[0], *flags)} lists them")
+    return dataclasses.replace(examples, weights=weights[examples.rows])
 
 
 def plan_batches(
@@ -310,4 +311,4 @@ def with_sample(config: TrainConfig) -> TrainConfig:
     if bundled.is_missing(config.model):
         console.print(f"{config.model} is not there yet: converting the bundled sample")
         bundled.convert_sample(Path(config.model))
-    return dataclasses.replace(config, data=config.data or str(bundled.ROWS))
+    return dataclasses.replace(config, data=config.data or (str(bundled.ROWS),))

@@ -1,5 +1,6 @@
 """Settings from a YAML file: the same declarations that check flags check its fields."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +78,20 @@ def checked_settings(
         return settings(**content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def take_words(flag: str, argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The arguments without a flag of several values, and its values; none where it is not given.
+
+    Raises:
+        InputError: if it has no value.
+    """
+    rest, first = take_flag(flag, argv)
+    if first is None:
+        return rest, ()
+    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == flag)
+    more = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[at:]))
+    return rest[:at] + rest[at + len(more) :], (first, *more)
 
 
 def take_flag(flag: str, argv: Sequence[str]) -> tuple[list[str], str | None]:

@@ -7,22 +7,24 @@
 Other formats are turned into objects, one a line (`jllama.text.row_formats`).
 """
 
+import bisect
 import codecs
+import dataclasses
 import json
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from jllama.errors import InputError
 from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, kind_of, listed
 from jllama.text.messages import COLUMNS
-from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv
+from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, source_of
 
 LISTS = ("data", "rows", "examples", "train", "prompts", "instances")  # fields that hold the rows
 _WANTED = "rows: a JSON list, one JSON object a line, CSV or Parquet"
@@ -33,39 +35,45 @@ _OPEN, _OPEN_ROWS, _COMMA, _CLOSE, _BRACE, _COLON, _END, _SPACE = (
 _NEXT = re.compile(r"\n(?=[ \t]*\{)")  # where the object after a damaged one may begin
 
 
+@dataclass(frozen=True, eq=False)
 class Rows(Sequence[dict]):
-    """The rows of a file, each parsed when it is asked for: only the file's own text is held.
+    """The rows of files, each parsed when it is asked for: only the files' own text is held.
 
     Args:
-        content: the file's, in UTF-8.
+        content: the files', in UTF-8.
         spans: where each row begins and ends in it.
         beside: the other fields of an object that holds the rows.
         columns: our names of columns, and the file's.
+        files: of several, the number of each one's first row, and its name.
     """
 
-    def __init__(
-        self,
-        content: bytes,
-        spans: Int64[np.ndarray, "rows 2"],
-        beside: Mapping[str, Any],
-        columns: Mapping[str, str] = MappingProxyType({}),
-    ):
-        self.content, self.spans, self.beside = content, spans, beside
-        self._columns = columns
+    content: bytes
+    spans: Int64[np.ndarray, "rows 2"]
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Rows(self.content, self.spans[index], self.beside, self._columns)
+            files = self.files if not index.start else ()
+            return dataclasses.replace(self, spans=self.spans[index], files=files)
         start, stop = self.spans[index]
         try:
             row = ROW_DECODER.decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
             raise InputError(f"row {index}: nested too deeply") from None
-        named = {ours: row.pop(theirs, None) for ours, theirs in self._columns.items()}
+        named = {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
         return row | named
+
+    def place(self, index: int) -> str:
+        """A row for a message: `row 3`, or `b.json: row 3`."""
+        if not self.files:
+            return f"row {index}"
+        first, name = self.files[bisect.bisect_right(self.files, (index, chr(0x10FFFF))) - 1]
+        return f"{name}: row {index - first}"
 
     def renamed(self, columns: str, path: str | Path) -> "Rows":
         """With names for columns: "prompt=question,completion=answer".
@@ -94,7 +102,7 @@ class Rows(Sequence[dict]):
             found |= row.keys()
             missing -= row.keys()
             if not missing:
-                return Rows(self.content, self.spans, self.beside, names)
+                return dataclasses.replace(self, columns=names)
         raise InputError(
             f"{path}: no row has the column {', '.join(sorted(missing))}; found: "
             + ", ".join(sorted(found)[:SHOWN])
@@ -110,8 +118,29 @@ def read_rows(path: str | Path, columns: str = "") -> Rows:
     Raises:
         InputError: naming the row and line of all that is wrong, or the format if it is another.
     """
-    rows = _joined([_rows_of(*file) for file in contents(Path(path), _WANTED)])
+    found = {file: _rows_of(file, content) for file, content in contents(Path(path), _WANTED)}
+    rows = _joined([*found.values()], [file.name for file in found])
     return rows.renamed(columns, path) if columns else rows
+
+
+def read_sources(
+    sources: Sequence[str], columns: str = "", max_rows: int = 0
+) -> tuple[Rows, Float32[np.ndarray, " rows"]]:
+    """The rows of several files or folders, and how often an epoch has each of them.
+
+    Args:
+        sources: `a.json`, or `a.json:0.5`.
+        columns: as for `read_rows`.
+        max_rows: the first so many of each; 0 takes all.
+
+    Raises:
+        InputError: as `read_rows` and `source_of`.
+    """
+    found = [source_of(source) for source in sources]
+    parts = [read_rows(source.path, columns)[: max_rows or None] for source in found]
+    weights = np.array([source.weight for source in found], np.float32)
+    rows = _joined(parts, [source.path.name for source in found])
+    return rows, np.repeat(weights, [len(part) for part in parts])
 
 
 def _rows_of(path: Path, content: bytes) -> Rows:
@@ -136,15 +165,22 @@ def _rows_of(path: Path, content: bytes) -> Rows:
     raise InputError(f"{path}: {listed(found.problems) or 'no rows'}; expected {_WANTED}")
 
 
-def _joined(files: Sequence[Rows]) -> Rows:
-    """The rows of several files, one after the other."""
-    if len(files) == 1:
-        return files[0]
-    contents, starts = [rows.content for rows in files], [0]
-    for content in contents:
-        starts.append(starts[-1] + len(content))
-    spans = [rows.spans + start for rows, start in zip(files, starts, strict=False)]
-    return Rows(b"".join(contents), np.concatenate(spans), {})
+def _joined(parts: Sequence[Rows], names: Sequence[str]) -> Rows:
+    """The rows of several files with the same columns, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    places = np.cumsum([0, *(len(rows.content) for rows in parts)])
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
+    files: list[tuple[int, str]] = []
+    for first, name, rows in zip(firsts, names, parts, strict=False):
+        inner = ((first + at, f"{name}/{file}") for at, file in rows.files)
+        files += inner if rows.files else [(first, name)]
+    return Rows(
+        b"".join(rows.content for rows in parts),
+        np.concatenate([rows.spans + at for rows, at in zip(parts, places, strict=False)]),
+        columns=parts[0].columns,
+        files=tuple(files),
+    )
 
 
 class _Scan:
@@ -272,4 +308,4 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Rows:
         spans.append(len(content))
         content += line.encode("utf-8", "replace")
         spans.append(len(content))
-    return Rows(bytes(content), np.array(spans, np.int64).reshape(-1, 2), {})
+    return Rows(bytes(content), np.array(spans, np.int64).reshape(-1, 2))

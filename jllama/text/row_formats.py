@@ -6,12 +6,16 @@ import gzip
 import hashlib
 import io
 import lzma
+import math
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from pydantic import BeforeValidator
 
 from jllama.errors import InputError
 from jllama.folders.json_files import SHOWN, listed, read_bytes, read_json
@@ -162,13 +166,53 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def rows_sha256(path: str | Path) -> str:
-    """Of a file; of a folder, that of its files' names and hashes."""
-    files = files_of(Path(path))
-    if files == [Path(path)]:
-        return file_sha256(files[0])
-    of_each = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
-    return hashlib.sha256(of_each.encode("utf-8", "backslashreplace")).hexdigest()
+def several(value: Any) -> Any:
+    """One file's name stands for itself."""
+    return ((value,) if value else ()) if isinstance(value, str) else value
+
+
+# What a user names, and settings hold.
+Sources = Annotated[
+    tuple[str, ...], BeforeValidator(several), tyro.conf.arg(metavar="FILE[:WEIGHT]")
+]
+
+
+class Source(NamedTuple):
+    """A file or folder of rows, and how often an epoch has each of them: 0.5 is every second."""
+
+    path: Path
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return str(self.path) + (f":{self.weight:g}" if self.weight != 1 else "")
+
+
+def source_of(text: str) -> Source:
+    """`rows.json`, or `rows.json:0.5` where no file has that name.
+
+    Raises:
+        InputError: if the weight is no positive number.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or not Path(name).exists():
+        return Source(Path(text))
+    try:
+        found = float(weight)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise InputError(f"{text}: the weight of {name} is {weight}, expected a number above 0")
+    return Source(Path(name), found)
+
+
+def rows_sha256(sources: Sequence[str]) -> str:
+    """Of one file; else of a list of the hashes and weights of all files."""
+    found = [(source, files_of(source.path)) for source in map(source_of, sources)]
+    first = found[0][0].path
+    if found == [(Source(first), [first])]:
+        return file_sha256(first)
+    lines = [f"{file_sha256(file)} {source.weight}\n" for source, files in found for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def contents(path: Path, wanted: str) -> Iterator[tuple[Path, bytes]]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from jllama.errors import InputError
 from jllama.folders.json_files import listed
 from jllama.text.messages import Learn, Message, row_messages
 from jllama.text.prompt import PromptStyle, conversation
+from jllama.text.row_file import Rows
 from jllama.text.tokenizer import Tokenizer
 
 # What a tokenizer or a template somewhere would read as one token, or as a border.
@@ -55,6 +56,7 @@ class Examples:
     learned_counts: Int32[np.ndarray, " examples"]
     rows: Int32[np.ndarray, " examples"]  # their numbers in the file
     cut: Bool[np.ndarray, " examples"]
+    weights: Float32[np.ndarray, " examples"]  # how often an epoch has each
     # What is noteworthy of rows of the whole file, and their numbers.
     notes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ class Examples:
             learned_counts=counts,
             rows=rows,
             cut=cut.astype(bool),
+            weights=np.ones(len(rows), np.float32),
         )
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class Examples:
 
     def take(self, chosen: Any) -> "Examples":
         """Those of a list of positions or a mask; tokens are shared, not copied."""
-        of_each = ("starts", "lengths", "learned_counts", "rows", "cut")
+        of_each = ("starts", "lengths", "learned_counts", "rows", "cut", "weights")
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in of_each})
 
 
@@ -115,6 +118,8 @@ def make_examples(
     problems: list[str] = []
     notes: dict[str, array[int]] = {}
 
+    where = rows.place if isinstance(rows, Rows) else "row {}".format
+
     def usable() -> Iterator[Example]:
         for index, row in enumerate(rows):
             try:
@@ -128,7 +133,7 @@ def make_examples(
                 if long_rows == "cut" and not learned[:max_seq_len].any():
                     raise InputError(f"its prompt fills all {max_seq_len} tokens")
             except InputError as error:
-                problems.append(f"row {index}: {error}")
+                problems.append(f"{where(index)}: {error}")
                 continue
             found = [*_notes(messages, dropped=len(said) > len(messages))]
             if long and long_rows == "drop":

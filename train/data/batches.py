@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
-from jaxtyping import Int, Int32
+from jaxtyping import Float32, Int, Int32
 
 from jllama.attention import Documents
 from jllama.errors import InputError
@@ -24,6 +24,7 @@ from jllama.text.rows import Examples
 from train.data.documents import Shapes, lay_out, longer_than, shapes_for, stacked
 from train.step import Window
 
+_NO_EPOCH = 2**31  # that no run reaches
 OPEN_SEQUENCES = 32  # that packing tries to fill at a time
 # A window's sequences, each a few positions among the examples; without packing it is one.
 Sequences = list[list[int]] | Int[np.ndarray, "sequences 1"]
@@ -40,6 +41,31 @@ def shuffled(n: int, seed: int, epoch: int, first: int | None = None) -> Int32[n
     return np.fromiter(order, np.int32, count)
 
 
+def rows_of_epoch(
+    weights: Float32[np.ndarray, " rows"], seed: int | None, epoch: int
+) -> Int[np.ndarray, " rows"]:
+    """The rows of one epoch, ascending, each as often as its weight says.
+
+    Rows of one weight are taken together. Those that a fraction leaves out of one epoch come in the
+    next: with weight 0.5 each row once in two epochs.
+
+    weights 1 1 0.5 0.5 2  ->  0 1 3 4 4, then 0 1 2 4 4
+
+    Args:
+        seed: None takes the first rows of a fraction, in every epoch.
+    """
+    chosen = []
+    for weight in np.unique(weights):
+        rows = np.flatnonzero(weights == weight)
+        whole, left = divmod(max(1, round(float(weight) * len(rows))), len(rows))
+        order, first = rows, 0
+        if seed is not None and left:
+            order, first = rows[shuffled(len(rows), seed, _NO_EPOCH)], epoch * left
+        part = order[np.arange(first, first + left) % len(rows)]
+        chosen += [np.repeat(rows, whole), part]
+    return np.sort(np.concatenate(chosen))
+
+
 def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
     """(training, held-out) examples; `size` is a share below 1 or a number of rows.
 
@@ -51,7 +77,7 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
     if n >= len(rows):
         raise InputError(f"--val-size {size} holds out all {len(rows)} rows")
     held = np.zeros(len(rows), bool)
-    held[shuffled(len(rows), seed, epoch=2**31, first=n)] = True  # an epoch that no run reaches
+    held[shuffled(len(rows), seed, _NO_EPOCH, first=n)] = True
     return examples.take(~held[of_rows]), examples.take(held[of_rows])
 
 
@@ -139,8 +165,11 @@ class Batches:
             longer = np.max([some for _, some in found], axis=0)
             self.documents = shapes_for(longer, batch // devices, max_seq_len)
         else:
-            rows = np.bincount(self._bucket, minlength=len(self.lengths))
-            counts = [(-(-rows // self._size)).tolist()] * epochs
+            rows = [
+                np.bincount(self._bucket[self._rows_of(epoch)], minlength=len(self.lengths))
+                for epoch in range(epochs)
+            ]
+            counts = [(-(-some // self._size)).tolist() for some in rows]
         # The step after which each epoch is over.
         self.epoch_ends = list(itertools.accumulate(sum(count) for count in counts))
         self._positions = self._size * int(np.sum(np.array(counts) @ self.lengths))
@@ -148,10 +177,14 @@ class Batches:
     def __len__(self) -> int:
         return self.epoch_ends[-1]
 
+    def _rows_of(self, epoch: int) -> Int[np.ndarray, " rows"]:
+        return rows_of_epoch(self._examples.weights, self._seed, epoch)
+
     def _windows(self, epoch: int) -> list[Sequences]:
         """An epoch's windows in the order in which they are full; then those that stay partial."""
-        n, size = len(self._used), self._size
-        order = np.arange(n) if self._seed is None else shuffled(n, self._seed, epoch)
+        order, size = self._rows_of(epoch), self._size
+        if self._seed is not None:
+            order = order[shuffled(len(order), self._seed, epoch)]
         if self._packing:
             sequences = pack(order.tolist(), self._used.tolist(), self.lengths[-1])
             return [sequences[start : start + size] for start in range(0, len(sequences), size)]
@@ -160,7 +193,7 @@ class Batches:
             places = np.flatnonzero(self._bucket[order] == bucket)
             for start in range(0, len(places), size):
                 chosen = places[start : start + size]
-                full_at = int(chosen[-1]) if len(chosen) == size else n + bucket
+                full_at = int(chosen[-1]) if len(chosen) == size else len(order) + bucket
                 windows.append((full_at, order[chosen, None]))
         return [window for _, window in sorted(windows, key=lambda window: window[0])]
 
@@ -192,7 +225,9 @@ class Batches:
     def padding_share(self, step: int | None = None) -> float:
         """Share of the positions of a step, or of the whole run, that hold no token."""
         if step is None:
-            return 1 - len(self.epoch_ends) * int(self._used.sum()) / self._positions
+            epochs = range(len(self.epoch_ends))
+            used = sum(int(self._used[self._rows_of(epoch)].sum()) for epoch in epochs)
+            return 1 - used / self._positions
         return 1 - int(self._used[self._rows(step)].sum()) / (self._size * self._length(step))
 
     def window(self, step: int) -> Window:

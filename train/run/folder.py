@@ -17,7 +17,8 @@ from jllama.folders.files import held
 from jllama.folders.json_files import NEW
 from jllama.folders.manifest import file_sha256, write_sealed
 from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
-from train.config import CHANGEABLE, FILES, TrainConfig, write_config
+from jllama.text.row_formats import source_of
+from train.config import CHANGEABLE, FILES, TrainConfig, plain, write_config
 from train.processes.join import Processes
 from train.run.provenance import identity, provenance
 
@@ -110,8 +111,12 @@ def _link_latest(run: Path) -> None:
 def _from_anywhere(config: TrainConfig) -> TrainConfig:
     """The settings with whole paths and no folder of their own, to be read back anywhere."""
     paths: dict[str, Any] = {
-        name: str(Path(getattr(config, name)).absolute()) for name in FILES if getattr(config, name)
+        name: str(Path(getattr(config, name)).absolute())
+        for name in FILES
+        if name != "data" and getattr(config, name)
     }
+    sources = map(source_of, config.data)
+    paths["data"] = tuple(str(source._replace(path=source.path.absolute())) for source in sources)
     return dataclasses.replace(config, output_dir="", **paths)
 
 
@@ -137,10 +142,10 @@ def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
     before = run.read_settings()
     onward = command_line(
         "train", "--init-adapter", run.result("lora"), "--model", config.model, "--data",
-        config.data,
+        *config.data,
     )  # fmt: skip
     if config.tune == "full":
-        onward = command_line("train", "--model", run.result("full"), "--data", config.data)
+        onward = command_line("train", "--model", run.result("full"), "--data", *config.data)
     if config.epochs < before["epochs"]:
         raise InputError(f"--epochs {config.epochs}, but the run is of {before['epochs']}")
     if config.epochs > before["epochs"] and config.lr_scheduler != "constant":
@@ -165,7 +170,7 @@ def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
 
 def _write_changes(run: RunFolder, config: TrainConfig) -> None:
     """Records what this resume was given anew, for the next one and for what reads the run."""
-    before, now = run.read_settings(), dataclasses.asdict(_from_anywhere(config))
+    before, now = run.read_settings(), plain(_from_anywhere(config))
     names = (*CHANGEABLE, "micro_batch_size")  # which follows from the mesh
     changed = {name: now[name] for name in names if now[name] != before.get(name, "")}
     if changed:

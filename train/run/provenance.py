@@ -43,7 +43,7 @@ def identity(config: TrainConfig) -> dict[str, str]:
         "data_sha256": rows_sha256(config.data),
     }
     if config.val_data:
-        found["val_data_sha256"] = rows_sha256(config.val_data)
+        found["val_data_sha256"] = rows_sha256([config.val_data])
     if config.prompt_template:
         template = read_bytes(config.prompt_template, "a chat template")
         found["prompt_template_sha256"] = hashlib.sha256(template).hexdigest()

@@ -13,7 +13,7 @@ from jllama.folders.load import abstract_model
 from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
 from jllama.sharding import mesh_shape
 from jllama.text.rows import Examples
-from train.config import TrainConfig
+from train.config import TrainConfig, plain
 from train.data.batches import Batches
 from train.optimizer import count, split_learned
 from train.plan.arithmetic import Step, memory_classes
@@ -22,7 +22,7 @@ from train.plan.auto import this_device
 
 def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None) -> None:
     """Every setting, and how many parameters learn."""
-    settings = dataclasses.asdict(config).items()
+    settings = plain(config).items()
     show_table(["", ""], [[name, str(x)] for name, x in settings if x != ""], "settings")
 
     for ffn_bias in sorted({config.ffn_bias, False}, reverse=True):
