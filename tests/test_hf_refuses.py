@@ -154,7 +154,6 @@ DAMAGE = {
         set_json("config.json", num_hidden_layers=1),
         [f"{Q} [32, 32] is unknown", "the weights do not fit config.json"],
     ),
-    "Mistral": (set_json("config.json", model_type="mistral"), ["model_type is 'mistral'"]),
     "biases": (set_json("config.json", attention_bias=True), ["attention_bias is True"]),
     "GELU": (set_json("config.json", hidden_act="gelu"), ["hidden_act is 'gelu', expected 'silu'"]),
     "quantised": (
@@ -163,13 +162,16 @@ DAMAGE = {
     ),
     "yarn": (
         set_json("config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-        ["rope_type is 'yarn', expected 'default' or 'llama3'"],
+        ["rope_type is 'yarn', expected 'default', 'linear' or 'llama3'"],
     ),
     "half a llama3 rope": (
         set_json("config.json", rope_parameters={"rope_type": "llama3", "factor": 8.0}),
         ["rope low_freq_factor is None", "rope original_max_position_embeddings is None"],
     ),
-    "wide heads": (set_json("config.json", head_dim=16), ["head_dim is 16, expected hidden_size"]),
+    "heads of another size": (
+        set_json("config.json", head_dim=16),
+        [f"{Q} is [32, 32], expected [64, 32]"],
+    ),
     "wrong numbers": (
         set_json("config.json", hidden_size=0, rms_norm_eps="x", vocab_size=10**40),
         ["hidden_size is 0", "rms_norm_eps is 'x'", "vocab_size is 1000"],

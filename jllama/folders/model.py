@@ -20,7 +20,7 @@ import numpy as np
 
 from jllama import bundled
 from jllama.cli.terminal import command_line
-from jllama.config import PRESETS, Base, LlamaConfig, RopeScaling, stored_shapes
+from jllama.config import PRESETS, Base, LlamaConfig, rope_scaling_of, stored_shapes
 from jllama.errors import InputError
 from jllama.folders.inputs import unreadable
 from jllama.folders.json_files import read_json, write_json, write_whole
@@ -130,9 +130,9 @@ def read_config(path: str | Path) -> LlamaConfig:
             f"{path}: these are Hugging Face's files; run: {command_line('from-hf', path, 'DST')}"
         )
     try:
-        scaling = fields.pop("rope_scaling")
-        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
-    except (KeyError, TypeError, InputError) as error:
+        scaling = rope_scaling_of(fields.pop("rope_scaling"))
+        return LlamaConfig(**fields, rope_scaling=scaling)
+    except (AttributeError, KeyError, TypeError, InputError) as error:
         raise InputError(
             f"{file}: not a jllama config ({error}); convert the model again"
         ) from error
