@@ -1,6 +1,7 @@
 """Damaged, hostile and foreign Hugging Face folders: each is named, and nothing is left."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -128,11 +129,11 @@ DAMAGE = {
     "web page": (write(FIRST, b"<html>404</html>"), [f"{FIRST}: damaged"]),
     "no weights": (
         lambda hf: [file.unlink() for file in hf.glob("model*")],
-        ["no model.safetensors or model.safetensors.index.json"],
+        ["no weights; expected model.safetensors or model.safetensors.index.json, or pytorch_"],
     ),
-    "pickled weights": (
+    "safetensors under the name of a pickle": (
         lambda hf: [file.rename(hf / "pytorch_model.bin") for file in hf.glob("model*")],
-        ["no model.safetensors", "save the model with safe_serialization=True"],
+        ["pytorch_model.bin: not a PyTorch archive"],
     ),
     "misshapen tensor": (
         replaced(Q, lambda x: x[:16]),
@@ -186,6 +187,90 @@ DAMAGE = {
     ),
     "no tokenizer": (lambda hf: (hf / "tokenizer.model").unlink(), ["no tokenizer"]),
 }
+
+
+def pickled(folder: Path, change=lambda tensors: None, **index) -> Path:
+    """The same model as two .bin files with their index."""
+    place = {FIRST: "pytorch_model-00001-of-00002.bin", SECOND: "pytorch_model-00002-of-00002.bin"}
+    content = json.loads((folder / INDEX).read_text())
+    for file, name in place.items():
+        tensors = safetensors.torch.load_file(folder / file)
+        change(tensors)
+        torch.save(tensors, folder / name)
+        (folder / file).unlink()
+    (folder / INDEX).unlink()
+    content["weight_map"] = {name: place[file] for name, file in content["weight_map"].items()}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(content | index))
+    return folder
+
+
+class Program:
+    """What a hostile .bin holds: unpickling it would make a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def put(value):
+    return lambda tensors: tensors.update({Q: value(tensors[Q])} if Q in tensors else {})
+
+
+def cut(folder: Path):
+    file = folder / "pytorch_model-00001-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+# As above, for pickles: what is put in place of a tensor, or said by the index, or done to a file.
+PICKLED = {
+    "a program": (
+        {"change": put(lambda x: Program(Path("made")))},
+        ["refused, it asks for posix"],
+    ),
+    "a list": ({"change": put(lambda x: [1])}, [f"{Q} (1 in all) not plain fp16, bf16 or fp32"]),
+    "whole numbers": ({"change": put(lambda x: x.int())}, [f"{Q} (1 in all) not plain fp16"]),
+    "misshapen": ({"change": put(lambda x: x[:16])}, [f"{Q} is [16, 32], expected [32, 32]"]),
+    "missing": (
+        {"change": lambda tensors: tensors.pop(Q, None)},
+        [f"{Q}: pytorch_model.bin.index.json says", "but no file has it"],
+    ),
+    "unknown": (
+        {"change": lambda tensors: tensors.update(extra=torch.ones(2))},
+        ["extra is also in pytorch_model-00001-of-00002.bin"],
+    ),
+    "not a number": (
+        {"change": put(lambda x: x * float("nan"))},
+        [f"{Q} holds NaN or infinity", "nothing was written"],
+    ),
+    "index out of the folder": (
+        {"weight_map": {Q: "../pytorch_model.bin"}},
+        ["'../pytorch_model.bin' is no name of a .bin file here", "hostile"],
+    ),
+    "index to another kind": (
+        {"weight_map": {Q: FIRST}},
+        [f"'{FIRST}' is no name of a .bin file"],
+    ),
+    "missing file": (
+        {"weight_map": {Q: "x.bin"}},
+        ["x.bin: no such file; expected a file of wei"],
+    ),
+    "cut": (cut, ["pytorch_model-00001-of-00002.bin: truncated or damaged"]),
+}
+
+
+@pytest.mark.parametrize("what", PICKLED)
+def test_damaged_pickles_are_named_and_leave_nothing(what, hf, tmp_path, refusal, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how, fragments = PICKLED[what]
+    if callable(how):
+        how(pickled(hf))
+    else:
+        pickled(hf, **how)
+    message = refusal(convert, FromHf(hf, tmp_path / "model"))
+    for fragment in fragments:
+        assert fragment in message
 
 
 @pytest.mark.parametrize("what", DAMAGE)

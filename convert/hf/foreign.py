@@ -40,15 +40,13 @@ def refuse_foreign(config: Mapping[str, Any], file: Path, families: Collection[s
     settings = config.get("quantization_config")
     if settings is not None and not is_nf4(settings):
         raise InputError(
-            f"{file}: these weights are quantised{_method(settings)}; of quantised ones "
-            "bitsandbytes' nf4 is read here: give the model that they were made of, which --base "
-            "stores in 8 or 4 bits"
+            f"{file}: these weights are quantised in another way{_method(settings)} than to "
+            "bitsandbytes' nf4, which is read here; give the model that they were made of, which "
+            "--base stores in 8 or 4 bits"
         )
 
 
 def _method(settings: Any) -> str:
-    """` by 'awq'`, where it is said."""
+    """` ('awq')`, where it is said."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method == "bitsandbytes":
-        return " by bitsandbytes, and not to nf4"
-    return f" by {reprlib.repr(method)}" if isinstance(method, str) else " in another way"
+    return f" ({reprlib.repr(method)})" if isinstance(method, str) else ""
