@@ -15,12 +15,13 @@ from convert.dtypes import BY_NAME, Dtype, Stored, cast, forget
 from jllama.cli.terminal import console
 from jllama.config import Base, tensor_shapes
 from jllama.errors import InputError, checked
-from jllama.folders.adapter import PEFT_CONFIG, read_passport, weights_file
+from jllama.folders.adapter import read_passport, weights_file
 from jllama.folders.codes import matrix_of
 from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
+from jllama.folders.peft_config import PEFT_CONFIG
 from jllama.quantize.weights import quantised
 
 

@@ -24,7 +24,7 @@ from jllama.config import BaseChoice, BaseSkip, asked_base
 from jllama.errors import InputError, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
-from jllama.folders.model import CONFIG
+from jllama.folders.model import CONFIG, refuse_other_kinds
 from jllama.text.hf_files import TOKENIZER_JSON
 from jllama.text.tokenizer import FILE_NAME
 
@@ -58,6 +58,7 @@ def convert(settings: FromHf) -> None:
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
     check_destination(dst)
+    refuse_other_kinds(src)
     if not (src / CONFIG).exists() and shard_files(src):
         raise InputError(f"{src}: found Meta's files; run: {command_line('from-meta', src, 'DST')}")
     weights = open_hf(src)

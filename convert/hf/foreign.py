@@ -23,19 +23,18 @@ def refuse_foreign(config: Mapping[str, Any], file: Path, families: Collection[s
         InputError: what it is, in one line.
     """
     family, names = config.get("model_type"), config.get("architectures")
-    listed = names if isinstance(names, list) and names else [None]
-    architecture = listed[0]
-    called = f" ({reprlib.repr(architecture)})" if isinstance(architecture, str) else ""
+    architecture = names[0] if isinstance(names, list) and names else None
+    called = f" ({_shown(architecture)})" if isinstance(architecture, str) else ""
     if family is None and {"dim", "n_layers"} <= config.keys():
         raise InputError(f"{file.parent}: is a model folder already, and needs no conversion")
     if family is None:
         raise InputError(f"{file}: no model_type, so it is not said what this model is; {_BUILT}")
     if not isinstance(family, str) or family not in families:
-        raise InputError(f"{file}: model_type is {reprlib.repr(family)}{called}; {_BUILT}")
+        raise InputError(f"{file}: model_type is {_shown(family)}{called}; {_BUILT}")
     if architecture is not None and str(architecture).lower() not in _ARCHITECTURES:
         raise InputError(
-            f"{file}: architectures is {reprlib.repr(listed)}, expected LlamaForCausalLM or "
-            f"MistralForCausalLM: models that continue a text, and of those {_BUILT}"
+            f"{file}: its architecture is {_shown(architecture)}, expected LlamaForCausalLM or "
+            f"MistralForCausalLM, which continue a text; of those {_BUILT}"
         )
     settings = config.get("quantization_config")
     if settings is not None and not is_nf4(settings):
@@ -49,4 +48,8 @@ def refuse_foreign(config: Mapping[str, Any], file: Path, families: Collection[s
 def _method(settings: Any) -> str:
     """` ('awq')`, where it is said."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return f" ({reprlib.repr(method)})" if isinstance(method, str) else ""
+    return f" ({_shown(method)})" if isinstance(method, str) else ""
+
+
+def _shown(value: Any) -> str:
+    return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)

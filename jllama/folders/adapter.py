@@ -35,7 +35,7 @@ from jllama.folders.manifest import (
     read_sealed,
     write_sealed,
 )
-from jllama.folders.peft_config import lora_settings, peft_settings
+from jllama.folders.peft_config import PEFT_CONFIG, lora_settings, peft_settings
 from jllama.folders.pickled import map_pickled
 from jllama.folders.tensors import is_finite, map_tensors, save_tensors
 from jllama.layers import Linear, to_half_rotated, to_interleaved
@@ -46,8 +46,8 @@ from jllama.sharding import on_host
 from jllama.text.prompt import PromptStyle
 from jllama.text.tokenizer import tokenizer_sha256
 
-WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
-_OLDER_WEIGHTS = "adapter_model.bin"
+WEIGHTS, _OLDER_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PASSPORT = "jllama.json"
 
 
 class Passport(TypedDict, total=False):

@@ -31,6 +31,7 @@ from jllama.folders.manifest import (
     read_manifest,
     write_manifest,
 )
+from jllama.folders.peft_config import PEFT_CONFIG
 from jllama.folders.tensors import WITH_CODES, map_tensors, save_tensors, stored_hashes
 from jllama.names import block_of
 
@@ -108,6 +109,31 @@ def block_file(folder: Path, block: str) -> Path:
     return folder / BLOCKS / f"{block}.safetensors"
 
 
+def refuse_other_kinds(path: Path) -> None:
+    """Refuses what people take for the folder of a model: a file, an adapter, GGUF files.
+
+    Raises:
+        InputError: what it is, in one line.
+    """
+    made_of = (
+        "jllama writes such files and reads none; give the folder of the model that it was made "
+        "of, in Hugging Face's or Meta's format"
+    )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise InputError(f"{path}: a GGUF file; {made_of}")
+        raise InputError(f"{path}: a file; expected the folder of a model, with all its files")
+    if (path / CONFIG).exists():
+        return
+    if (path / PEFT_CONFIG).exists():
+        raise InputError(
+            f"{path}: an adapter; give the base model that it belongs to, and this folder to "
+            "--adapter, or to --init-adapter for training"
+        )
+    if named := sorted(path.glob("*.gguf")):
+        raise InputError(f"{path}: has {named[0].name}, a GGUF file; {made_of}")
+
+
 def read_config(path: str | Path) -> LlamaConfig:
     """The config of a model folder.
 
@@ -116,6 +142,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     """
     path = Path(path)
     file = path / CONFIG
+    refuse_other_kinds(path)
     if not file.exists():
         advice = (
             f"expected a model folder; make one with: {command_line('from-meta', 'SRC', 'DST')}"

@@ -12,6 +12,7 @@ from jllama.errors import InputError, WrongFields
 from jllama.folders.json_files import read_json
 from jllama.names import HF_LINEARS, LINEAR_CHOICES
 
+PEFT_CONFIG = "adapter_config.json"
 _TARGETS = "target_modules"
 # Our settings by PEFT's names.
 _OURS = {
