@@ -98,7 +98,10 @@ class ModelWriter:
         ]
         if missing:
             raise ValueError(f"blocks never written: {', '.join(missing)}")
-        write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
+        config = dataclasses.asdict(self._config)
+        if self._config.query_dim == self._config.dim:
+            del config["head_dim"]  # it follows from the others
+        write_json(self._folder / CONFIG, config)
         for name, content in tokenizer.items():
             write_whole(self._folder / name, content)
         write_manifest(self._folder, self._tensors, self._origin, (CONFIG, *tokenizer))
@@ -163,6 +166,13 @@ def read_config(path: str | Path) -> LlamaConfig:
         raise InputError(
             f"{file}: not a jllama config ({error}); convert the model again"
         ) from error
+
+
+def rows_of(path: str | Path) -> int | None:
+    """Rows of the embedding, ours or Hugging Face's; None where no config says it."""
+    file = Path(path) / CONFIG
+    rows = read_json(file).get("vocab_size") if file.exists() else None
+    return rows if isinstance(rows, int) else None
 
 
 def read_base(path: str | Path) -> Base | None:
