@@ -107,7 +107,8 @@ def to_model_folder(
         )
     base = base or already
     file = tokenizer_from / next(iter(tokenizer), FILE_NAME)
-    _check_rows(tokenizer_of(tokenizer, tokenizer_from), config.vocab_size, file)
+    rows = config.vocab_size
+    _check_rows(tokenizer_of(tokenizer, tokenizer_from, rows), rows, file)
     dtypes = dict.fromkeys(weights.dtypes, BY_NAME[dtype]) if dtype else weights.dtypes
     stored = Stored(config, dtypes, base)
     origin = {

@@ -15,12 +15,13 @@ from convert.dtypes import BY_NAME, Dtype, Stored, cast, forget
 from jllama.cli.terminal import console
 from jllama.config import Base, tensor_shapes
 from jllama.errors import InputError, checked
-from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS, read_passport
+from jllama.folders.adapter import read_passport, weights_file
 from jllama.folders.codes import matrix_of
 from jllama.folders.files import bytes_begun, check_destination, room_for, whole_folder
 from jllama.folders.json_files import write_json
 from jllama.folders.manifest import manifest_sha256, read_manifest
 from jllama.folders.model import check_manifest, read_base, read_block, read_config
+from jllama.folders.peft_config import PEFT_CONFIG
 from jllama.quantize.weights import quantised
 
 
@@ -135,7 +136,8 @@ def exporting(settings: Export) -> Iterator[tuple[Path, Model]]:
     model, dst = Model(settings, settings.dtype, BY_NAME), settings.dst
     origin: dict[str, Any] = {"manifest": manifest_sha256(model.src), "settings": str(settings)}
     if settings.adapter is not None:
-        origin["adapter"] = fingerprint(settings.adapter / name for name in (WEIGHTS, PEFT_CONFIG))
+        adapter = settings.adapter
+        origin["adapter"] = fingerprint([weights_file(adapter), adapter / PEFT_CONFIG])
     with room_for(model.stored.bytes - bytes_begun(dst), dst), whole_folder(dst, origin) as folder:
         with block_progress("exporting", len(model.blocks)) as model.advance:
             yield folder, model

@@ -14,7 +14,8 @@ from tyro.conf import Positional, arg
 
 from convert.blocks import to_model_folder
 from convert.dtypes import Dtype
-from convert.hf.files import INDEX, open_hf
+from convert.hf.files import open_hf
+from convert.hf.stored import PICKLED, SAFETENSORS
 from convert.hf.tokenizer import ORIGINAL, read_hf_tokenizer
 from convert.meta.shards import shard_files
 from jllama.cli.command import run_command
@@ -23,17 +24,17 @@ from jllama.config import BaseChoice, BaseSkip, asked_base
 from jllama.errors import InputError, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
-from jllama.folders.model import CONFIG
+from jllama.folders.model import CONFIG, refuse_other_kinds
 from jllama.text.hf_files import TOKENIZER_JSON
 from jllama.text.tokenizer import FILE_NAME
 
 
 @checked
 class FromHf:
-    """Converts a Hugging Face LLaMA (safetensors) to a model folder."""
+    """Converts a Hugging Face LLaMA to a model folder."""
 
     src: Annotated[Positional[Path], arg(metavar="SRC")]
-    """Folder with config.json, *.safetensors and a tokenizer."""
+    """Folder with config.json, *.safetensors (or pytorch_model*.bin) and a tokenizer."""
     dst: Annotated[Positional[Path | None], arg(metavar="DST")] = None
     """Folder to make; by default models/ and the name of SRC."""
     tokenizer: Path | None = None
@@ -57,6 +58,7 @@ def convert(settings: FromHf) -> None:
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
     check_destination(dst)
+    refuse_other_kinds(src)
     if not (src / CONFIG).exists() and shard_files(src):
         raise InputError(f"{src}: found Meta's files; run: {command_line('from-meta', src, 'DST')}")
     weights = open_hf(src)
@@ -74,7 +76,8 @@ def convert(settings: FromHf) -> None:
         settings.dtype,
         asked_base(settings.base, settings.base_skip),
     )
-    used = {INDEX, CONFIG, *tokenizer, *(file.name for file in weights.files), ORIGINAL.parts[0]}
+    read = {CONFIG, *tokenizer, *(file.name for file in weights.files), ORIGINAL.parts[0]}
+    used = read | {SAFETENSORS.table, PICKLED.table}
     if left := sorted(file.name for file in src.iterdir() if file.name not in used):
         console.print(f"left out, for nothing here reads it: {', '.join(left)}")
     console.print("next: " + command_line("train", "--model", dst, "--data", "FILE"))

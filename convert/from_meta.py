@@ -23,7 +23,7 @@ from jllama.config import BaseChoice, BaseSkip, asked_base
 from jllama.errors import AtLeast1, InputError, Positive, checked
 from jllama.folders.files import check_destination
 from jllama.folders.json_files import read_bytes
-from jllama.folders.model import CONFIG
+from jllama.folders.model import CONFIG, refuse_other_kinds
 from jllama.text.tokenizer import FILE_NAME
 
 
@@ -60,6 +60,7 @@ def convert(settings: FromMeta) -> None:
     """
     src, dst = settings.src, settings.dst or Path("models") / settings.src.resolve().name
     check_destination(dst)
+    refuse_other_kinds(src)
     if (src / CONFIG).is_file() and not (src / PARAMS).exists():
         raise InputError(
             f"{src}: found {CONFIG}; expected Meta's files (consolidated.00.pth, ...). For Hugging "

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.export import Export, Model, exporting
 from convert.hf.config import hf_config
-from convert.hf.files import INDEX
+from convert.hf.stored import SAFETENSORS
 from convert.hf.tokenizer import write_tokenizer_files
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
@@ -54,9 +54,8 @@ def export(settings: ToHf) -> None:
             }
             _save(folder / file, theirs)
             placed |= dict.fromkeys(theirs, file)
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": model.stored.bytes}, "weight_map": placed}
-        )
+        index = {"metadata": {"total_size": model.stored.bytes}, "weight_map": placed}
+        write_json(folder / SAFETENSORS.table, index)
     console.print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{settings.dst}")')
 
 

@@ -39,6 +39,7 @@ from jllama.folders.model import (
     read_base,
     read_block,
     read_config,
+    refuse_other_kinds,
 )
 from jllama.names import block_of
 from jllama.text.tokenizer import load_tokenizer
@@ -147,6 +148,7 @@ def compare(
 
 def open_weights(folder: Path) -> Weights:
     """Meta's or Hugging Face's files, told apart by their config."""
+    refuse_other_kinds(folder)
     if (folder / CONFIG).exists() and not (folder / PARAMS).exists():
         return open_hf(folder)
     return open_meta(folder, read_params(folder / PARAMS))

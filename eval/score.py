@@ -29,7 +29,7 @@ from eval.subject import Subject, load_voices, resolve
 from jllama.cli.command import run_command
 from jllama.cli.terminal import Progress, console, print_json, quiet_if, show_table
 from jllama.errors import AtLeast0, AtLeast1, InputError, checked
-from jllama.folders.adapter import WEIGHTS
+from jllama.folders.adapter import weights_file
 from jllama.folders.json_files import read_json
 from jllama.folders.manifest import file_sha256, manifest_sha256, write_sealed
 from jllama.folders.model import read_config
@@ -235,7 +235,7 @@ def result_sha256(folder: str | Path) -> str:
     """Of an adapter's weights, or of a model folder's certificate; empty of none."""
     if not folder:
         return ""
-    file = Path(folder) / WEIGHTS
+    file = weights_file(folder)
     return file_sha256(file) if file.is_file() else manifest_sha256(folder)
 
 

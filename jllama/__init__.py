@@ -6,7 +6,7 @@ jllama.load_adapter(model, "runs/latest/adapter")
 prompt = [tokenizer.bos_id, *tokenizer.encode("Hello")]
 answers = jllama.generate(model, [prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)
 
-config.py      sizes, shapes, settings of an adapter    names.py     Meta's names, and others'
+config/        sizes, shapes, settings of an adapter    names.py     Meta's names, and others'
 model.py       the network; layers.py, attention.py     lora.py      adapters: attach, scale, merge
 loss.py        cross-entropy without [B, T, V]          sharding.py  several GPUs
 quantize/      weights in 8 and 4 bits
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jllama.bundled import SAMPLE
-    from jllama.config import PRESETS, LlamaConfig, LoraConfig, RopeScaling
+    from jllama.config import PRESETS, LinearScaling, LlamaConfig, LoraConfig, RopeScaling
     from jllama.decode.generate import generate, generate_with_logprobs
     from jllama.decode.sampling import Sampling
     from jllama.decode.stream import stream
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SAMPLE": "bundled",
     "PRESETS": "config",
+    "LinearScaling": "config",
     "LlamaConfig": "config",
     "LoraConfig": "config",
     "RopeScaling": "config",
@@ -55,6 +56,7 @@ __all__ = [
     "PRESETS",
     "SAMPLE",
     "InputError",
+    "LinearScaling",
     "Llama",
     "LlamaConfig",
     "LoraConfig",

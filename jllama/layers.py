@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jllama.config import LlamaConfig
+from jllama.config import LinearScaling, LlamaConfig
 from jllama.sharding import dealt
 
 INITIAL_STD = 0.02
@@ -162,12 +162,14 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each rotary pair, fp32 `[H/2]`, stretched as Llama 3.1 does."""
+    """Radians per position of each rotary pair, fp32 `[H/2]`, stretched as the config says."""
     pairs = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** pairs).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / np.float32(scaling.factor)
     turns = scaling.original_context * frequencies / (2 * np.pi)  # in the original context
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: short waves stay, 0: slowed fully

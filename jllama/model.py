@@ -77,20 +77,20 @@ class Attention(nnx.Module):
         query, keys, values = self._project(x, rotary, key)
         seen = causal_attention(query, keys, values, documents, self.implementation)
         seen = checkpoint_name(seen, _ATTENTION)
-        return self.wo(seen.reshape(x.shape), _at(key, 1))
+        return self.wo(_joined(seen), _at(key, 1))
 
     def prefill(self, x: Float[Array, "B T D"], rotary: Rotation, slots: int):
         """Attends as without a cache, and makes one of the keys and values."""
         query, keys, values = self._project(x, rotary, None)
         seen = causal_attention(query, keys, values, None, self.implementation)
         cache = make_cache(keys, values, slots, self.implementation)
-        return self.wo(seen.reshape(x.shape)), cache
+        return self.wo(_joined(seen)), cache
 
     def decode(self, x: Float[Array, "B 1 D"], rotary: Rotation, positions, cache: LayerCache):
         """Attends to the cache, with the new keys and values in it."""
         query, key, value = self._project(x, rotary, None)
         seen, cache = cached_attention(query, key, value, positions, cache, self.implementation)
-        return self.wo(seen.reshape(x.shape)), cache
+        return self.wo(_joined(seen)), cache
 
     def _project(self, x, rotary, key):
         def heads(y):
@@ -264,6 +264,11 @@ def named_arrays(state: nnx.State) -> dict[str, Any]:
     found: dict[str, Any] = {}
     map_named(found.__setitem__, state)
     return found
+
+
+def _joined(seen: Float[Array, "B T N H"]) -> Float[Array, "B T ..."]:
+    """What all heads have seen, side by side."""
+    return seen.reshape(*seen.shape[:2], -1)
 
 
 def _at(keys: Key[Array, "..."] | None, index: int) -> Key[Array, "..."] | None:

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
+import zipfile
 
 import pytest
 
@@ -36,6 +38,7 @@ from jllama.folders.adapter import (
 from jllama.folders.load import load_model
 from jllama.folders.manifest import manifest_sha256, write_sealed
 from jllama.folders.model import transformers_name
+from jllama.folders.pickled import map_pickled
 from jllama.lora import adapted_linears, attach, merge, scaled, split
 
 # peft asks transformers for it by its old name.
@@ -52,6 +55,7 @@ METHODS = {
     "DoRA and rsLoRA": dataclasses.replace(LORA, dora=True, rslora=True),
 }
 TOLERANCE = 2e-5
+Q_B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16), dtype=np.int32)
 
 
@@ -196,6 +200,146 @@ def test_no_dropout_in_the_settings_is_a_dropout_of_0(foreign):
     assert read_lora_config(foreign).dropout == 0
 
 
+PEFT_02 = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha",
+           "lora_dropout", "modules_to_save", "peft_type", "r", "target_modules",
+           "task_type")  # fmt: skip
+# What is adapted; how adapter_config.json then says so: the fields it keeps, and others.
+CONFIGS = {
+    "of PEFT 0.2": (["q_proj", "v_proj"], PEFT_02, {"enable_lora": None, "merge_weights": False}),
+    "nothing but the kind": (["q_proj", "v_proj"], ("peft_type",), {}),
+    "null wherever null is allowed": (
+        ["q_proj", "v_proj"], None,
+        {"target_modules": None, "modules_to_save": None, "layers_to_transform": None,
+         "use_dora": None, "use_rslora": None, "lora_bias": None},
+    ),
+    "fields and linears that no LLaMA knows": (
+        ["q_proj", "gate_proj"], None,
+        {"target_modules": ["q_proj", "gate_proj", "query_key_value", "c_attn"], "invented": {}},
+    ),
+    "all layers, one by one": (
+        ["o_proj"], None, {"layers_to_transform": [0, 1], "layers_pattern": "layers"}
+    ),
+    "but for some": (
+        ["v_proj", "q_proj"], None,
+        {"target_modules": ["q_proj", "k_proj", "v_proj"], "exclude_modules": ["k_proj"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configs_of_any_age_are_read_as_peft_reads_them(what, pickled, base, tensors, tmp_path):
+    targets, kept, more = CONFIGS[what]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    made = peft.get_peft_model(reference(PARAMS, tensors), config)
+    for name, parameter in made.named_parameters():
+        parameter.data *= 0.3 if "lora_B" in name else 1
+    made.save_pretrained(tmp_path / "adapter")
+    if pickled:
+        as_pickle(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    stored = {name: stored[name] for name in kept or stored} | more
+    file.write_text(json.dumps(stored))
+    ours = logits(load_adapter(load_model(base, "fp32"), tmp_path / "adapter"))
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}  # of others it warns
+    file.write_text(json.dumps({name: stored[name] for name in stored.keys() & known}))
+    theirs = peft.PeftModel.from_pretrained(reference(PARAMS, tensors), tmp_path / "adapter").eval()
+    np.testing.assert_allclose(ours, torch_logits(theirs), rtol=0, atol=1e-5)
+    assert np.abs(ours - logits(load_model(base, "fp32"))).max() > 0.1
+
+
+def as_pickle(folder, change=lambda tensors: None) -> None:
+    """The weights of an adapter folder as older versions of PEFT wrote them."""
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    torch.save(tensors, folder / "adapter_model.bin")
+    file.unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_pickled_adapter_is_read_bit_for_bit(dtype, foreign):
+    expected = {}
+
+    def change(tensors):
+        for index, name in enumerate(tensors):
+            tensor = tensors[name].to(dtype)
+            if index % 3 == 0:
+                tensor = tensor.t().contiguous().t()  # another order in memory
+            if index % 3 == 1:
+                tensor = torch.cat([tensor, tensor])[len(tensor) :]  # a part of a storage
+            tensors[name] = torch.nn.Parameter(tensor) if index % 2 else tensor
+            expected[name] = tensor.float().numpy()
+
+    as_pickle(foreign, change)
+    found = map_pickled(foreign / "adapter_model.bin", "an adapter", "")
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array.astype(np.float32), expected[name])
+
+
+class Program:
+    """What a hostile pickle holds: unpickling it would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+# What is in an adapter_model.bin in place of its tensors, and what is said of it.
+PICKLES = {
+    "a program": ({Q_B: Program("made")}, "refused, it asks for posix.mkdir"),
+    "a list": ([torch.ones(2)], "holds something else than tensors by name"),
+    "a number": ({Q_B: 3}, "holds something else than tensors by name"),
+    "whole numbers": ({Q_B: torch.ones(2).int()}, "holds a IntStorage, which is not fp16"),
+    "a sparse tensor": ({Q_B: torch.ones(2, 2).to_sparse()}, "refused, it asks for torch._utils."),
+}
+
+
+@pytest.mark.parametrize("what", PICKLES)
+def test_a_pickle_of_anything_else_is_refused_and_not_run(what, base, foreign, monkeypatch):
+    monkeypatch.chdir(foreign)
+    content, words = PICKLES[what]
+    (foreign / "adapter_model.safetensors").unlink()
+    torch.save(content, foreign / "adapter_model.bin")
+    with pytest.raises(InputError) as refused:
+        load_adapter(load_model(base, "fp32"), foreign)
+    assert words in str(refused.value)
+    assert "adapter_model.bin" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (foreign / "made").exists()
+
+
+def test_a_pickle_whose_tensors_leave_their_storage_is_refused(foreign):
+    tensor = torch.ones(4, 4)
+    (foreign / "adapter_model.safetensors").unlink()
+    file = foreign / "adapter_model.bin"
+    torch.save({Q_B: tensor}, file)
+    shape, larger = b"K\x04K\x04\x86", b"K\x05K\x04\x86"  # (4, 4) -> (5, 4)
+    content = file.read_bytes()
+    assert content.count(shape) == 1
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, part in entries.items():
+            archive.writestr(name, part.replace(shape, larger))
+    with pytest.raises(InputError, match=r"shape \(5, 4\), of a storage of 16 elements"):
+        map_pickled(file, "an adapter", "copy it again")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_cut_pickle_is_refused(share, base, foreign):
+    as_pickle(foreign)
+    file = foreign / "adapter_model.bin"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(InputError, match=r"adapter_model.bin: damaged, or not torch.save's"):
+        load_adapter(load_model(base, "fp32"), foreign)
+
+
 @pytest.mark.parametrize("hub", [False, True])
 def test_peft_opens_base_and_adapter_by_the_adapter_alone_where_the_base_is_known(
     hub, tensors, tmp_path, monkeypatch
@@ -306,8 +450,6 @@ def flip_header(path):
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
 
 
-Q_B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-
 # What is wrong -> how to make it so, and what the message must say
 DAMAGE = {
     "unknown tensor": (
@@ -385,7 +527,6 @@ DAMAGE = {
             ("use_rslora", 1, "use_rslora 1, expected true or false"),
             ("bias", {"a": "b" * 10**6}, "not supported here: bias {'a': 'bbb"),
             ("target_modules", 5, "target_modules is 5, expected names such as q_proj"),
-            ("target_modules", None, "target_modules is None, expected names"),
             ("target_modules", [7], "target_modules is [7], expected names"),
             ("target_modules", "(q_proj", "target_modules '(q_proj' is no regular expression"),
             ("target_modules", "a{9999999999999}", "is no regular expression"),

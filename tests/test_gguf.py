@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import json
@@ -19,6 +20,7 @@ import pytest
 pytest.importorskip("torch")
 
 import gguf
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +28,13 @@ import random_models
 import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Type
+from hf_models import saved
 from meta_files import random_tensors, reference, write_meta
 from random_models import GROUPED, LORA, VOCABULARY, adapted, model_folder
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from convert import to_meta
+from convert import from_hf, to_meta
+from convert.from_hf import FromHf
 from convert.from_meta import FromMeta, convert
 from convert.gguf import tensors as gguf_tensors
 from convert.gguf.vocabulary import read_vocabulary
@@ -401,6 +405,20 @@ def test_llama_cpp_generates_just_our_ids(source, tmp_path):
             [token for token in answer if token not in tokenizer.stop_ids] for answer in (ids, ours)
         ]
         assert without_end[0] == without_end[1]
+
+
+@pytest.mark.parametrize("kind", ["heads wider than dim / heads", "linear rope"])
+def test_llama_cpp_generates_just_our_ids_with_other_heads_and_positions(kind, tmp_path):
+    config = copy.deepcopy(hf_models.KINDS[kind][0])
+    config.vocab_size = 256 + len(LONGER) + len(LLAMA3_SPECIALS)
+    saved(tmp_path / "hf", config)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(RANKS)
+    from_hf.convert(FromHf(tmp_path / "hf", tmp_path / "model"))
+    peer = LlamaCpp(written(tmp_path / "model", tmp_path))
+    prompts = [[1, 5, 9], [7] * 20]
+    ours = generate(load_model(tmp_path / "model", "fp32"), prompts, 40, Sampling(temperature=0))
+    assert [peer.answer(prompt, 40)[0] for prompt in prompts] == ours
+    assert len({*ours[0], *ours[1]}) > 10
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(None, 3e-2), ("q8_0", 0.3)])

@@ -218,9 +218,10 @@ def test_weights_lie_cut_over_several_gpus():
 
 
 @pytest.mark.promotes
-def test_the_split_adds_up_to_what_xla_says():
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_the_split_adds_up_to_what_xla_says(head_dim):
     """On this machine's own processor, in this process."""
-    model = LlamaConfig(64, 5, 4, 2, 160, 128)
+    model = LlamaConfig(64, 5, 4, 2, 160, 128, head_dim=head_dim)
     step = replace(seven(precision="fp32", max_seq_len=32), model=model)
     found = answer(Request(step, None))
     compiled = lower_training(step, make_mesh(jax.devices()[:1])).compile()
@@ -242,6 +243,9 @@ def test_operations_are_those_of_the_arithmetic():
     assert arithmetic.flops_per_token(block) == arithmetic.flops_per_token(step) + again
     full = replace(step, lora=None)
     assert arithmetic.flops_per_token(full) == 6 * weights + 7 * attended
+    more = 32 * 4 * 4096**2, 4096 * 4096 * 32  # heads twice as wide: in wq wk wv wo, and attended
+    wide = replace(full, model=replace(SEVEN, head_dim=256))
+    assert arithmetic.flops_per_token(wide) == 6 * (weights + more[0]) + 7 * (attended + more[1])
 
 
 # MiB compiled for an H200 and an A100, jax 0.10.2: docs/results/plans.json

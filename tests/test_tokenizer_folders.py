@@ -7,12 +7,16 @@ import shutil
 import pytest
 
 pytest.importorskip("torch")
+import hf_models
+import jax.numpy as jnp
+import numpy as np
 import tokenizers
+import torch
 from gguf import GGUFWriter, TokenType
 from random_models import BASE, TOKENIZER, model_folder
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from train_runs import as_flags
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import jllama
 from convert.from_hf import main as from_hf
@@ -188,6 +192,70 @@ def test_metas_own_file_is_used_where_it_has_all_tokens(tmp_path):
         ours = tokenizer_of(read_hf_tokenizer(folder), folder)
         assert type(ours) is kind
         assert {1, 2} <= {*ours.stop_ids}
+
+
+def alpaca_of_old(root):
+    """tokenizer.model, and [PAD] in small files."""
+    (root / "b").mkdir()
+    (root / "b" / "tokenizer.model").write_bytes(SAMPLE)
+    (root / "b" / "added_tokens.json").write_text('{"[PAD]": 2048}')
+    (root / "b" / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    return root / "b"
+
+
+def of_rows(folder, rows):
+    """A random model with so many rows beside a tokenizer; gives transformers' model."""
+    sizes = hf_models.SIZES | {"vocab_size": rows}
+    kept = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.json"}
+    peer = hf_models.saved(folder, hf_models.LLAMA(**sizes))
+    (folder / "tokenizer.model").unlink()
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    return peer
+
+
+@pytest.mark.parametrize("make", [alpaca, alpaca_of_old])
+@pytest.mark.parametrize("rows", [2048, 2049, 2112])  # without one for [PAD], with it, padded to 64
+def test_a_padding_token_needs_no_row(make, rows, tmp_path):
+    folder = make(tmp_path)
+    peer = of_rows(folder, rows)
+    from_hf([str(folder), str(tmp_path / "model")])
+    ours = jllama.load_tokenizer(tmp_path / "model")
+    assert ours.vocab_size == min(rows, 2049)
+    for text in (*TEXTS, "a [PAD] b"):
+        assert max(ours.encode(text) + ours.marked(text), default=0) < rows
+        plain = SentencePieceTokenizer(SAMPLE).encode(text)
+        if make is alpaca_of_old:
+            assert ours.encode(text) == plain
+    if rows > 2048:
+        assert ours.special("[PAD]") == 2048
+        assert 2048 in ours.marked("a [PAD] b")
+    else:
+        with pytest.raises(InputError, match=r"has no \[PAD\]"):
+            ours.special("[PAD]")
+    ids = np.array([ours.encode("What is the opposite of hot?")])
+    found = jllama.load_model(tmp_path / "model", "fp32")(jnp.asarray(ids))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor(ids)).logits
+        assert torch.equal(expected, peer(torch.tensor(ids)).logits)
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=1e-5)
+    to_hf([str(tmp_path / "model"), str(tmp_path / "back")])
+    for file in ("added_tokens.json", "tokenizer.json"):  # what came in leaves again
+        if (folder / file).exists():
+            assert (tmp_path / "back" / file).read_bytes() == (folder / file).read_bytes()
+    if make is alpaca_of_old:
+        vocabulary = read_vocabulary(tmp_path / "model").padded(rows)
+        assert len(vocabulary.tokens) == rows
+
+
+@pytest.mark.parametrize("make", [chatml, alpaca])
+def test_any_other_token_without_a_row_is_refused(make, tmp_path, capsys):
+    folder = make(tmp_path)
+    of_rows(folder, 2048 if make is chatml else 2047)
+    with pytest.raises(SystemExit):
+        from_hf([str(folder), str(tmp_path / "model")])
+    said = capsys.readouterr().err
+    assert f"tokens, but the weights have {2048 if make is chatml else 2047} rows" in said
 
 
 WRONG = {

@@ -7,10 +7,16 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import dataclasses
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
 
 from convert.gguf.vocabulary import Vocabulary
-from jllama.config import LlamaConfig
+from jllama.config import LinearScaling, LlamaConfig, RopeScaling
 from jllama.layers import rotary_frequencies
 
 _FILE_TYPES = {
@@ -22,7 +28,7 @@ _FILE_TYPES = {
 
 
 def add_sizes(writer: GGUFWriter, config: LlamaConfig) -> None:
-    """What a LLaMA is, in numbers. How it stretches the rotary embedding is `rotary_factors`."""
+    """What a LLaMA is, in numbers. Llama 3.1's stretching of the rotary embedding is a tensor."""
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -30,14 +36,19 @@ def add_sizes(writer: GGUFWriter, config: LlamaConfig) -> None:
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    if isinstance(config.rope_scaling, LinearScaling):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
     writer.add_vocab_size(config.vocab_size)
 
 
 def rotary_factors(config: LlamaConfig) -> np.ndarray | None:
     """By what llama.cpp is to divide each pair's frequency, fp32 `[H/2]`; None for nothing."""
-    if config.rope_scaling is None:
+    if not isinstance(config.rope_scaling, RopeScaling):
         return None
     plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
     return plain / rotary_frequencies(config)

@@ -1,7 +1,4 @@
-"""Hugging Face's safetensors: checked against config.json, read one block at a time.
-
-    model.safetensors, or model-00001-of-00002.safetensors, ... and model.safetensors.index.json:
-    {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model-00001-of-00002.safetensors"}}
+"""Hugging Face's weights: checked against config.json, read one block at a time.
 
 Hugging Face turns the rotary pairs (x[i], x[i + H/2]) where Meta turns (x[2i], x[2i+1]), so the
 rows of q and k change their order on the way in. Linears may be in bitsandbytes' nf4
@@ -12,35 +9,22 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import torch
 
 from convert.blocks import refuse_if
 from convert.dtypes import as_numpy, forget, is_finite
 from convert.hf import bitsandbytes
 from convert.hf.config import config_from_hf
+from convert.hf.stored import Stored, stored_tensors
 from convert.meta.cuts import is_skipped
 from jllama.config import Base, LlamaConfig, tensor_shapes
-from jllama.errors import InputError
-from jllama.folders.inputs import check_readable
 from jllama.folders.json_files import read_json
 from jllama.folders.model import CONFIG
 from jllama.folders.tensors import DTYPES
 from jllama.layers import to_interleaved
 from jllama.names import EMBEDDINGS, OUTPUT, block_of, hf_name
-
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class Stored(NamedTuple):
-    """Where a tensor is, and what its file's header says of it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ class HfWeights:
 
     @property
     def files(self) -> list[Path]:
-        return [self.folder / file for file in sorted({at.file for at in self.stored.values()})]
+        return sorted({at.file for at in self.stored.values()})
 
     def read_block(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], list[str]]:
         """Tensors under Meta's names, in Meta's order of rows, and what is not finite in them."""
@@ -94,9 +78,9 @@ class HfWeights:
             if self.base is not None and self.base.holds(name):
                 read |= self._read_codes(name, problems)
                 continue
-            file = self.folder / self.stored[theirs].file
-            tensor = _read(file, theirs)
+            tensor = self.stored[theirs].read()
             if not is_finite(tensor):
+                file = self.stored[theirs].file
                 problems.append(f"{file.name}: {theirs} holds NaN or infinity, expected finite")
             heads = self.config.rotary_heads(name.removesuffix(".weight"))
             array = as_numpy(tensor)
@@ -110,7 +94,7 @@ class HfWeights:
         def tensor(theirs: str) -> np.ndarray | None:
             if theirs not in self.stored:
                 return None
-            found = _read(self.folder / self.stored[theirs].file, theirs)
+            found = self.stored[theirs].read()
             self._last.append(found)
             return found.numpy()
 
@@ -129,77 +113,18 @@ def open_hf(folder: Path) -> HfWeights:
         InputError: if files are missing, damaged or hostile, or contradict each other.
     """
     config = config_from_hf(folder / CONFIG)
-    stored, base = _headers(folder), None
+    stored, base = stored_tensors(folder), None
     if read_json(folder / CONFIG).get("quantization_config") is not None:
         base = bitsandbytes.base_of_names(stored, config)
     problems = list(_wrong_tensors(stored, config, base))
     if not problems and config.tied and hf_name(OUTPUT) in stored:
-        head, table = (
-            _read(folder / stored[n].file, n) for n in map(hf_name, (OUTPUT, EMBEDDINGS))
-        )
+        head, table = (stored[hf_name(name)].read() for name in (OUTPUT, EMBEDDINGS))
         if head.dtype != table.dtype or not torch.equal(head, table):
             problems.append(
                 f"{hf_name(OUTPUT)} differs from {hf_name(EMBEDDINGS)}, expected a copy"
             )
     refuse_if(problems, folder, f"the weights do not fit {CONFIG}; copy all from one download")
     return HfWeights(folder, config, stored, base)
-
-
-def _headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's files, as their headers have it."""
-    placed = _weight_map(folder)
-    files = sorted(set(placed.values())) if placed else [WHOLE]
-    stored: dict[str, Stored] = {}
-    problems = []
-    for file in files:
-        try:
-            check_readable(folder / file, "a file of weights")
-            with safetensors.safe_open(folder / file, "pt") as content:
-                for name in content.keys():  # noqa: SIM118  # it is no mapping
-                    part = content.get_slice(name)
-                    if name in stored:
-                        problems.append(f"{file}: {name} is also in {stored[name].file}")
-                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-        except InputError as error:
-            problems.append(str(error).removeprefix(f"{folder}/"))
-        except (safetensors.SafetensorError, OSError) as error:
-            problems.append(f"{file}: damaged ({error})")
-    if placed is not None:
-        for name in sorted(placed.keys() | stored.keys()):
-            found = stored[name].file if name in stored else "no file"
-            if placed.get(name) != found and not problems:
-                problems.append(f"{name}: {INDEX} says {placed.get(name)}, but {found} has it")
-    refuse_if(problems, folder, "not Hugging Face's weights; download these files again")
-    return stored
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file, by the index; None where one file holds all."""
-    if not (folder / INDEX).exists():
-        if not (folder / WHOLE).exists():
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            raise InputError(
-                f"{folder}: no {WHOLE} or {INDEX}"
-                + ("; save the model with safe_serialization=True" if pickled else "")
-            )
-        return None
-    placed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise InputError(f"{folder / INDEX}: no weight_map of tensors and their files")
-    outside = [str(file) for file in placed.values() if not _is_plain_name(file)]
-    problems = [f"{file!r} is no name of a .safetensors file here" for file in sorted(set(outside))]
-    refuse_if(problems, folder / INDEX, "hostile or damaged; do not use these files")
-    return placed
-
-
-def _is_plain_name(file: object) -> bool:
-    """No path out of the folder, and no other kind of file."""
-    return (
-        isinstance(file, str)
-        and Path(file).name == file
-        and "\\" not in file
-        and file.endswith(".safetensors")
-    )
 
 
 def _wrong_tensors(
@@ -226,7 +151,7 @@ def _wrong_tensors(
         if name not in found:
             yield f"{name} is missing, expected {list(expected[name])}"
             continue
-        file, shape, dtype = found[name]
+        file, shape, dtype = found[name].file.name, found[name].shape, found[name].dtype
         if name not in expected:
             yield f"{file}: {name} {list(shape)} is unknown, expected no such one"
         elif shape != expected[name]:
@@ -236,9 +161,3 @@ def _wrong_tensors(
                 yield f"{file}: {name} is {dtype}, expected U8"
         elif dtype not in DTYPES:
             yield f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}"
-
-
-def _read(file: Path, name: str) -> torch.Tensor:
-    """A tensor mapped from its file; what was read of it stays resident as long as it lives."""
-    with safetensors.safe_open(file, "pt") as content:
-        return content.get_tensor(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.rules import COUNT, FLAG, NUMBER, Rule, broken
-from jllama.config import LlamaConfig, RopeScaling
+from jllama.config import LinearScaling, LlamaConfig, RopeScaling
 from jllama.errors import InputError
 from jllama.folders.json_files import read_json
 
@@ -116,6 +116,12 @@ def meta_params(config: LlamaConfig) -> dict[str, Any]:
     Raises:
         InputError: if Meta's format has no words for the config.
     """
+    if config.query_dim != config.dim:
+        raise InputError(
+            f"head size {config.head_dim}, and dim {config.dim} / {config.n_heads} heads is "
+            f"{config.dim / config.n_heads:g}: Meta's format has no word for it; use to-hf or "
+            "to-gguf"
+        )
     params: dict[str, Any] = {"dim": config.dim, "n_layers": config.n_layers}
     params["n_heads"] = config.n_heads
     if config.n_kv_heads != config.n_heads:
@@ -125,6 +131,11 @@ def meta_params(config: LlamaConfig) -> dict[str, Any]:
     if config.rope_theta != 10000:
         params["rope_theta"] = config.rope_theta
     scaling = config.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        raise InputError(
+            f"positions divided by {scaling.factor:g}: Meta's format has no word for it; use to-hf "
+            "or to-gguf"
+        )
     if scaling is not None:
         if scaling != RopeScaling(scaling.factor):
             raise InputError(f"{scaling}: Meta's params.json can state the factor alone")

@@ -1,14 +1,9 @@
 """Meta's shards: mapped into memory, checked against params.json and each other.
 
-    consolidated.00.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
-    consolidated.01.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
-
-Files are opened with `weights_only=True` and never otherwise: a .pth is a pickle, and a pickle
-may hold a program.
+consolidated.00.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
+consolidated.01.pth  layers.0.attention.wq.weight [N*H/2, D]  wo [D, N*H/2]  norm [D]  ...
 """
 
-import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +15,9 @@ from convert.blocks import refuse_if
 from convert.dtypes import DTYPES
 from convert.meta.cuts import ROWS, cut_of, embeddings_cut, is_skipped, part_shape
 from convert.meta.params import PARAMS, config_from_meta
+from convert.meta.pickled import open_pickled
 from jllama.config import LlamaConfig, tensor_shapes
 from jllama.errors import InputError
-from jllama.folders.inputs import check_readable
 from jllama.names import EMBEDDINGS, OUTPUT
 
 
@@ -59,55 +54,11 @@ def open_shards(folder: Path) -> list[Shard]:
     shards, problems = [], []
     for file in files:
         try:
-            shards.append(Shard(file.name, _open_shard(file)))
+            shards.append(Shard(file.name, open_pickled(file, "Meta's weights")))
         except InputError as error:
             problems.append(str(error))
     refuse_if(problems, folder, "not Meta's weights; download these files again")
     return shards
-
-
-def _open_shard(file: Path) -> dict[str, torch.Tensor]:
-    check_readable(file, "Meta's weights")
-    size = f"{file.stat().st_size:,} bytes"
-    try:
-        content = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL:? (\S+)", str(error))
-        wants = f"asks for {named[1]}" if named else "is no plain table of weights"
-        raise InputError(
-            f"{file.name}: refused, it {wants}; a file of weights holds no program"
-        ) from None
-    except Exception as error:  # a damaged archive can fail in any way
-        reason = "truncated or damaged" if zipped(file) else "not a PyTorch archive"
-        raise InputError(f"{file.name}: {reason} ({size} found)") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file.name}: holds a {type(content).__name__}, expected tensors by name")
-    wrong = [
-        str(name)
-        for name, tensor in content.items()
-        if not isinstance(name, str) or not _is_plain(tensor)
-    ]
-    if wrong:
-        names = ", ".join(wrong[:3])
-        raise InputError(
-            f"{file.name}: {names} ({len(wrong)} in all) not plain fp16, bf16 or fp32 tensors"
-        )
-    return content
-
-
-def zipped(file: Path) -> bool:
-    """Whether a file begins as every PyTorch archive does."""
-    with file.open("rb") as content:
-        return content.read(4) == b"PK\x03\x04"
-
-
-def _is_plain(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.dtype in DTYPES
-    )
 
 
 def checked_config(folder: Path, shards: Sequence[Shard], params: Mapping[str, Any]) -> LlamaConfig:

@@ -1,6 +1,7 @@
 """The adapter folder: a PEFT adapter, plus `jllama.json` with what PEFT has no word for.
 
     adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
+                                (of older versions adapter_model.bin)
     adapter_config.json         rank, alpha, dropout, targets (peft_config.py)
     jllama.json                 the passport: hashes of both files above, of the base model, of its
                                 tokenizer and of the data; prompt style, seed, versions
@@ -35,7 +36,8 @@ from jllama.folders.manifest import (
     read_sealed,
     write_sealed,
 )
-from jllama.folders.peft_config import lora_settings, peft_settings
+from jllama.folders.peft_config import PEFT_CONFIG, lora_settings, peft_settings
+from jllama.folders.pickled import map_pickled
 from jllama.folders.tensors import is_finite, map_tensors, save_tensors
 from jllama.layers import Linear, to_half_rotated, to_interleaved
 from jllama.lora import adapted_linears, attach
@@ -47,7 +49,8 @@ from jllama.text.prompt import PromptStyle
 from jllama.text.style_template import style_template
 from jllama.text.tokenizer import Tokenizer, tokenizer_sha256
 
-WEIGHTS, PEFT_CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "jllama.json"
+WEIGHTS, _OLDER_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PASSPORT = "jllama.json"
 
 
 class Passport(TypedDict, total=False):
@@ -67,6 +70,12 @@ class Passport(TypedDict, total=False):
 
 
 _DECLARED: TypeAdapter[Any] = TypeAdapter(Passport)
+
+
+def weights_file(adapter: str | Path) -> Path:
+    """Where an adapter's tensors are: in safetensors, or in what older versions of PEFT wrote."""
+    file, older = Path(adapter) / WEIGHTS, Path(adapter) / _OLDER_WEIGHTS
+    return older if older.exists() and not file.exists() else file
 
 
 def row_lengths(linear: Linear) -> np.ndarray:
@@ -207,7 +216,7 @@ def read_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, dic
     """
     path = Path(path)
     lora = read_lora_config(path)
-    file = path / WEIGHTS
+    file = weights_file(path)
     stored = _mapped(file)
     expected = lora.shapes(config)
     keys = {peft_name(name): name for name in expected}
@@ -236,7 +245,8 @@ def read_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, dic
 
 
 def _mapped(file: Path) -> dict[str, np.ndarray]:
-    return map_tensors(file, "the weights of a PEFT adapter", "copy the adapter again")
+    read = map_pickled if file.name == _OLDER_WEIGHTS else map_tensors
+    return read(file, "the weights of a PEFT adapter", "copy the adapter again")
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -303,6 +313,6 @@ def read_lora_config(path: str | Path) -> LoraConfig:
     """
     path = Path(path)
     _check_files(path)
-    tensors = _mapped(path / WEIGHTS) if (path / PEFT_CONFIG).exists() else {}
+    tensors = _mapped(weights_file(path)) if (path / PEFT_CONFIG).exists() else {}
     linears = {linear for linear, _ in map(_place, tensors) if linear}
     return lora_settings(path / PEFT_CONFIG, sorted(linears))

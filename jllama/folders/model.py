@@ -20,7 +20,7 @@ import numpy as np
 
 from jllama import bundled
 from jllama.cli.terminal import command_line
-from jllama.config import PRESETS, Base, LlamaConfig, RopeScaling, stored_shapes
+from jllama.config import PRESETS, Base, LlamaConfig, rope_scaling_of, stored_shapes
 from jllama.errors import InputError
 from jllama.folders.inputs import unreadable
 from jllama.folders.json_files import read_json, write_json, write_whole
@@ -31,6 +31,7 @@ from jllama.folders.manifest import (
     read_manifest,
     write_manifest,
 )
+from jllama.folders.peft_config import PEFT_CONFIG
 from jllama.folders.tensors import WITH_CODES, map_tensors, save_tensors, stored_hashes
 from jllama.names import block_of
 
@@ -97,7 +98,10 @@ class ModelWriter:
         ]
         if missing:
             raise ValueError(f"blocks never written: {', '.join(missing)}")
-        write_json(self._folder / CONFIG, dataclasses.asdict(self._config))
+        config = dataclasses.asdict(self._config)
+        if self._config.query_dim == self._config.dim:
+            del config["head_dim"]  # it follows from the others
+        write_json(self._folder / CONFIG, config)
         for name, content in tokenizer.items():
             write_whole(self._folder / name, content)
         write_manifest(self._folder, self._tensors, self._origin, (CONFIG, *tokenizer))
@@ -108,6 +112,31 @@ def block_file(folder: Path, block: str) -> Path:
     return folder / BLOCKS / f"{block}.safetensors"
 
 
+def refuse_other_kinds(path: Path) -> None:
+    """Refuses what people take for the folder of a model: a file, an adapter, GGUF files.
+
+    Raises:
+        InputError: what it is, in one line.
+    """
+    made_of = (
+        "jllama writes such files and reads none; give the folder of the model that it was made "
+        "of, in Hugging Face's or Meta's format"
+    )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise InputError(f"{path}: a GGUF file; {made_of}")
+        raise InputError(f"{path}: a file; expected the folder of a model, with all its files")
+    if (path / CONFIG).exists():
+        return
+    if (path / PEFT_CONFIG).exists():
+        raise InputError(
+            f"{path}: an adapter; give the base model that it belongs to, and this folder to "
+            "--adapter, or to --init-adapter for training"
+        )
+    if named := sorted(path.glob("*.gguf")):
+        raise InputError(f"{path}: has {named[0].name}, a GGUF file; {made_of}")
+
+
 def read_config(path: str | Path) -> LlamaConfig:
     """The config of a model folder.
 
@@ -116,6 +145,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     """
     path = Path(path)
     file = path / CONFIG
+    refuse_other_kinds(path)
     if not file.exists():
         advice = (
             f"expected a model folder; make one with: {command_line('from-meta', 'SRC', 'DST')}"
@@ -130,12 +160,19 @@ def read_config(path: str | Path) -> LlamaConfig:
             f"{path}: these are Hugging Face's files; run: {command_line('from-hf', path, 'DST')}"
         )
     try:
-        scaling = fields.pop("rope_scaling")
-        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
-    except (KeyError, TypeError, InputError) as error:
+        scaling = rope_scaling_of(fields.pop("rope_scaling"))
+        return LlamaConfig(**fields, rope_scaling=scaling)
+    except (AttributeError, KeyError, TypeError, InputError) as error:
         raise InputError(
             f"{file}: not a jllama config ({error}); convert the model again"
         ) from error
+
+
+def rows_of(path: str | Path) -> int | None:
+    """Rows of the embedding, ours or Hugging Face's; None where no config says it."""
+    file = Path(path) / CONFIG
+    rows = read_json(file).get("vocab_size") if file.exists() else None
+    return rows if isinstance(rows, int) else None
 
 
 def read_base(path: str | Path) -> Base | None:

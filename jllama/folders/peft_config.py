@@ -10,8 +10,9 @@ from typing import Any
 from jllama.config import LoraConfig
 from jllama.errors import InputError, WrongFields
 from jllama.folders.json_files import read_json
-from jllama.names import HF_LINEARS
+from jllama.names import HF_LINEARS, LINEAR_CHOICES
 
+PEFT_CONFIG = "adapter_config.json"
 _TARGETS = "target_modules"
 # Our settings by PEFT's names.
 _OURS = {
@@ -24,14 +25,22 @@ _OURS = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
+# PEFT's values of fields that are absent, and of those that may also be null.
+_ABSENT: Mapping[str, Any] = {"r": 8, "lora_alpha": 8}
+_NULL: Mapping[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    _TARGETS: [HF_LINEARS["wq"], HF_LINEARS["wv"]],  # of LLaMA and Mistral
+}
+
 # Fields that would change the arithmetic, and their plain values.
 _PLAIN: Mapping[str, tuple] = {
-    "bias": ("none",),
+    "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
-    "layers_to_transform": ([], None),
     "layer_replication": ([], None),
     "alora_invocation_tokens": ([], None),
     "trainable_token_indices": ([], {}, None),
@@ -45,7 +54,9 @@ _PLAIN: Mapping[str, tuple] = {
     "arrow_config": (None,),
     # PiSSA, OLoRA, CorDA, LoftQ and the like also change the base weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "enable_lora": ([], None),  # of the first versions, for linears that are joined
 }
+_OTHERS = ("lm_head", "embed_tokens")  # what else of a LLaMA PEFT adapts
 _LONGEST = 10_000  # characters of a regular expression
 
 
@@ -72,8 +83,8 @@ def lora_settings(file: Path, with_tensors: Collection[str]) -> LoraConfig:
 
     Args:
         with_tensors: Hugging Face's names of the linears that the adapter has tensors for. They
-            tell what a regular expression (or "all-linear") has matched; it is never run, for it
-            may take for ever.
+            tell what a regular expression (or "all-linear") has matched, and what was excluded;
+            none is ever run, for it may take for ever.
 
     Raises:
         InputError: for what LoRA, rsLoRA and DoRA are not, or with the fields that are wrong.
@@ -91,9 +102,9 @@ def lora_settings(file: Path, with_tensors: Collection[str]) -> LoraConfig:
         raise InputError(
             f"{file}: not supported here: {', '.join(extra)}; LoRA, rsLoRA and DoRA are"
         )
-    given = {ours: config.get(theirs) for theirs, ours in _OURS.items() if theirs != _TARGETS}
-    absent = {"dropout": 0.0, "rslora": False, "dora": False}  # PEFT's values where there is none
-    given |= {name: value for name, value in absent.items() if given[name] is None}
+    said = {**_ABSENT, **config}
+    said |= {field: value for field, value in _NULL.items() if said.get(field) is None}
+    given = {ours: said[theirs] for theirs, ours in _OURS.items() if theirs != _TARGETS}
     words = [
         f"{_THEIRS[name]} {reprlib.repr(value)}, expected a number"
         for name, value in given.items()
@@ -101,7 +112,9 @@ def lora_settings(file: Path, with_tensors: Collection[str]) -> LoraConfig:
     ]
     if words:
         raise InputError(f"{file}: {'; '.join(words)}")
-    targets = _targets(config.get(_TARGETS), file, with_tensors)
+    targets = _targets(said[_TARGETS], file, with_tensors)
+    if config.get("exclude_modules"):
+        targets = tuple(with_tensors)
     try:
         return LoraConfig(**given, targets=targets)  # type: ignore[arg-type]
     except WrongFields as wrong:
@@ -114,7 +127,9 @@ def lora_settings(file: Path, with_tensors: Collection[str]) -> LoraConfig:
 def _targets(value: Any, file: Path, with_tensors: Collection[str]) -> tuple[str, ...]:
     """Names of linears: a list of them or of the ends of their paths, or an expression for such."""
     if isinstance(value, list) and value and all(isinstance(x, str) and x for x in value):
-        return tuple(name.rpartition(".")[2] for name in value)
+        names = tuple(name.rpartition(".")[2] for name in value)
+        # PEFT passes over names of which no LLaMA has a module, if there are others.
+        return tuple(name for name in names if name in (*LINEAR_CHOICES, *_OTHERS)) or names
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST:
         raise InputError(
             f"{file}: {_TARGETS} is {reprlib.repr(value)}, expected names such as q_proj, v_proj, "

@@ -8,8 +8,10 @@ from typing import Protocol, runtime_checkable
 from jllama.errors import InputError
 from jllama.folders.json_files import read_bytes, read_text
 from jllama.folders.manifest import MANIFEST, check_file, read_manifest
+from jllama.folders.model import rows_of
 from jllama.text.hf_files import HF_FILES, NO_WORDS, TOKENIZER_JSON, Words, read_words
 from jllama.text.json_tokenizer import JsonTokenizer
+from jllama.text.padding import without_padding
 from jllama.text.template import ChatTemplate
 from jllama.text.tokenizer_file import FILE_NAME, check_sentencepiece, read_ranks
 
@@ -220,7 +222,7 @@ def load_tokenizer(path: str | Path, template: str | Path = "") -> Tokenizer:
     path = Path(path)
     if not path.is_dir():
         return make_tokenizer(read_bytes(path, f"Meta's {FILE_NAME}"), path)
-    return tokenizer_of(tokenizer_files(path), path, template)
+    return tokenizer_of(tokenizer_files(path), path, rows_of(path), template)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -247,7 +249,12 @@ def tokenizer_sha256(folder: str | Path) -> str | None:
     return certified.get(FILE_NAME, certified.get(TOKENIZER_JSON))
 
 
-def tokenizer_of(files: Mapping[str, bytes], folder: Path, template: str | Path = "") -> Tokenizer:
+def tokenizer_of(
+    files: Mapping[str, bytes],
+    folder: Path,
+    rows: int | None = None,
+    template: str | Path = "",
+) -> Tokenizer:
     """The tokenizer that a model folder's files describe.
 
     Meta's own file wherever it has all tokens: it gives the ids that the model was trained with.
@@ -257,6 +264,7 @@ def tokenizer_of(files: Mapping[str, bytes], folder: Path, template: str | Path 
     Args:
         files: by their names in a model folder.
         folder: where they lie, for errors.
+        rows: of the embedding; a padding token behind them is no token here.
         template: as for `load_tokenizer`.
 
     Raises:
@@ -264,6 +272,8 @@ def tokenizer_of(files: Mapping[str, bytes], folder: Path, template: str | Path 
     """
     words = read_words(files, folder)
     tokenizer = _choose(files, folder, words)
+    if rows is not None and tokenizer.vocab_size > rows:
+        return tokenizer_of(without_padding(files, words, rows, folder), folder, template=template)
     source, file = words.template, folder / words.template_file
     if template:
         file = Path(template)

@@ -77,7 +77,7 @@ def matmul_parameters(model: LlamaConfig) -> tuple[int, int, int]:
 def flops_per_token(step: Step) -> float:
     """Floating-point operations of training on one token."""
     weights, head, feed = matmul_parameters(step.model)
-    attended = step.attended * step.model.dim * step.model.n_layers  # T q L
+    attended = step.attended * step.model.query_dim * step.model.n_layers  # T q L
     forward = 2 * weights + 2 * attended
     backward = 2 * weights + 5 * attended
     down = step.model.n_layers * step.model.hidden_dim * step.model.dim  # w2
@@ -108,22 +108,22 @@ def memory_classes(step: Step) -> dict[str, int]:
 def saved_activations(step: Step) -> int:
     """Bytes that wait for the backward pass, by what `remat` keeps of every block.
 
-    In units of one token's stream (D), of its keys or values (K) and of its hidden layer (F).
+    In units of one token's stream (D), of its queries (N * H), which are as large as what its heads
+    have seen, of its keys or values (K * H) and of its hidden layer (F).
     """
     model = step.model
-    stream, hidden = model.dim, model.hidden_dim
-    keys = model.n_kv_heads * model.head_dim
+    stream, queries, keys, hidden = model.dim, model.query_dim, model.kv_dim, model.hidden_dim
     kept = {
-        "none": 4 * stream + 2 * keys + 2 * hidden,
-        "dots": 4 * stream + 2 * keys + 2 * hidden,
+        "none": 2 * stream + 2 * queries + 2 * keys + 2 * hidden,
+        "dots": 2 * stream + 2 * queries + 2 * keys + 2 * hidden,
         "offload": stream,
-        "ffn": 4 * stream + 2 * keys,
+        "ffn": 2 * stream + 2 * queries + 2 * keys,
         "block": stream,
     }[step.remat]
     # What attention reads and gives lies in the rows of the documents, and waits there.
     rows = sum(n * length for n, length in step.documents) / step.max_seq_len
     if rows and step.remat not in ("block", "offload"):
-        kept += round((rows - 1) * (2 * stream + 2 * keys))
+        kept += round((rows - 1) * (2 * queries + 2 * keys))
     tokens = step.micro_batch_size * step.max_seq_len
     return tokens * model.n_layers * kept * BYTES[step.precision]
 
@@ -132,7 +132,7 @@ def working_memory(step: Step) -> int:
     """Bytes of one block's forward and backward pass, and of the loss's chunk of logits."""
     tokens = step.micro_batch_size * step.max_seq_len
     model, size = step.model, BYTES[step.precision]
-    block = tokens * (4 * model.hidden_dim + 6 * model.dim) * size
+    block = tokens * (4 * model.hidden_dim + 4 * model.dim + 2 * model.query_dim) * size
     # nf4 is made into matrices before it is multiplied with, a few at a time.
     unfused = step.base is not None and step.base.format == "nf4"
     copies = 3 * model.hidden_dim * model.dim * size if unfused else 0
@@ -166,7 +166,7 @@ def bound_tokens_per_second(step: Step, flops: float, bandwidth: float) -> float
     block = (weights - head) / model.n_layers
     spared: float = 4 * head
     if step.lora:
-        spared += 2 * block + 5 * step.attended * model.dim
+        spared += 2 * block + 5 * step.attended * model.query_dim
     tokens = step.micro_batch_size * step.max_seq_len
     computing = tokens * (flops_per_token(step) - spared) / flops
     again = {"block": block - model.hidden_dim * model.dim}.get(step.remat, 0.0)

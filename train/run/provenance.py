@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jllama.folders.adapter import WEIGHTS
+from jllama.folders.adapter import weights_file
 from jllama.folders.json_files import read_bytes
 from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.folders.run import Record
@@ -48,7 +47,7 @@ def identity(config: TrainConfig) -> dict[str, str]:
         template = read_bytes(config.prompt_template, "a chat template")
         found["prompt_template_sha256"] = hashlib.sha256(template).hexdigest()
     if config.init_adapter:
-        found["init_adapter_sha256"] = file_sha256(Path(config.init_adapter) / WEIGHTS)
+        found["init_adapter_sha256"] = file_sha256(weights_file(config.init_adapter))
     return found
 
 
