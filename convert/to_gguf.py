@@ -32,7 +32,8 @@ from convert.gguf.tensors import (
     gguf_names,
     stored_bytes,
 )
-from convert.gguf.vocabulary import Vocabulary, read_vocabulary
+from convert.gguf.terms import Vocabulary
+from convert.gguf.vocabulary import read_vocabulary
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console, quoted
 from jllama.errors import InputError, checked

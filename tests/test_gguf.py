@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import urllib.request
 from collections import namedtuple
 from pathlib import Path
 from unittest import mock
@@ -26,6 +25,7 @@ import random_models
 import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Type
+from llama_cpp import LlamaCpp
 from meta_files import random_tensors, reference, write_meta
 from random_models import GROUPED, LORA, VOCABULARY, adapted, model_folder
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -289,45 +289,6 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(tmp_path
 
 
 # ---------------------------------------------------------------- llama.cpp
-
-
-class LlamaCpp:
-    """llama.cpp with everything but the stored weights in fp32."""
-
-    def __init__(self, file: Path):
-        peer = pytest.importorskip(
-            "xllamacpp", reason="llama.cpp is not here: pip install xllamacpp"
-        )
-        params = peer.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), 512, 1
-        params.cpuparams.n_threads, params.verbosity, params.warmup = 1, 0, False
-        params.cache_type_k = params.cache_type_v = peer.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = peer.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._server = peer.Server(params)
-
-    def _ask(self, path: str, **asked) -> dict:
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/{path}", json.dumps(asked).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    def tokens(self, text: str) -> list[int]:
-        return self._ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
-    def answer(self, prompt: list[int], length: int) -> tuple[list[int], list[float]]:
-        """Greedy ids up to one that ends a text; the log-probability of each if all are told.
-
-        It tells none of a token that is only a part of a character.
-        """
-        said = self._ask(
-            "completion", prompt=prompt, n_predict=length, temperature=0, n_probs=1,
-            return_tokens=True,
-        )  # fmt: skip
-        told = said["completion_probabilities"]
-        whole = [token["id"] for token in told] == said["tokens"]
-        return said["tokens"], [token["logprob"] for token in told] if whole else []
 
 
 @pytest.mark.parametrize("who", ["sample", "llama3"])

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from convert.gguf.vocabulary import Vocabulary
+from convert.gguf.terms import Vocabulary
 from jllama.config import LlamaConfig
 from jllama.layers import rotary_frequencies
 
@@ -52,7 +52,7 @@ def add_origin(writer: GGUFWriter, name: str, usual: GGMLQuantizationType) -> No
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """The tokenizer. Text begins with BOS, as in training, and is not ended."""
+    """The tokenizer. Text is not ended."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -61,11 +61,12 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.stop_ids[0])
-    if len(vocabulary.stop_ids) > 1:
-        writer.add_eot_token_id(vocabulary.stop_ids[1])
+    more = (writer.add_eot_token_id, writer.add_eom_token_id)  # llama.cpp has a place for three
+    for add, token in zip(more, vocabulary.stop_ids[1:], strict=False):
+        add(token)
     if vocabulary.unknown_id is not None:
         writer.add_unk_token_id(vocabulary.unknown_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(vocabulary.begins)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_before)
     if vocabulary.template is not None:
