@@ -4,11 +4,14 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from unittest import mock
@@ -20,6 +23,7 @@ pytest.importorskip("torch")
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import random_models
 import sentencepiece
@@ -43,6 +47,7 @@ from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
 from jllama.folders import files
 from jllama.folders.load import load_model
+from jllama.folders.manifest import manifest_sha256
 from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
 
 pytestmark = pytest.mark.as_stored  # what is compared is every weight as it is
@@ -181,6 +186,22 @@ def test_q8_0_is_within_half_a_step_and_leaves_rows_of_no_whole_blocks_in_f16(tm
             assert np.abs(back - blocks).max() > 0
 
 
+def test_q8_0_is_bit_for_bit_that_of_the_gguf_package():
+    draw = np.random.default_rng(0)
+    weights = draw.standard_normal((64, 96), np.float32)
+    weights[0] = 0
+    weights[1] = -weights[1]
+    weights[2:10] *= np.float32(10) ** np.arange(-40, 0, 5, dtype=np.float32)[:, None]
+    halves = draw.integers(-254, 255, (64, 96)).astype(np.float32) / 2
+    halves[:, ::32] = 127  # the scale is 1
+    for rows in (weights, halves, halves.astype(np.float16), weights.astype(ml_dtypes.bfloat16)):
+        found, finite = gguf_tensors.in_type(rows, Type.Q8_0)
+        assert finite
+        with np.errstate(all="ignore"):
+            expected = gguf.quantize(rows.astype(np.float32), Type.Q8_0)
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
 def test_the_metadata_is_what_the_config_says(tmp_path):
     params = GROUPED | {"rope_theta": 20000.0, "norm_eps": 1e-6}
     convert(FromMeta(write_meta(tmp_path / "a", random_tensors(params), params), tmp_path / "mine"))
@@ -194,6 +215,18 @@ def test_the_metadata_is_what_the_config_says(tmp_path):
         "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
+
+
+def test_the_header_names_what_the_file_was_made_from(sample, tmp_path):
+    adapted(sample, tmp_path / "ad", size=0.03)
+    alone = fields_of(written(sample, tmp_path))
+    assert alone["jllama.manifest_sha256"] == manifest_sha256(sample)
+    assert "jllama.adapter_sha256" not in alone
+    (tmp_path / "merged").mkdir()
+    merged = fields_of(written(sample, tmp_path / "merged", adapter=tmp_path / "ad"))
+    weights = (tmp_path / "ad/adapter_model.safetensors").read_bytes()
+    assert merged["jllama.manifest_sha256"] == manifest_sha256(sample)
+    assert merged["jllama.adapter_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_llama_31s_rotary_is_a_tensor_of_factors(llama3, tmp_path):
@@ -434,30 +467,84 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sample, tmp
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_leaves_nothing_behind(sample, tmp_path, monkeypatch, capsys):
+def stopped(monkeypatch, pieces: int) -> None:
+    """Ctrl-C while this many pieces have been written."""
     written, write = [], gguf_tensors.write_at
 
     def stop(*arguments):
         written.append("?")
-        if len(written) == 5:
+        if len(written) == pieces:
             os.kill(os.getpid(), signal.SIGINT)
         write(*arguments)
 
     monkeypatch.setattr(gguf_tensors, "write_at", stop)
-    with pytest.raises(SystemExit) as ended:
-        main([str(sample), str(tmp_path / "out.gguf")])
+
+
+@pytest.mark.parametrize("pieces", [1, 5, 40])
+def test_an_interrupted_export_goes_on_and_ends_the_same(
+    pieces, sample, tmp_path, monkeypatch, capsys
+):
+    adapted(sample, tmp_path / "ad", size=0.03)
+    (tmp_path / "whole").mkdir()
+    whole = written(sample, tmp_path / "whole", adapter=tmp_path / "ad").read_bytes()
+    arguments = [str(sample), str(tmp_path / "m.gguf"), "--adapter", str(tmp_path / "ad")]
+    with monkeypatch.context() as patch:
+        stopped(patch, pieces)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
     assert ended.value.code == 130
-    assert "the same command begins anew" in capsys.readouterr().out
-    assert os.listdir(tmp_path) == []
+    assert pieces == 1 or "the same command goes on" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == [".m.gguf.partial", "ad", "whole"]
+    left = (tmp_path / ".m.gguf.partial").read_bytes()
+    places, write = [], gguf_tensors.write_at
+    monkeypatch.setattr(gguf_tensors, "write_at", lambda *x: (places.append(x[2]), write(*x)))
+    main(arguments)
+    assert (tmp_path / "m.gguf").read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["ad", "m.Modelfile", "m.gguf", "whole"]
+    # Nothing is written that was there, but for a piece that another thread had not ended.
+    assert all(place >= len(left) or left[place : place + 9] != whole[place : place + 9]
+               for place in places)  # fmt: skip
+    assert len(places) <= 90 - pieces
 
 
-def test_what_a_killed_export_left_is_written_over(sample, tmp_path):
-    (tmp_path / ".m.gguf.partial").write_bytes(bytes(5_000_000))
+@pytest.mark.integration
+def test_a_killed_export_goes_on_and_ends_the_same(sample, tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = written(sample, tmp_path / "whole", dtype="q8_0").read_bytes()
+    program = (
+        "import os, signal, sys; from convert.gguf import tensors;"
+        "from convert.to_gguf import main;"
+        "write, tensors.write_at = tensors.write_at, lambda *x: ("
+        "write(*x), x[2] > 900_000 and os.kill(os.getpid(), signal.SIGKILL));"
+        "main(sys.argv[1:])"
+    )
+    arguments = [str(sample), str(tmp_path / "m.gguf"), "--dtype", "q8_0"]
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / ".m.gguf.partial").stat().st_size > 900_000
+    main(arguments)
+    assert (tmp_path / "m.gguf").read_bytes() == whole
+
+
+@pytest.mark.parametrize("size", [0, 700_000, 5_000_000])
+def test_what_is_left_is_compared_and_not_trusted(size, sample, tmp_path):
+    """Not even where it should be zero, between two tensors and behind the last one."""
+    (tmp_path / ".m.gguf.partial").write_bytes(b"\xff" * size)
     written(sample, tmp_path)
     (tmp_path / "again").mkdir()
     again = written(sample, tmp_path / "again")
     assert again.read_bytes() == (tmp_path / "m.gguf").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again", "m.Modelfile", "m.gguf"]
+
+
+def test_what_is_left_counts_as_room(sample, tmp_path, monkeypatch):
+    """A disk on which there is room for the rest only."""
+    free = 2**24 + 2_000_000
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
+    with pytest.raises(InputError, match="bytes are missing on this disk"):
+        written(sample, tmp_path)
+    (tmp_path / ".m.gguf.partial").write_bytes(bytes(1_000_000))
+    written(sample, tmp_path)
 
 
 def test_two_exports_to_one_name_do_not_mix(sample, tmp_path):

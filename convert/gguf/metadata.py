@@ -5,14 +5,19 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from convert.gguf.terms import Vocabulary
 from jllama.config import LlamaConfig
+from jllama.folders.adapter import WEIGHTS
+from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.layers import rotary_frequencies
 
+# The certificates of the source; llama.cpp passes over keys that it does not know.
+MANIFEST_SHA256, ADAPTER_SHA256 = "jllama.manifest_sha256", "jllama.adapter_sha256"
 _FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -43,10 +48,20 @@ def rotary_factors(config: LlamaConfig) -> np.ndarray | None:
     return plain / rotary_frequencies(config)
 
 
-def add_origin(writer: GGUFWriter, name: str, usual: GGMLQuantizationType) -> None:
-    """What the file holds, for people: a name, and the type of most weights."""
+def add_origin(
+    writer: GGUFWriter, model: Path, adapter: Path | None, usual: GGMLQuantizationType
+) -> None:
+    """What the file holds: a name, the type of most weights, and what it was made from.
+
+    Args:
+        model: the model folder, whose every tensor is checked against its manifest on the way.
+        adapter: what is merged into it.
+    """
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(model.resolve().name)
+    writer.add_string(MANIFEST_SHA256, manifest_sha256(model))
+    if adapter is not None:
+        writer.add_string(ADAPTER_SHA256, file_sha256(adapter / WEIGHTS))
     writer.add_file_type(_FILE_TYPES[usual])
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
