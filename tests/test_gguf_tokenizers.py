@@ -278,3 +278,8 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(what, tm
     with pytest.raises(InputError, match=rf"tokenizer\.json: .*{reason}.*so llama\.cpp's ids") as x:
         read_vocabulary(make(tmp_path))
     assert "export with to-hf" in str(x.value)
+
+
+def test_a_tokenizer_without_merges_is_refused_which_llama_cpp_does_not_load(tmp_path):
+    with pytest.raises(InputError, match=r"merges nothing, and llama\.cpp loads"):
+        read_vocabulary(model_folder(tmp_path, GROUPED))

@@ -47,6 +47,10 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         ranks = read_ranks(file.read_bytes(), file)
         assert ranks is not None
         found = _llama3(ranks, tokenizer.bos_id, tokenizer.stop_ids)
+    if not (found.merges or found.scores):
+        raise InputError(
+            f"{folder}: its tokenizer merges nothing, and llama.cpp loads no such file"
+        )
     return dataclasses.replace(found, template=template, begins=_begins(tokenizer))
 
 
