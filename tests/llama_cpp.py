@@ -40,6 +40,11 @@ class LlamaCpp:
         ]
         return self.tokens(self._ask("apply-template", messages=turns)["prompt"], marked=True)
 
+    def next(self, ids: list[int]) -> int | None:
+        """The likeliest id after these; None for one that ends a text."""
+        said = self._ask("completion", prompt=ids, n_predict=1, temperature=0, return_tokens=True)
+        return said["tokens"][0] if said["tokens"] else None
+
     def answer(self, prompt: list[int], length: int) -> tuple[list[int], list[float]]:
         """Greedy ids up to one that ends a text; the log-probability of each if all are told.
 

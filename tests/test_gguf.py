@@ -41,13 +41,14 @@ from convert.gguf.vocabulary import read_vocabulary
 from convert.quantize import main as quantize
 from convert.to_gguf import ToGguf, export, main
 from convert.to_meta import ToMeta
-from jllama.bundled import SAMPLE
+from jllama.bundled import ROWS, SAMPLE
 from jllama.decode.generate import generate
 from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
 from jllama.folders import files
 from jllama.folders.load import load_model
 from jllama.folders.manifest import manifest_sha256
+from jllama.text.rows import make_examples
 from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
 
 pytestmark = pytest.mark.as_stored  # what is compared is every weight as it is
@@ -381,20 +382,87 @@ def test_llama_cpp_answers_as_we_do(source, kind, tmp_path):
     hold_answers_together(model, folder, file, 3e-2)  # it rounds activations to F16, too
 
 
-def test_llama_cpp_generates_just_our_ids(source, tmp_path):
-    """Token for token, as `jllama.generate` gives them."""
+def hold_ids_together(model, folder: Path, file: Path, prompts: list[list[int]], length: int):
+    """Both sides' greedy ids, as `jllama.generate` gives them: the same, token for token."""
+    peer, stops = LlamaCpp(file), load_tokenizer(folder).stop_ids
+    answers = generate(model, prompts, length, Sampling(temperature=0), stop_ids=stops)
+    for prompt, ours in zip(prompts, answers, strict=True):
+        ids, _ = peer.answer(prompt, length)
+        kept = [[token for token in answer if token not in stops] for answer in (ids, ours)]
+        assert kept[0] == kept[1]
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["base", "LoRA", "rsLoRA"])
+def test_llama_cpp_generates_just_our_ids(source, kind, tmp_path):
     folder, size = source
-    model = adapted(folder, tmp_path / "ad", size=size)
-    peer = LlamaCpp(written(folder, tmp_path, dtype="f32", adapter=tmp_path / "ad"))
+    if kind == "base":
+        model, more = load_model(folder, "fp32"), {}
+    else:
+        model = adapted(folder, tmp_path / "ad", KINDS[kind], size)
+        more = {"adapter": tmp_path / "ad"}
     tokenizer = load_tokenizer(folder)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
-    answers = generate(model, prompts, 48, Sampling(temperature=0), stop_ids=tokenizer.stop_ids)
-    for prompt, ours in zip(prompts, answers, strict=True):
-        ids, _ = peer.answer(prompt, 48)
-        without_end = [
-            [token for token in answer if token not in tokenizer.stop_ids] for answer in (ids, ours)
-        ]
-        assert without_end[0] == without_end[1]
+    hold_ids_together(model, folder, written(folder, tmp_path, dtype="f32", **more), prompts, 48)
+
+
+@pytest.fixture(scope="module")
+def stories(assets, tmp_path_factory):
+    """stories260K, whose tokenizer makes one space of many; here it does not."""
+    place = tmp_path_factory.mktemp("stories")
+    shutil.copytree(assets / "stories260K-meta", place / "meta")
+    file = place / "meta" / "tokenizer.model"
+    proto = ModelProto.FromString(file.read_bytes())
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    file.write_bytes(proto.SerializeToString())
+    convert(FromMeta(place / "meta", place / "model"))
+    return place / "model"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [None, "f32", "f16"])
+def test_llama_cpp_tells_the_stories_of_an_independent_program(dtype, stories, assets, tmp_path):
+    expected = json.loads((assets / "stories260K-expected.json").read_text())
+    prompts = [expected[f"p{n}_prompt"] for n in range(3)]
+    file = written(stories, tmp_path, dtype=dtype)
+    answers = hold_ids_together(load_model(stories, "fp32"), stories, file, prompts, 150)
+    for n, answer in enumerate(answers):
+        told = expected[f"p{n}_tokens"][len(prompts[n]) :]
+        assert len(answer) == 150
+        assert answer == told[:150]
+
+
+@pytest.fixture(scope="module")
+def texts_of_both(sample, stories):
+    """Ids of text that each model knows: the sample's rows, and stories that stories260K tells."""
+    rows, tokenizer = json.loads(ROWS.read_text()), load_tokenizer(sample)
+    how = {"max_seq_len": 256, "train_on_prompt": False, "skip_bad_rows": 0, "source": "rows"}
+    examples, _ = make_examples(rows[:100], tokenizer, "plain", **how)
+    like = Sampling(temperature=0.8, top_p=1.0)
+    told = generate(load_model(stories, "fp32"), [[1]] * 8, 250, like)
+    return {
+        "sample": (sample, [example.ids.tolist() for example in examples]),
+        "stories": (stories, [[1, *ids] for ids in told]),
+    }
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("who", ["sample", "stories"])
+def test_q8_0_chooses_as_the_weights_do_at_99_of_100_positions(who, texts_of_both, tmp_path):
+    """Some 2,000 positions of each; over 6,000 it was 99.1 % (sample) and 99.2 % (stories)."""
+    folder, texts = texts_of_both[who]
+    peer, model = LlamaCpp(written(folder, tmp_path, dtype="q8_0")), load_model(folder, "fp32")
+    stop, same, positions = load_tokenizer(folder).eos_id, 0, 0
+    for ids in texts:
+        rows = np.zeros((1, 256), np.int32)  # one shape for all
+        rows[0, : len(ids)] = ids
+        likeliest = np.asarray(model(jnp.asarray(rows))).argmax(-1)[0]
+        for end in range(1, len(ids) + 1):
+            chosen = peer.next(ids[:end])
+            same += (stop if chosen is None else chosen) == likeliest[end - 1]
+            positions += 1
+    assert positions > 2000
+    assert same / positions >= 0.99
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(None, 3e-2), ("q8_0", 0.3)])
