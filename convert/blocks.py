@@ -195,12 +195,8 @@ def as_stored(
 
 
 @contextlib.contextmanager
-def block_progress(title: str, blocks: int, *, again: str = "goes on") -> Iterator[Any]:
-    """A progress bar over blocks; yields `advance(bytes)`, which shows their rate.
-
-    Args:
-        again: what the same command does after Ctrl-C, in words.
-    """
+def block_progress(title: str, blocks: int) -> Iterator[Any]:
+    """A progress bar over blocks; yields `advance(bytes)`, which shows their rate."""
     copied, done, started = 0, 0, time.monotonic()
     with Progress(title, blocks, "blocks") as progress:
 
@@ -213,6 +209,6 @@ def block_progress(title: str, blocks: int, *, again: str = "goes on") -> Iterat
             yield advance
         except KeyboardInterrupt:
             console.print(
-                f"{title} stopped after {done} of {blocks} blocks; the same command {again}"
+                f"{title} stopped after {done} of {blocks} blocks; the same command goes on"
             )
             raise

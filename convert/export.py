@@ -67,7 +67,7 @@ class Model:
         choices: Mapping[str, np.dtype],
         vectors: np.dtype | None = None,
     ):
-        self.src = settings.src
+        self.src, self.adapter = settings.src, settings.adapter
         self.config = read_config(self.src)
         self.blocks = tensor_shapes(self.config)
         self.shapes = {
@@ -96,13 +96,18 @@ class Model:
         self.advance: Callable[[int], None] = lambda size: None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for given in self.unrounded():
+            yield {name: cast(tensor, self.dtypes[name]) for name, tensor in given.items()}
+
+    def unrounded(self) -> Iterator[dict[str, np.ndarray]]:
+        """The same, but not yet in the dtype asked for, unless merging has already rounded it."""
         for block in self.blocks:
             tensors = read_block(self.src, block)
             whole = self._matrices(block, tensors)
-            given = whole
-            if self.merge is not None:
-                given = self.merge(block, whole, tensors if self.trained_on else None)
-            yield {name: cast(tensor, self.dtypes[name]) for name, tensor in given.items()}
+            if self.merge is None:
+                yield whole
+            else:
+                yield self.merge(block, whole, tensors if self.trained_on else None)
             self.advance(sum(tensor.nbytes for tensor in tensors.values()))
             forget(tensors.values())
 

@@ -7,6 +7,7 @@ Beside `tuned.gguf` there is `tuned.Modelfile` for `ollama create`. Without an a
 the matrices are bit for bit those of the model folder; norms are always F32.
 """
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -32,11 +33,12 @@ from convert.gguf.tensors import (
     gguf_names,
     stored_bytes,
 )
-from convert.gguf.vocabulary import Vocabulary, read_vocabulary
+from convert.gguf.terms import Vocabulary
+from convert.gguf.vocabulary import read_vocabulary
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console, quoted
 from jllama.errors import InputError, checked
-from jllama.folders.files import check_new_file, room_for, whole_file
+from jllama.folders.files import bytes_begun, check_new_file, room_for, whole_file
 from jllama.folders.json_files import write_whole
 
 Tensors = dict[str, tuple[tuple[int, ...], GGMLQuantizationType]]
@@ -56,6 +58,8 @@ class ToGguf(Outgoing):
 def export(settings: ToGguf) -> None:
     """Writes the file, whole or not at all, and says what it is.
 
+    An interrupted export goes on where it was.
+
     Raises:
         InputError: if the file exists, the model folder is incomplete or damaged, the adapter does
             not fit, llama.cpp would give other ids, the disk is too small, or what would be written
@@ -70,7 +74,7 @@ def export(settings: ToGguf) -> None:
     vocabulary = read_vocabulary(model.src).padded(model.config.vocab_size)
     tensors = _tensors(model, settings.dtype)
     size = sum(stored_bytes(shape, kind) for shape, kind in tensors.values())
-    with room_for(size, dst), whole_file(dst) as partial:
+    with room_for(size - bytes_begun(dst), dst), whole_file(dst) as partial:
         _write(partial, model, tensors, vocabulary)
     write_whole(modelfile, _modelfile(dst, vocabulary))
     if model.merge is not None:
@@ -102,21 +106,19 @@ def _usual(tensors: Tensors) -> GGMLQuantizationType:
 
 def _write(file: Path, model: Model, tensors: Tensors, vocabulary: Vocabulary) -> None:
     writer = GGUFWriter(None, ARCHITECTURE)
-    add_origin(writer, model.src.resolve().name, _usual(tensors))
+    add_origin(writer, model.src, model.adapter, _usual(tensors))
     add_sizes(writer, model.config)
     add_vocabulary(writer, vocabulary)
     names = gguf_names(list(model.shapes), model.config.n_layers)
     factors = rotary_factors(model.config)
-    try:
-        content = TensorFile(file, writer, tensors)
+    with contextlib.closing(TensorFile(file, writer, tensors)) as content:
+        content.begin()
         if factors is not None:
             content.put({ROTARY_FACTORS: factors})
-        with block_progress("exporting", len(model.blocks), again="begins anew") as model.advance:
-            for block in model:
+        with block_progress("exporting", len(model.blocks)) as model.advance:
+            for block in model.unrounded():
                 content.put({names[name]: block[name] for name in block})
-        content.close()
-    finally:
-        writer.close()
+        content.finish()
 
 
 def _modelfile(dst: Path, vocabulary: Vocabulary) -> str:

@@ -11,7 +11,7 @@ from convert.speed import command as speed
 pytestmark = pytest.mark.integration
 
 
-@pytest.mark.slow  # four processes that import torch and JAX
+@pytest.mark.slow  # nine processes that import torch and JAX
 def test_every_way_is_measured_beside_cp(tmp_path):
     output = tmp_path / "figures.json"
     place = ["--place", str(tmp_path), "--output", str(output)]
@@ -20,7 +20,10 @@ def test_every_way_is_measured_beside_cp(tmp_path):
     ways = found["figures"]["2 shards"]
     assert set(ways) == {"in from Meta", "out to Meta", "out to Hugging Face",
                          "in from Hugging Face"}  # fmt: skip
-    for figure in ways.values():
+    exports = found["figures"]["exports"]
+    assert set(exports) == {"to GGUF", "to GGUF in f16", "to GGUF in q8_0", "to GGUF, merged",
+                            "to Hugging Face, merged"}  # fmt: skip
+    for figure in (*ways.values(), *exports.values()):
         assert figure["ratio_to_cp"] == figure["seconds"] / figure["cp_seconds"]
         assert figure["peak_mib"] > figure["imports_mib"] > 50
     assert found["versions"]["torch"]

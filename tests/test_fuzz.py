@@ -9,14 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 pytest.importorskip("torch")
 
+import gguf
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -24,10 +25,13 @@ import safetensors.torch
 import torch
 from meta_files import random_tensors, write_hf, write_meta
 from random_models import GROUPED
+from random_models import VOCABULARY as ROWS
+from small_tokenizers import files_of_letters, files_of_pieces
 
-from convert import from_hf, from_meta
+from convert import from_hf, from_meta, to_gguf
 from convert.from_hf import FromHf
 from convert.from_meta import FromMeta
+from convert.to_gguf import ToGguf
 from eval.prompt_file import read_prompts, read_references
 from jllama.cli.settings import settings_from_yaml
 from jllama.config import LoraConfig
@@ -40,7 +44,7 @@ from jllama.text.messages import ignored
 from jllama.text.prompt import PromptStyle, prompt_ids
 from jllama.text.row_file import read_rows
 from jllama.text.rows import make_examples
-from jllama.text.tokenizer import TiktokenTokenizer
+from jllama.text.tokenizer import TiktokenTokenizer, load_tokenizer
 from train.config import TrainConfig
 
 PARAMS = GROUPED | {"n_layers": 1}
@@ -97,10 +101,15 @@ def converted_or_refused(convert: Callable, settings: Callable, folder: Path) ->
 
 def edit(file: Path, changes: list[tuple[float, int]], span: int) -> None:
     """Bytes changed within the first `span` ones: the header, not the weights."""
-    content = bytearray(file.read_bytes())
+    content = file.read_bytes()
+    file.write_bytes(edited(content[:span], changes) + content[span:])
+
+
+def edited(content: bytes, changes: list[tuple[float, int]]) -> bytes:
+    found = bytearray(content)
     for share, byte in changes:
-        content[int(share * (min(span, len(content)) - 1))] = byte
-    file.write_bytes(content)
+        found[int(share * (len(found) - 1))] = byte
+    return bytes(found)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,81 @@ def test_an_adapter(place, data):
             file.write_text(json.dumps(content))
         with contextlib.suppress(InputError):
             load_adapter(model, adapter)
+
+
+def changed(draw: Callable, content: Any) -> Any:
+    """JSON with one value, somewhere in it, replaced or left out."""
+    place, holder, key = content, None, None
+    while isinstance(place, dict | list) and place and (holder is None or draw(st.booleans())):
+        holder = place
+        keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
+        key = draw(st.sampled_from(keys))
+        place = place[key]
+    if draw(st.booleans()):
+        holder[key] = draw(json_values | st.integers(0, 600) | token_names)
+    else:
+        del holder[key]
+    return content
+
+
+def words_of(draw: Callable, files: Mapping[str, str]) -> dict[str, bytes]:
+    """A tokenizer's files, one to three of them damaged, some missing."""
+    found = {name: text.encode() for name, text in files.items()}
+    chosen = st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=3, unique=True)
+    for name in draw(chosen):
+        how = draw(st.sampled_from(["value", "bytes", "words", "missing"]))
+        if how == "value" and name.endswith(".json"):
+            found[name] = json.dumps(changed(draw, json.loads(files[name]))).encode()
+        elif how == "bytes":
+            found[name] = edited(found[name], draw(edits))
+        elif how == "words" and name.endswith(".jinja"):
+            found[name] = "".join(draw(st.lists(jinja_words, max_size=12))).encode()
+        elif how == "missing" and name != "tokenizer.json":
+            del found[name]
+    return found
+
+
+token_names = st.sampled_from(
+    ["<|im_start|>", "<|im_end|>", "<think>", "<unk>", "<s>", "</s>", "[PAD3]", "[PAD300]", "a",
+     "▁", "", "\0", "<0x0A>", "BPE", "Unigram", "WordLevel", "Split", "NFC", "Metaspace"]
+)  # fmt: skip
+jinja_words = st.sampled_from(
+    ["{{ ", " }}", "{% ", " %}", "for m in messages", "endfor", "m.content", "m['role']", "if ",
+     "endif", "bos_token", "{% generation %}", "{% endgeneration %}", "raise_exception('no')",
+     "<|im_start|>", "messages[9]", "1/0", "x" * 9, "set a = ", "{#", "{{ m.a.b.c }}",
+     "range(10**9)|list", "'a' * 10**12", "macro f()", "f(f)", "{% for i in range(9) %}"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [files_of_letters, files_of_pieces])
+@hypothesis.settings(**SETTINGS)
+@hypothesis.given(data=st.data())
+def test_a_tokenizers_files(place, kind, data):
+    with copy_of(place / "one") as hf:
+        (hf / "tokenizer.model").unlink()
+        for name, content in words_of(data.draw, kind()).items():
+            (hf / name).write_bytes(content)
+        converted_or_refused(from_hf.convert, FromHf, hf)
+        model, file = hf.parent / "out", hf.parent / "m.gguf"
+        if not model.exists():
+            return
+        found = load_tokenizer(model)
+        ids = found.encode("the <|im_end|> and \n\0é")
+        assert all(0 <= token < ROWS for token in (*ids, found.bos_id, found.eos_id))
+        assert isinstance(found.decode([*ids, 10**6]), str)
+        with contextlib.suppress(InputError):
+            prompt_ids("chat", {"messages": [{"role": "user", "content": "the"}]}, found)
+        before = sorted(os.listdir(hf.parent))
+        try:
+            to_gguf.export(ToGguf(model, file))
+        except InputError:
+            assert sorted(os.listdir(hf.parent)) == before
+        else:
+            fields = gguf.GGUFReader(file).fields
+            tokens = fields["tokenizer.ggml.tokens"].contents()
+            assert len(tokens) == len({*tokens}) == ROWS  # or llama.cpp ends the process
+            for name in ("bos", "eos"):
+                assert fields[f"tokenizer.ggml.{name}_token_id"].contents() < ROWS
 
 
 columns = st.sampled_from(

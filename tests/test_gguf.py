@@ -5,12 +5,14 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
-import urllib.request
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from unittest import mock
@@ -23,12 +25,14 @@ import gguf
 import hf_models
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import random_models
 import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Type
 from hf_models import saved
+from llama_cpp import LlamaCpp
 from meta_files import random_tensors, reference, write_meta
 from random_models import GROUPED, LORA, VOCABULARY, adapted, model_folder
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -41,12 +45,14 @@ from convert.gguf.vocabulary import read_vocabulary
 from convert.quantize import main as quantize
 from convert.to_gguf import ToGguf, export, main
 from convert.to_meta import ToMeta
-from jllama.bundled import SAMPLE
+from jllama.bundled import ROWS, SAMPLE
 from jllama.decode.generate import generate
 from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
 from jllama.folders import files
 from jllama.folders.load import load_model
+from jllama.folders.manifest import manifest_sha256
+from jllama.text.rows import make_examples
 from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
 
 pytestmark = pytest.mark.as_stored  # what is compared is every weight as it is
@@ -185,6 +191,22 @@ def test_q8_0_is_within_half_a_step_and_leaves_rows_of_no_whole_blocks_in_f16(tm
             assert np.abs(back - blocks).max() > 0
 
 
+def test_q8_0_is_bit_for_bit_that_of_the_gguf_package():
+    draw = np.random.default_rng(0)
+    weights = draw.standard_normal((64, 96), np.float32)
+    weights[0] = 0
+    weights[1] = -weights[1]
+    weights[2:10] *= np.float32(10) ** np.arange(-40, 0, 5, dtype=np.float32)[:, None]
+    halves = draw.integers(-254, 255, (64, 96)).astype(np.float32) / 2
+    halves[:, ::32] = 127  # the scale is 1
+    for rows in (weights, halves, halves.astype(np.float16), weights.astype(ml_dtypes.bfloat16)):
+        found, finite = gguf_tensors.in_type(rows, Type.Q8_0)
+        assert finite
+        with np.errstate(all="ignore"):
+            expected = gguf.quantize(rows.astype(np.float32), Type.Q8_0)
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
 def test_the_metadata_is_what_the_config_says(tmp_path):
     params = GROUPED | {"rope_theta": 20000.0, "norm_eps": 1e-6}
     convert(FromMeta(write_meta(tmp_path / "a", random_tensors(params), params), tmp_path / "mine"))
@@ -198,6 +220,18 @@ def test_the_metadata_is_what_the_config_says(tmp_path):
         "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
+
+
+def test_the_header_names_what_the_file_was_made_from(sample, tmp_path):
+    adapted(sample, tmp_path / "ad", size=0.03)
+    alone = fields_of(written(sample, tmp_path))
+    assert alone["jllama.manifest_sha256"] == manifest_sha256(sample)
+    assert "jllama.adapter_sha256" not in alone
+    (tmp_path / "merged").mkdir()
+    merged = fields_of(written(sample, tmp_path / "merged", adapter=tmp_path / "ad"))
+    weights = (tmp_path / "ad/adapter_model.safetensors").read_bytes()
+    assert merged["jllama.manifest_sha256"] == manifest_sha256(sample)
+    assert merged["jllama.adapter_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_llama_31s_rotary_is_a_tensor_of_factors(llama3, tmp_path):
@@ -295,45 +329,6 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(tmp_path
 # ---------------------------------------------------------------- llama.cpp
 
 
-class LlamaCpp:
-    """llama.cpp with everything but the stored weights in fp32."""
-
-    def __init__(self, file: Path):
-        peer = pytest.importorskip(
-            "xllamacpp", reason="llama.cpp is not here: pip install xllamacpp"
-        )
-        params = peer.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), 512, 1
-        params.cpuparams.n_threads, params.verbosity, params.warmup = 1, 0, False
-        params.cache_type_k = params.cache_type_v = peer.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = peer.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._server = peer.Server(params)
-
-    def _ask(self, path: str, **asked) -> dict:
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/{path}", json.dumps(asked).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    def tokens(self, text: str) -> list[int]:
-        return self._ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
-    def answer(self, prompt: list[int], length: int) -> tuple[list[int], list[float]]:
-        """Greedy ids up to one that ends a text; the log-probability of each if all are told.
-
-        It tells none of a token that is only a part of a character.
-        """
-        said = self._ask(
-            "completion", prompt=prompt, n_predict=length, temperature=0, n_probs=1,
-            return_tokens=True,
-        )  # fmt: skip
-        told = said["completion_probabilities"]
-        whole = [token["id"] for token in told] == said["tokens"]
-        return said["tokens"], [token["logprob"] for token in told] if whole else []
-
-
 @pytest.mark.parametrize("who", ["sample", "llama3"])
 def test_llama_cpp_gives_our_ids_for_any_text(who, request, tmp_path):
     folder = request.getfixturevalue(who)
@@ -391,20 +386,87 @@ def test_llama_cpp_answers_as_we_do(source, kind, tmp_path):
     hold_answers_together(model, folder, file, 3e-2)  # it rounds activations to F16, too
 
 
-def test_llama_cpp_generates_just_our_ids(source, tmp_path):
-    """Token for token, as `jllama.generate` gives them."""
+def hold_ids_together(model, folder: Path, file: Path, prompts: list[list[int]], length: int):
+    """Both sides' greedy ids, as `jllama.generate` gives them: the same, token for token."""
+    peer, stops = LlamaCpp(file), load_tokenizer(folder).stop_ids
+    answers = generate(model, prompts, length, Sampling(temperature=0), stop_ids=stops)
+    for prompt, ours in zip(prompts, answers, strict=True):
+        ids, _ = peer.answer(prompt, length)
+        kept = [[token for token in answer if token not in stops] for answer in (ids, ours)]
+        assert kept[0] == kept[1]
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["base", "LoRA", "rsLoRA"])
+def test_llama_cpp_generates_just_our_ids(source, kind, tmp_path):
     folder, size = source
-    model = adapted(folder, tmp_path / "ad", size=size)
-    peer = LlamaCpp(written(folder, tmp_path, dtype="f32", adapter=tmp_path / "ad"))
+    if kind == "base":
+        model, more = load_model(folder, "fp32"), {}
+    else:
+        model = adapted(folder, tmp_path / "ad", KINDS[kind], size)
+        more = {"adapter": tmp_path / "ad"}
     tokenizer = load_tokenizer(folder)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
-    answers = generate(model, prompts, 48, Sampling(temperature=0), stop_ids=tokenizer.stop_ids)
-    for prompt, ours in zip(prompts, answers, strict=True):
-        ids, _ = peer.answer(prompt, 48)
-        without_end = [
-            [token for token in answer if token not in tokenizer.stop_ids] for answer in (ids, ours)
-        ]
-        assert without_end[0] == without_end[1]
+    hold_ids_together(model, folder, written(folder, tmp_path, dtype="f32", **more), prompts, 48)
+
+
+@pytest.fixture(scope="module")
+def stories(assets, tmp_path_factory):
+    """stories260K, whose tokenizer makes one space of many; here it does not."""
+    place = tmp_path_factory.mktemp("stories")
+    shutil.copytree(assets / "stories260K-meta", place / "meta")
+    file = place / "meta" / "tokenizer.model"
+    proto = ModelProto.FromString(file.read_bytes())
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    file.write_bytes(proto.SerializeToString())
+    convert(FromMeta(place / "meta", place / "model"))
+    return place / "model"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [None, "f32", "f16"])
+def test_llama_cpp_tells_the_stories_of_an_independent_program(dtype, stories, assets, tmp_path):
+    expected = json.loads((assets / "stories260K-expected.json").read_text())
+    prompts = [expected[f"p{n}_prompt"] for n in range(3)]
+    file = written(stories, tmp_path, dtype=dtype)
+    answers = hold_ids_together(load_model(stories, "fp32"), stories, file, prompts, 150)
+    for n, answer in enumerate(answers):
+        told = expected[f"p{n}_tokens"][len(prompts[n]) :]
+        assert len(answer) == 150
+        assert answer == told[:150]
+
+
+@pytest.fixture(scope="module")
+def texts_of_both(sample, stories):
+    """Ids of text that each model knows: the sample's rows, and stories that stories260K tells."""
+    rows, tokenizer = json.loads(ROWS.read_text()), load_tokenizer(sample)
+    how = {"max_seq_len": 256, "train_on_prompt": False, "skip_bad_rows": 0, "source": "rows"}
+    examples, _ = make_examples(rows[:100], tokenizer, "plain", **how)
+    like = Sampling(temperature=0.8, top_p=1.0)
+    told = generate(load_model(stories, "fp32"), [[1]] * 8, 250, like)
+    return {
+        "sample": (sample, [example.ids.tolist() for example in examples]),
+        "stories": (stories, [[1, *ids] for ids in told]),
+    }
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("who", ["sample", "stories"])
+def test_q8_0_chooses_as_the_weights_do_at_99_of_100_positions(who, texts_of_both, tmp_path):
+    """Some 2,000 positions of each; over 6,000 it was 99.1 % (sample) and 99.2 % (stories)."""
+    folder, texts = texts_of_both[who]
+    peer, model = LlamaCpp(written(folder, tmp_path, dtype="q8_0")), load_model(folder, "fp32")
+    stop, same, positions = load_tokenizer(folder).eos_id, 0, 0
+    for ids in texts:
+        rows = np.zeros((1, 256), np.int32)  # one shape for all
+        rows[0, : len(ids)] = ids
+        likeliest = np.asarray(model(jnp.asarray(rows))).argmax(-1)[0]
+        for end in range(1, len(ids) + 1):
+            chosen = peer.next(ids[:end])
+            same += (stop if chosen is None else chosen) == likeliest[end - 1]
+            positions += 1
+    assert positions > 2000
+    assert same / positions >= 0.99
 
 
 @pytest.mark.parametrize("kind", ["heads wider than dim / heads", "linear rope"])
@@ -491,30 +553,84 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sample, tmp
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_leaves_nothing_behind(sample, tmp_path, monkeypatch, capsys):
+def stopped(monkeypatch, pieces: int) -> None:
+    """Ctrl-C while this many pieces have been written."""
     written, write = [], gguf_tensors.write_at
 
     def stop(*arguments):
         written.append("?")
-        if len(written) == 5:
+        if len(written) == pieces:
             os.kill(os.getpid(), signal.SIGINT)
         write(*arguments)
 
     monkeypatch.setattr(gguf_tensors, "write_at", stop)
-    with pytest.raises(SystemExit) as ended:
-        main([str(sample), str(tmp_path / "out.gguf")])
+
+
+@pytest.mark.parametrize("pieces", [1, 5, 40])
+def test_an_interrupted_export_goes_on_and_ends_the_same(
+    pieces, sample, tmp_path, monkeypatch, capsys
+):
+    adapted(sample, tmp_path / "ad", size=0.03)
+    (tmp_path / "whole").mkdir()
+    whole = written(sample, tmp_path / "whole", adapter=tmp_path / "ad").read_bytes()
+    arguments = [str(sample), str(tmp_path / "m.gguf"), "--adapter", str(tmp_path / "ad")]
+    with monkeypatch.context() as patch:
+        stopped(patch, pieces)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
     assert ended.value.code == 130
-    assert "the same command begins anew" in capsys.readouterr().out
-    assert os.listdir(tmp_path) == []
+    assert pieces == 1 or "the same command goes on" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == [".m.gguf.partial", "ad", "whole"]
+    left = (tmp_path / ".m.gguf.partial").read_bytes()
+    places, write = [], gguf_tensors.write_at
+    monkeypatch.setattr(gguf_tensors, "write_at", lambda *x: (places.append(x[2]), write(*x)))
+    main(arguments)
+    assert (tmp_path / "m.gguf").read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["ad", "m.Modelfile", "m.gguf", "whole"]
+    # Nothing is written that was there, but for a piece that another thread had not ended.
+    assert all(place >= len(left) or left[place : place + 9] != whole[place : place + 9]
+               for place in places)  # fmt: skip
+    assert len(places) <= 90 - pieces
 
 
-def test_what_a_killed_export_left_is_written_over(sample, tmp_path):
-    (tmp_path / ".m.gguf.partial").write_bytes(bytes(5_000_000))
+@pytest.mark.integration
+def test_a_killed_export_goes_on_and_ends_the_same(sample, tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = written(sample, tmp_path / "whole", dtype="q8_0").read_bytes()
+    program = (
+        "import os, signal, sys; from convert.gguf import tensors;"
+        "from convert.to_gguf import main;"
+        "write, tensors.write_at = tensors.write_at, lambda *x: ("
+        "write(*x), x[2] > 900_000 and os.kill(os.getpid(), signal.SIGKILL));"
+        "main(sys.argv[1:])"
+    )
+    arguments = [str(sample), str(tmp_path / "m.gguf"), "--dtype", "q8_0"]
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / ".m.gguf.partial").stat().st_size > 900_000
+    main(arguments)
+    assert (tmp_path / "m.gguf").read_bytes() == whole
+
+
+@pytest.mark.parametrize("size", [0, 700_000, 5_000_000])
+def test_what_is_left_is_compared_and_not_trusted(size, sample, tmp_path):
+    """Not even where it should be zero, between two tensors and behind the last one."""
+    (tmp_path / ".m.gguf.partial").write_bytes(b"\xff" * size)
     written(sample, tmp_path)
     (tmp_path / "again").mkdir()
     again = written(sample, tmp_path / "again")
     assert again.read_bytes() == (tmp_path / "m.gguf").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again", "m.Modelfile", "m.gguf"]
+
+
+def test_what_is_left_counts_as_room(sample, tmp_path, monkeypatch):
+    """A disk on which there is room for the rest only."""
+    free = 2**24 + 2_000_000
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
+    with pytest.raises(InputError, match="bytes are missing on this disk"):
+        written(sample, tmp_path)
+    (tmp_path / ".m.gguf.partial").write_bytes(bytes(1_000_000))
+    written(sample, tmp_path)
 
 
 def test_two_exports_to_one_name_do_not_mix(sample, tmp_path):

@@ -90,6 +90,41 @@ def test_generation_is_compared_with_transformers_on_the_same_weights(place, tmp
     assert f"jllama decodes {ratio:.2f}x as fast" in capsys.readouterr().out
 
 
+def test_generation_is_compared_with_llama_cpp_in_turns(tmp_path, capsys):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    output = tmp_path / "speed.json"
+    main(
+        ["generate", "--prompt-tokens", "5", "--new-tokens", "8", "--threads", "1", "--repeats",
+         "1", "--rounds", "2", "--peer", "llama.cpp", "--output", str(output)]
+    )  # fmt: skip
+    (found,) = json.loads(output.read_text())["models"].values()
+    assert found["ids"] == {"equal": True}
+    ours, theirs = found["figures"]["jllama"], found["figures"]["llama.cpp"]
+    for figure in (ours, theirs):
+        assert len(figure["rounds"]) == 2
+        name = "decode_tokens_per_second"
+        assert figure[name] == statistics.median(x[name] for x in figure["rounds"])
+    assert theirs["weight_bytes_per_token"] == pytest.approx(ours["weight_bytes_per_token"])
+    assert theirs["says_decode_tokens_per_second"] > 0
+    assert theirs["versions"]["xllamacpp"]
+    ratio = ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
+    assert found["ratio"]["decode_tokens_per_second"] == ratio
+    assert "llama.cpp itself says" in capsys.readouterr().out
+
+
+def test_llama_cpp_that_cannot_be_compared_with_is_refused(capsys, monkeypatch):
+    arguments = ["generate", "--threads", "1", "--peer", "llama.cpp"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--batch-size", "2"])
+    said = capsys.readouterr().err
+    assert "one prompt at a time, not 2" in said or "pip install xllamacpp" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "which is not installed: pip install xllamacpp" in capsys.readouterr().err
+
+
 def test_the_first_different_id_is_named():
     assert compare_ids([[5, 6], [7, 8]], [[5, 6], [7, 8]]) == {"equal": True}
     assert compare_ids([[5, 6], [7, 8]], [[5, 6], [7, 9]]) == {

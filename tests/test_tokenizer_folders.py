@@ -163,11 +163,6 @@ def test_a_sentencepiece_model_is_given_the_names_of_added_tokens(tmp_path):
     assert vocabulary.stop_ids == (size + 1,)
 
 
-def test_gguf_refuses_a_tokenizer_json_of_its_own(tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer\.json: llama\.cpp knows such tokenizers by"):
-        read_vocabulary(chatml(tmp_path))
-
-
 def test_llama_3s_reserved_tokens_may_bear_any_number(tmp_path):
     """As Hugging Face's 3.1 counts them, beside Meta's own file."""
     exported(TOKENIZER, tmp_path / "hf")

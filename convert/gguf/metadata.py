@@ -5,6 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from gguf import (
@@ -15,10 +16,14 @@ from gguf import (
     RopeScalingType,
 )
 
-from convert.gguf.vocabulary import Vocabulary
+from convert.gguf.terms import Vocabulary
 from jllama.config import LinearScaling, LlamaConfig, RopeScaling
+from jllama.folders.adapter import WEIGHTS
+from jllama.folders.manifest import file_sha256, manifest_sha256
 from jllama.layers import rotary_frequencies
 
+# The certificates of the source; llama.cpp passes over keys that it does not know.
+MANIFEST_SHA256, ADAPTER_SHA256 = "jllama.manifest_sha256", "jllama.adapter_sha256"
 _FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -54,16 +59,26 @@ def rotary_factors(config: LlamaConfig) -> np.ndarray | None:
     return plain / rotary_frequencies(config)
 
 
-def add_origin(writer: GGUFWriter, name: str, usual: GGMLQuantizationType) -> None:
-    """What the file holds, for people: a name, and the type of most weights."""
+def add_origin(
+    writer: GGUFWriter, model: Path, adapter: Path | None, usual: GGMLQuantizationType
+) -> None:
+    """What the file holds: a name, the type of most weights, and what it was made from.
+
+    Args:
+        model: the model folder, whose every tensor is checked against its manifest on the way.
+        adapter: what is merged into it.
+    """
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(model.resolve().name)
+    writer.add_string(MANIFEST_SHA256, manifest_sha256(model))
+    if adapter is not None:
+        writer.add_string(ADAPTER_SHA256, file_sha256(adapter / WEIGHTS))
     writer.add_file_type(_FILE_TYPES[usual])
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """The tokenizer. Text begins with BOS, as in training, and is not ended."""
+    """The tokenizer. Text is not ended."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -72,11 +87,12 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.stop_ids[0])
-    if len(vocabulary.stop_ids) > 1:
-        writer.add_eot_token_id(vocabulary.stop_ids[1])
+    more = (writer.add_eot_token_id, writer.add_eom_token_id)  # llama.cpp has a place for three
+    for add, token in zip(more, vocabulary.stop_ids[1:], strict=False):
+        add(token)
     if vocabulary.unknown_id is not None:
         writer.add_unk_token_id(vocabulary.unknown_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(vocabulary.begins)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_before)
     if vocabulary.template is not None:

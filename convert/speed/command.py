@@ -3,7 +3,8 @@
     python -m convert.speed --output docs/results/convert-cpu.json
 
 Makes a synthetic checkpoint in Meta's format for each number of shards, and converts it in, out,
-to Hugging Face's format and in again. Each conversion is a process of its own; its clock and its
+to Hugging Face's format and in again; and what an export computes: an adapter merged in, other
+types in GGUF. Each conversion is a process of its own; its clock and its
 memory begin when everything is imported. `cp` of what it reads runs before it. Each finds what it
 made the last time removed, what it reads in the page cache, and an idle disk. Times are until all
 bytes are on the disk, where a conversion sees to that itself and cp is followed by sync. The ratios
@@ -36,11 +37,14 @@ from convert.to_meta import cut_axis, even_part
 from jllama.cli import children
 from jllama.cli.command import run_command
 from jllama.cli.terminal import console
-from jllama.config import LlamaConfig, tensor_shapes
+from jllama.config import LlamaConfig, LoraConfig, tensor_shapes
 from jllama.errors import AtLeast1, Positive, checked
+from jllama.folders.adapter import PEFT_CONFIG, WEIGHTS, peft_settings
 from jllama.folders.files import room_for
 from jllama.folders.json_files import write_json
+from jllama.folders.tensors import save_tensors
 from jllama.machine import measured_here
+from jllama.names import peft_name
 from jllama.text.tokenizer import FILE_NAME, LLAMA3_SPECIALS
 
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
@@ -77,6 +81,7 @@ def measure(settings: ConvertSpeed) -> None:
         with room_for(5 * 2 * config.parameter_count, place / "files"):
             for shards in settings.shards:
                 figures[f"{shards} shards"] = _round_trip(place, config, shards, settings.repeats)
+            figures["exports"] = _exports(place / "exports", config, settings.repeats)
     for title, ways in figures.items():
         for way, figure in ways.items():
             figure["peak_beyond_imports_and_two_blocks_mib"] = (
@@ -88,7 +93,7 @@ def measure(settings: ConvertSpeed) -> None:
                 f"the largest block has {largest / _MIB:,.0f}"
             )
     if settings.output:
-        packages = ("torch", "safetensors", "numpy", "jax")
+        packages = ("torch", "safetensors", "numpy", "jax", "gguf")
         content = {
             **measured_here("speed-convert", packages),
             "settings": dataclasses.asdict(settings),
@@ -122,11 +127,34 @@ def _round_trip(place: Path, config: LlamaConfig, shards: int, repeats: int) -> 
     return figures
 
 
+def _exports(folder: Path, config: LlamaConfig, repeats: int) -> dict[str, Any]:
+    """Out of a model folder, with what is computed on the way."""
+    _write_synthetic(folder / "meta", config, 1)
+    children.run("convert.from_meta", [folder / "meta", folder / "model"])
+    shutil.rmtree(folder / "meta")
+    _write_adapter(folder / "adapter", config)
+    merged = ["--adapter", str(folder / "adapter")]
+    ways: dict[str, tuple[str, str, list[str]]] = {
+        "to GGUF": ("to_gguf", "m.gguf", []),
+        "to GGUF in f16": ("to_gguf", "m.gguf", ["--dtype", "f16"]),
+        "to GGUF in q8_0": ("to_gguf", "m.gguf", ["--dtype", "q8_0"]),
+        "to GGUF, merged": ("to_gguf", "m.gguf", merged),
+        "to Hugging Face, merged": ("to_hf", "hf", merged),
+    }
+    figures = {
+        way: _timed(module, folder / "model", folder / "out" / name, more, repeats)
+        for way, (module, name, more) in ways.items()
+    }
+    shutil.rmtree(folder)
+    return figures
+
+
 def _timed(
     module: str, source: Path, destination: Path, more: list[str], repeats: int
 ) -> dict[str, Any]:
-    copy = destination.with_name("copy")
+    copy = source.with_name("copy")
     copies, runs = [], []
+    destination.parent.mkdir(exist_ok=True)
     for _ in range(repeats):
         _read_all(source)
         started = time.monotonic()
@@ -134,7 +162,7 @@ def _timed(
         os.sync()
         copies.append(time.monotonic() - started)
         shutil.rmtree(copy)
-        shutil.rmtree(destination, ignore_errors=True)
+        _remove(destination)
         _read_all(source)
         arguments = [module, str(source), str(destination), json.dumps(more)]
         runs.append(json.loads(children.run("convert.speed.side", arguments).splitlines()[-1]))
@@ -148,6 +176,15 @@ def _timed(
         "runs": runs,
         "copies": copies,
     }
+
+
+def _remove(destination: Path) -> None:
+    """A folder, or a GGUF file and what lies beside it."""
+    if destination.is_dir():
+        shutil.rmtree(destination)
+    else:
+        for file in (destination, destination.with_suffix(".Modelfile")):
+            file.unlink(missing_ok=True)
 
 
 def _read_all(folder: Path) -> None:
@@ -182,6 +219,18 @@ def _write_synthetic(folder: Path, config: LlamaConfig, shards: int) -> None:
     tokens = tokens[: config.vocab_size - len(LLAMA3_SPECIALS)]
     ranks = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     (folder / FILE_NAME).write_bytes(b"".join(ranks))
+
+
+def _write_adapter(folder: Path, config: LlamaConfig) -> None:
+    """A PEFT folder of rank 16 on wq and wv, as another tool would write it."""
+    draw, lora = np.random.default_rng(0), LoraConfig()
+    folder.mkdir()
+    tensors = {
+        peft_name(name): np.float32(0.01) * draw.standard_normal(shape, np.float32)
+        for name, shape in lora.shapes(config).items()
+    }
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, hashed=False)
+    write_json(folder / PEFT_CONFIG, peft_settings(lora, "synthetic"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,15 +1,19 @@
-"""`python -m eval.speed generate`: how fast answers come, and how `transformers` does it.
+"""`python -m eval.speed generate`: how fast answers come, and how a peer gives them.
 
     python -m eval.speed generate --random 110m --peer transformers --output FILE
+    python -m eval.speed generate --random 110m --peer llama.cpp --rounds 5 --output FILE
 
 Greedy, each side in a process of its own, from the same weights, on the same card or the same
-number of cores. A figure is the median of several repeats after a warm-up. Both sides also measure
+number of cores. A figure is the median of several repeats after a warm-up, and of the rounds in
+which the sides take turns. Both sides also measure
 the bandwidth: each negates 256 MiB (on a card 1 GiB, ten times) in place, read and written bytes
 counted, and the faster is the machine's. The fraction of it that is used is bytes of weights read
 per decoded token, times tokens per second and row.
 """
 
+import base64
 import os
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,6 +23,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from eval.speed.llama_cpp import DTYPES, check_llama_cpp
 from eval.speed.peft_training import Job as TrainingJob
 from eval.speed.side import Job
 from eval.speed.torch_models import Device
@@ -49,6 +54,12 @@ RANDOM: dict[RandomSize, LlamaConfig] = {
     "60m": LlamaConfig(512, 8, 8, 8, 1376, 32000, max_seq_len=1024),
     "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, tied=True, max_seq_len=1024),
 }
+# A token for each byte, and one to merge: a GGUF file has to have a tokenizer, though ids go in and
+# come out.
+BYTES = b"".join(
+    base64.b64encode(token) + b" %d\n" % rank
+    for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"th"])
+)
 
 
 @checked
@@ -69,10 +80,12 @@ class GenerateSpeed:
     """Length of every answer."""
     threads: AtLeast1 = 2
     """Cores of each side, unless there is a GPU."""
-    peer: Literal["transformers"] | None = None
+    peer: Literal["transformers", "llama.cpp"] | None = None
     """Also run the same weights there, and compare."""
     repeats: AtLeast1 = 5
     """Timed calls; the median counts."""
+    rounds: AtLeast1 = 1
+    """Times that the sides take turns, in new processes; the medians count."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
@@ -87,6 +100,8 @@ def measure_generation(config: GenerateSpeed) -> None:
     """Measures every model and shows, and if asked writes, the figures."""
     check_cores(config.threads)
     on = device()
+    if config.peer == "llama.cpp":
+        check_llama_cpp(on, config.batch_size)
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -120,7 +135,7 @@ def folders(config: GenerateSpeed, place: Path) -> Iterator[tuple[str, Path]]:
     for name in config.model:
         yield name, bundled.model_folder(name, place)
     for size in config.random:
-        yield f"random {size}", write_random(place / size, RANDOM[size])
+        yield f"random {size}", write_random(place / size, RANDOM[size], tokenizer=BYTES)
 
 
 def write_random(
@@ -155,12 +170,11 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path, on: Device) 
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, shape).tolist()
     sides = {"jllama": folder}
     if config.peer:
-        sides[config.peer] = Path(tempfile.mkdtemp(dir=place)) / "hf"
-        children.run("convert.to_hf", [folder, sides[config.peer]])
-    figures = {
-        side: run_side(
-            "eval.speed.side",
-            Job(
+        sides[config.peer] = _exported(config, folder, place)
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(config.rounds):
+        for side, source in sides.items():
+            job = Job(
                 side=side,
                 model=str(source),
                 precision=config.precision,
@@ -170,11 +184,9 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path, on: Device) 
                 repeats=config.repeats,
                 device=on,
                 output=str(place / f"{side}.json"),
-            ),
-            place,
-        )
-        for side, source in sides.items()
-    }
+            )
+            rounds[side].append(run_side("eval.speed.side", job, place))
+    figures = {side: medians(found) for side, found in rounds.items()}
     answers = {side: figure.pop("ids") for side, figure in figures.items()}
     bandwidth = 1e9 * max(x["measured_bandwidth_gb_per_second"] for x in figures.values())
     for figure in figures.values():
@@ -185,6 +197,31 @@ def measure_model(config: GenerateSpeed, folder: Path, place: Path, on: Device) 
         found["ids"] = compare_ids(answers["jllama"], answers[config.peer])
         found["ratio"] = ratios(figures["jllama"], figures[config.peer])
     return found
+
+
+def _exported(config: GenerateSpeed, folder: Path, place: Path) -> Path:
+    """The same weights as the peer reads them."""
+    out = Path(tempfile.mkdtemp(dir=place))
+    if config.peer == "llama.cpp":
+        more = ["--dtype", DTYPES[config.precision]]
+        children.run("convert.to_gguf", [folder, out / "model.gguf", *more])
+        return out / "model.gguf"
+    children.run("convert.to_hf", [folder, out / "hf"])
+    return out / "hf"
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure over the rounds; what is no figure is the first round's, and all are kept."""
+    if len(rounds) == 1:
+        return rounds[0]
+    found = {
+        name: statistics.median(figures[name] for figures in rounds)
+        if isinstance(first, float)
+        else first
+        for name, first in rounds[0].items()
+    }
+    kept = ({name: x for name, x in figures.items() if isinstance(x, float)} for figures in rounds)
+    return {**found, "rounds": list(kept)}
 
 
 def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
@@ -233,3 +270,6 @@ def show(name: str, found: dict[str, Any]) -> None:
         )
         ratio = found["ratio"]["decode_tokens_per_second"]
         console.print(f"jllama decodes {ratio:.2f}x as fast")
+        says = figures.get("llama.cpp", {}).get("says_decode_tokens_per_second")
+        if says is not None:
+            console.print(f"llama.cpp itself says that it decodes {says:,.1f} tokens/s")

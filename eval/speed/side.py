@@ -203,7 +203,38 @@ def open_transformers(job: Job) -> Opened:
     )
 
 
-SIDES = {"jllama": open_jllama, "transformers": open_transformers}
+def open_llama_cpp(job: Job) -> Opened:
+    """llama.cpp on a GGUF file."""
+    from eval.speed import llama_cpp
+    from jllama.machine import process_memory_mib
+
+    (prompt,) = job.prompts
+    server = llama_cpp.Server(
+        Path(job.model), len(prompt) + job.new_tokens, job.threads, exact=job.precision == "fp32"
+    )
+
+    def generate(new_tokens: int) -> list[list[int]]:
+        return [server.generate(prompt, new_tokens)]
+
+    warm_up(generate, job)
+    return Opened(
+        generate,
+        llama_cpp.streamer,
+        process_memory_mib,
+        llama_cpp.weight_bytes(Path(job.model)),
+        {
+            "platform": "cpu",
+            "says_decode_tokens_per_second": server.told["predicted_per_second"],
+            "versions": llama_cpp.versions(),
+        },
+    )
+
+
+SIDES = {
+    "jllama": open_jllama,
+    "transformers": open_transformers,
+    "llama.cpp": open_llama_cpp,
+}
 
 
 def warm_up(generate: Callable[[int], Any], job: Job) -> None:

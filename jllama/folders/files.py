@@ -61,6 +61,9 @@ def whole_folder(destination: str | Path, origin: Mapping | None = None) -> Iter
 def whole_file(destination: str | Path) -> Iterator[Path]:
     """The same for one large file: a temporary name, and nothing left behind by a body that fails.
 
+    An interrupted or killed body leaves the temporary file, and a later call yields it again: to be
+    compared with what it should hold, for nothing says what it was made from.
+
     Raises:
         InputError: as `check_new_file`, or if another process is writing the file.
     """
@@ -77,7 +80,7 @@ def whole_file(destination: str | Path) -> Iterator[Path]:
             _sync(partial)
             check_new_file(named)  # another program may have made it meanwhile
             partial.replace(destination)
-        except BaseException:
+        except Exception:  # not Ctrl-C
             partial.unlink(missing_ok=True)
             raise
         _sync(destination.parent)
@@ -93,9 +96,10 @@ def _sync(path: Path) -> None:
 
 
 def bytes_begun(destination: Path) -> int:
-    """How many bytes an interrupted `whole_folder` has left for the next call."""
+    """How many bytes an interrupted `whole_folder` or `whole_file` has left for the next call."""
     partial = _partial(_target(destination))
-    return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    files = (partial, *partial.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _partial(destination: Path) -> Path:

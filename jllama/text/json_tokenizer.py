@@ -1,6 +1,7 @@
 """Any `tokenizer.json`, through the `tokenizers` package: SmolLM's, DeepSeek's, a fine-tune's."""
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class JsonTokenizer:
                 "tokenizer_config.json, or eos_token_id in generation_config.json"
             )
         return otherwise[0] if token is None else token
+
+    def content(self) -> dict[str, Any]:
+        """What a `tokenizer.json` says, with the tokens that only the files beside it have."""
+        return json.loads(self._model.to_str())
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
