@@ -71,7 +71,7 @@ def export(settings: ToGguf) -> None:
     check_new_file(dst)
     check_new_file(modelfile)
     model = Model(settings, settings.dtype, BY_NAME, vectors=VECTORS)
-    vocabulary = read_vocabulary(model.src).padded(model.config.vocab_size)
+    vocabulary = read_vocabulary(model.src, model.adapter).padded(model.config.vocab_size)
     tensors = _tensors(model, settings.dtype)
     size = sum(stored_bytes(shape, kind) for shape, kind in tensors.values())
     with room_for(size - bytes_begun(dst), dst), whole_file(dst) as partial:

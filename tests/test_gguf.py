@@ -52,8 +52,11 @@ from jllama.errors import InputError
 from jllama.folders import files
 from jllama.folders.load import load_model
 from jllama.folders.manifest import manifest_sha256
+from jllama.text.messages import Message
+from jllama.text.prompt import conversation
 from jllama.text.rows import make_examples
-from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from jllama.text.style_template import style_template
+from jllama.text.tokenizer import LLAMA3_SPECIALS, SentencePieceTokenizer, load_tokenizer
 
 pytestmark = pytest.mark.as_stored  # what is compared is every weight as it is
 
@@ -408,6 +411,24 @@ def test_llama_cpp_generates_just_our_ids(source, kind, tmp_path):
     tokenizer = load_tokenizer(folder)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
     hold_ids_together(model, folder, written(folder, tmp_path, dtype="f32", **more), prompts, 48)
+
+
+TALK = ["Name a colour.", "red", " 2 + 2?", "Four: 4", "and\nnow?"]
+
+
+@pytest.mark.parametrize("style", ["report", "plain", "alpaca", "llama2-chat", "llama3-chat"])
+def test_llama_cpp_makes_the_ids_of_the_adapters_prompt_style(source, style, tmp_path):
+    folder, size = source
+    tokenizer = load_tokenizer(folder)
+    if style == "llama3-chat" and isinstance(tokenizer, SentencePieceTokenizer):
+        pytest.skip("LLaMA 2's tokenizer has no such tokens")
+    adapted(folder, tmp_path / "ad", size=size)
+    (tmp_path / "ad/chat_template.jinja").write_text(style_template(style, tokenizer))
+    peer = LlamaCpp(written(folder, tmp_path, adapter=tmp_path / "ad"))
+    messages = [Message(("user", "assistant")[n % 2], text) for n, text in enumerate(TALK)]
+    for count in (1, 3, 5):
+        ids, _ = conversation(style, messages[:count], tokenizer)
+        assert peer.chat(*TALK[:count]) == ids
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,11 @@ from convert.gguf.terms import UNUSED_SCORE, Vocabulary, nameless
 from convert.hf.bpe import in_letters, merges
 from convert.hf.tokenizer import check_like_llama
 from jllama.errors import InputError
-from jllama.text.hf_files import TOKENIZER_JSON
+from jllama.folders.adapter import style_of
+from jllama.text.hf_files import TEMPLATE, TOKENIZER_JSON
 from jllama.text.json_tokenizer import JsonTokenizer
 from jllama.text.messages import Message
+from jllama.text.template import ChatTemplate
 from jllama.text.tokenizer import (
     FILE_NAME,
     LLAMA3_SPECIALS,
@@ -30,14 +32,18 @@ from jllama.text.tokenizer import (
 from jllama.text.tokenizer_file import read_ranks
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a model folder.
+def read_vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
+    """The vocabulary of a model folder, with the chat template of an adapter that is merged in.
 
     Raises:
         InputError: if there is no tokenizer, it is damaged, or llama.cpp would give other ids.
     """
     file = folder / FILE_NAME
     tokenizer = load_tokenizer(folder)
+    if adapter is not None and (source := style_of(adapter, tokenizer)) is not None:
+        borders = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names = {name: tokenizer.piece(token) for name, token in borders.items()}
+        tokenizer.template = ChatTemplate(source, adapter / TEMPLATE, names, tokenizer.specials)
     template = tokenizer.template.source if tokenizer.template else None
     if isinstance(tokenizer, JsonTokenizer):
         found = json_vocabulary(tokenizer, folder / TOKENIZER_JSON)
