@@ -9,12 +9,13 @@ tells.
 """
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,6 +30,8 @@ def is_greedy(model, tokenizer, prompt: str, ids: list[int]) -> bool:
 
 
 def main(run: Path, base: Path, merged: Path) -> None:
+    from peft import AutoPeftModelForCausalLM  # here, where its imports' warnings are silent
+
     lines = (run / "generations.jsonl").read_text().splitlines()
     generations = [json.loads(line) for line in lines]
     equal = True
@@ -43,12 +46,13 @@ def main(run: Path, base: Path, merged: Path) -> None:
             is_greedy(model, tokenizer, row["prompt"], row[f"{name}_ids"]) for row in generations
         ]
         equal &= all(same)
-        print(f"{what} ({folder}): {sum(same)} of {len(same)} answers are those of {run}")
+        print(f"transformers, {what} ({folder}): {sum(same)} of {len(same)} answers equal {run}'s")
     if not equal:
         raise SystemExit("transformers gives other answers")
 
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     main(*map(Path, sys.argv[1:]))

