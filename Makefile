@@ -1,7 +1,7 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
 # make demo-smollm2: the same with a real chat model of 135 million parameters, and its exports in transformers.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
-# make docs-reports: the two reports and the screens in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
+# make docs-reports: the three reports and the screens in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
 # make docs: the documentation as pages, in build/site.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
@@ -76,10 +76,11 @@ report-alpaca: .venv/installed
 		--data $(ASSETS)/alpaca/alpaca_data_200.json --max-seq-len 512 --skip-bad-rows 200 --val-size 20 --output-dir runs/alpaca
 	$(BIN)/python -m eval.report --run runs/alpaca --ablation $(PLANNED) --reference original $(ASSETS)/../report/prompts.json
 
-docs-reports: report report-alpaca
-	mkdir -p docs/report docs/report-alpaca
+docs-reports: report report-alpaca demo-smollm2
+	mkdir -p docs/report docs/report-alpaca docs/report-smollm2
 	cp runs/report/report*.* docs/report
 	cp runs/alpaca/report*.* docs/report-alpaca
+	cp runs/smollm2/report*.* docs/report-smollm2
 	$(BIN)/python docs/site/screens.py
 
 # Into build/site; a link that leads nowhere is an error.
