@@ -24,11 +24,11 @@ from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
 from jllama.text.tokenizer import (
     FILE_NAME,
-    LLAMA3_SPECIALS,
     TiktokenTokenizer,
     Tokenizer,
     tokenizer_of,
 )
+from jllama.text.tokenizer_file import LLAMA3_SPECIALS
 
 Arrays = Mapping[str, np.ndarray]
 Written = Callable[[str, Arrays, Arrays], None]

@@ -56,7 +56,8 @@ from jllama.text.messages import Message
 from jllama.text.prompt import conversation
 from jllama.text.rows import make_examples
 from jllama.text.style_template import style_template
-from jllama.text.tokenizer import LLAMA3_SPECIALS, SentencePieceTokenizer, load_tokenizer
+from jllama.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jllama.text.tokenizer_file import LLAMA3_SPECIALS
 
 pytestmark = pytest.mark.as_stored  # what is compared is every weight as it is
 

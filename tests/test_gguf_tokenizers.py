@@ -29,7 +29,8 @@ from jllama.decode.sampling import Sampling
 from jllama.errors import InputError
 from jllama.folders.load import load_model
 from jllama.text.messages import Message
-from jllama.text.tokenizer import LLAMA3_PATTERN, load_tokenizer
+from jllama.text.tokenizer import load_tokenizer
+from jllama.text.tokenizer_file import LLAMA3_PATTERN
 
 pytestmark = pytest.mark.as_stored
 

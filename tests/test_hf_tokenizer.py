@@ -19,7 +19,8 @@ import jllama
 from convert.hf.llama3 import difference
 from convert.hf.tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from jllama.errors import InputError
-from jllama.text.tokenizer import LLAMA3_SPECIALS, load_tokenizer, tokenizer_of
+from jllama.text.tokenizer import load_tokenizer, tokenizer_of
+from jllama.text.tokenizer_file import LLAMA3_SPECIALS
 
 SAMPLE = (jllama.SAMPLE / "tokenizer.model").read_bytes()
 # Bytes out of order, as in Meta's file; "xyz" and "日" follow from no two other tokens.

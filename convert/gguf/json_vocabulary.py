@@ -19,7 +19,7 @@ from convert.gguf.terms import UNUSED_SCORE, Vocabulary, nameless
 from convert.hf.bpe import merges
 from jllama.errors import InputError
 from jllama.text.json_tokenizer import LETTERS, JsonTokenizer
-from jllama.text.tokenizer import LLAMA3_PATTERN
+from jllama.text.tokenizer_file import LLAMA3_PATTERN
 
 _DIGITS, _GPT2 = "each digit by itself", "words as GPT-2 cuts them"
 _QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")

@@ -24,12 +24,11 @@ from jllama.text.messages import Message
 from jllama.text.template import ChatTemplate
 from jllama.text.tokenizer import (
     FILE_NAME,
-    LLAMA3_SPECIALS,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
-from jllama.text.tokenizer_file import read_ranks
+from jllama.text.tokenizer_file import LLAMA3_SPECIALS, read_ranks
 
 
 def read_vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jllama.text.json_tokenizer import BYTE_OF, LETTERS
-from jllama.text.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, is_llama3s
+from jllama.text.tokenizer_file import LLAMA3_PATTERN, LLAMA3_SPECIALS, is_llama3s
 
 # How Llama 3's tokenizer.json cuts text into words, and words into letters for their bytes.
 _WORDS = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"}

@@ -32,8 +32,8 @@ from jllama.text.hf_files import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
 )
-from jllama.text.tokenizer import LLAMA3_SPECIALS, make_tokenizer
-from jllama.text.tokenizer_file import FILE_NAME, read_ranks
+from jllama.text.tokenizer import make_tokenizer
+from jllama.text.tokenizer_file import FILE_NAME, LLAMA3_SPECIALS, read_ranks
 
 ORIGINAL = Path("original") / FILE_NAME  # where Meta's own Hugging Face repositories keep it
 

@@ -45,7 +45,8 @@ from jllama.folders.json_files import write_json
 from jllama.folders.tensors import save_tensors
 from jllama.machine import measured_here
 from jllama.names import peft_name
-from jllama.text.tokenizer import FILE_NAME, LLAMA3_SPECIALS
+from jllama.text.tokenizer import FILE_NAME
+from jllama.text.tokenizer_file import LLAMA3_SPECIALS
 
 _LLAMA = LlamaConfig(2048, 1, 16, 16, 5632, 32000)  # the layers are counted to fill the size
 _MIB = 2**20

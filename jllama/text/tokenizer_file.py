@@ -3,7 +3,8 @@
     IQ== 0          the token "!" has rank (and id) 0
     Ig== 1
 
-A tokenizer that is cut or damaged often still loads, and gives other ids than the model knows.
+A tokenizer that is cut or damaged often still loads, and gives other ids than the model knows. What
+Llama 3 has beside its ranks, no file says: it stands here.
 """
 
 import base64
@@ -18,6 +19,42 @@ from jllama.errors import InputError
 FILE_NAME = "tokenizer.model"
 _ADVICE = f"copy Meta's {FILE_NAME} again"
 _LINE = re.compile(rb"([A-Za-z0-9+/]+=*)[ \t]+(-?[0-9]{1,18})")
+
+# Llama 3's splitting rule and 256 special tokens, in the order of their ids (from 128,000 on).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{2 + i}|>" for i in range(245)),
+)
+
+
+# Text and header borders and <|eot_id|> have one name in every release of Llama 3, others not.
+_FIXED_SPECIALS = {*LLAMA3_SPECIALS[:2], *LLAMA3_SPECIALS[6:8], LLAMA3_SPECIALS[9]}
+_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
+
+
+def is_llama3s(name: object, index: int) -> bool:
+    """Whether Llama 3's special token of this number has this name in one of its releases.
+
+    A reserved one may bear any number, since 3.0, 3.1 and Hugging Face count them differently and
+    nothing uses them.
+    """
+    ours = LLAMA3_SPECIALS[index] if 0 <= index < len(LLAMA3_SPECIALS) else None
+    reserved = isinstance(name, str) and _RESERVED.fullmatch(name) is not None
+    return ours is not None and (name == ours or (reserved and ours not in _FIXED_SPECIALS))
 
 
 @functools.cache
