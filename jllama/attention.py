@@ -45,9 +45,9 @@ LayerCache = tuple[Float[Array, "B ... H"], Float[Array, "B ... H"]]
 def choose_implementation(platform: str, dtype: DTypeLike, head_dim: int) -> Implementation:
     """cuDNN's flash attention where it exists, else XLA.
 
-    cuDNN wants a GPU, 16-bit inputs and heads of a multiple of 8 up to 128, which no LLaMA passes:
-    larger ones it takes on some cards only, and a plan cannot ask the card. Below 32 XLA's fused
-    kernel is the only one that every version accepts.
+    cuDNN wants a GPU, 16-bit inputs and heads of a multiple of 8 up to 128, which no published
+    LLaMA passes: larger ones it takes on some cards only, and a plan cannot ask the card. Below 32
+    XLA's fused kernel is the only one that every version accepts.
     """
     sixteen_bit = jnp.dtype(dtype).itemsize == 2
     fits = head_dim % 8 == 0 and 32 <= head_dim <= 128
