@@ -28,10 +28,7 @@ from jllama.text.json_tokenizer import adds_bos
 from jllama.text.tokenizer import load_tokenizer, tokenizer_files
 from train.lora import main as train
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.filterwarnings("default"),  # of lm_eval and what it imports, none of ours
-]
+pytestmark = pytest.mark.integration
 
 CONTEXT = 64  # so that some prompts lose their beginning, and long texts are cut into windows
 CHOICES = {
