@@ -80,12 +80,10 @@ def compare(
         heads: theirs, in the same order.
         chunk: supervised positions whose logits `[chunk, V]` are held at a time.
     """
-    B, T, D = xs[0].shape
+    D = xs[0].shape[-1]
     rows, targets = [x.reshape(-1, D) for x in xs], jnp.ravel(targets)
-    chunks, positions = supervised_chunks(mask, heads[0].shape[0], chunk)
 
-    def one_chunk(index, found):
-        at, counts = positions(index)
+    def measure(at):
         logs = [
             jax.nn.log_softmax(chunk_logits(x[at], head.astype(x.dtype)), axis=-1)
             for x, head in zip(rows, heads, strict=True)
@@ -93,12 +91,33 @@ def compare(
         wanted = targets[at][:, None]
         nll = [-jnp.take_along_axis(log, wanted, axis=-1)[:, 0] for log in logs]
         kl = jnp.sum(jnp.exp(logs[-1]) * (logs[-1] - logs[0]), axis=-1)
-        new = jnp.where(counts[None], jnp.stack([*nll, kl]), 0)
-        return found.at[:, at].set(new, mode="drop")
+        return jnp.stack([*nll, kl])
 
-    nothing = jnp.zeros((len(xs) + 1, B * T), jnp.float32)
-    *nll, kl = jax.lax.fori_loop(0, chunks, one_chunk, nothing).reshape(-1, B, T)
+    *nll, kl = at_supervised(measure, len(xs) + 1, mask, heads[0].shape[0], chunk)
     return nll, kl
+
+
+def at_supervised(
+    measure: Callable[[Int[Array, " C"]], Float[Array, "M C"]],
+    measures: int,
+    mask: Bool[Array, "B T"],
+    vocab_size: int,
+    chunk: int | None,
+) -> Float[Array, "M B T"]:
+    """What `measure` says of the supervised positions, some of the flat `[B * T]` at a time.
+
+    Args:
+        measures: M, numbers that it gives of a position; all are 0 outside the mask.
+        chunk: positions at a time; by default as many as `supervised_chunks` takes.
+    """
+    chunks, positions = supervised_chunks(mask, vocab_size, chunk)
+
+    def one_chunk(index, found):
+        at, counts = positions(index)
+        return found.at[:, at].set(jnp.where(counts[None], measure(at), 0), mode="drop")
+
+    nothing = jnp.zeros((measures, mask.size), jnp.float32)
+    return jax.lax.fori_loop(0, chunks, one_chunk, nothing).reshape(measures, *mask.shape)
 
 
 def score_sequences(

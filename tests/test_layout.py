@@ -79,8 +79,8 @@ def test_no_folder_is_flat():
 
 
 def test_a_wing_that_is_a_command_has_a_door():
-    for wing in ("train/data", "train/plan", "train/sample", "eval/ablate", "eval/report",
-                 "eval/speed", "convert/speed"):  # fmt: skip
+    for wing in ("train/data", "train/plan", "train/sample", "eval/ablate", "eval/harness",
+                 "eval/report", "eval/speed", "convert/speed"):  # fmt: skip
         door = (ROOT / wing / "__main__.py").read_text().splitlines()
         assert len([line for line in door if line]) <= 5
 
@@ -89,7 +89,7 @@ def test_a_wing_that_is_a_command_has_a_door():
     ("home", "words"),
     [
         ("jllama.folders.run", ("run.json", "config.yaml", "metrics.jsonl", "generations.jsonl",
-                                "score.json")),
+                                "score.json", "harness.json")),
         ("jllama.names", ("q_proj", "down_proj", "self_attn", "lm_head.weight", "lora_A.weight")),
     ],
 )  # fmt: skip

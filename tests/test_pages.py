@@ -25,7 +25,8 @@ PAGES = [
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODULES = {module.removesuffix(".command"): name for name, (module, _) in COMMANDS.items()}
 MODULES |= {"train.data": "lint", "train.sample": "sample"}  # whose door is not their command
-OTHERS = ("pytest", "tests.faults")  # modules that are started, but are no commands of jllama
+# Modules that are started, but are no commands of jllama.
+OTHERS = ("pytest", "tests.faults", "eval.harness.cli")
 
 
 def commands(page: Path) -> list[str]:

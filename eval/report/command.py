@@ -18,7 +18,7 @@ from eval.report.document import Block, Section, write_report
 from eval.report.evidence import Evidence, Missing
 from eval.report.overview import overview
 from eval.report.reference import beside, read_reference
-from eval.report.scored import scores
+from eval.report.scored import scores, tasks
 from eval.report.sections import lacking
 from eval.report.techniques import techniques
 from jllama.cli.children import Children
@@ -26,7 +26,7 @@ from jllama.cli.command import run_command
 from jllama.cli.terminal import command_line, console
 from jllama.errors import InputError, checked
 from jllama.folders.manifest import file_sha256
-from jllama.folders.run import CONFIG, GENERATIONS, LATEST, METRICS, RECORD, SCORES
+from jllama.folders.run import CONFIG, GENERATIONS, HARNESS, LATEST, METRICS, RECORD, SCORES
 
 Write = Callable[[], Iterator[Block]]
 
@@ -73,6 +73,7 @@ def report(config: ReportConfig) -> None:
         "Gradient checkpointing": lambda: sections.checkpointing(run),
         "Loss": lambda: sections.loss(run, reference.losses),
         "Scores": lambda: scores(run),
+        **({"Tasks": lambda: tasks(run)} if run.has(HARNESS) else {}),
         "Prompts": lambda: sections.answers(run, reference.answers),
         "Data": lambda: sections.data(run),
         "Settings": lambda: sections.settings(run),
@@ -81,6 +82,7 @@ def report(config: ReportConfig) -> None:
     advice = {
         "Loss": "Train on: " + command_line("train", "--resume", folder),
         "Scores": failures.get(SCORES, "Make it with: " + command_line("score", "--run", folder)),
+        "Tasks": "Make it again with: " + command_line("harness", "--run", folder),
         "Prompts": failures.get(
             GENERATIONS, "Make it with: " + command_line("prompts", "--run", folder)
         ),

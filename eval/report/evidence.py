@@ -18,12 +18,13 @@ from eval.ablate.store import ADVICE, DESCRIPTION
 from jllama.cli.settings import read_yaml
 from jllama.folders.json_files import read_json, read_json_lines
 from jllama.folders.manifest import read_sealed
-from jllama.folders.run import GENERATIONS, RECORD, SCORES, read_generations
+from jllama.folders.run import GENERATIONS, HARNESS, RECORD, SCORES, read_generations
 
 # Files that carry their own hash, and what to do about a damaged one.
 SEALED = {
     RECORD: "its run cannot be vouched for",
     SCORES: "make it again with: jllama score",
+    HARNESS: "make it again with: jllama harness",
     DESCRIPTION: ADVICE,
 }
 Tone = Literal["", "better", "worse"]

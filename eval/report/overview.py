@@ -122,7 +122,7 @@ def _held_out(run: Evidence) -> tuple[Words, Words]:
 
 
 def _exact(run: Evidence) -> tuple[Words, Words]:
-    refuse_stale(run)
+    refuse_stale(run, SCORES)
     rows: Words = ["of the short answers in ", *scored_rows(run)]
     found = [
         combine("hundredfold", run.figure(SCORES, who, "exact", "share"), form=".0f")

@@ -36,6 +36,7 @@ COMMANDS = {
     "prompts": Command("eval.prompts", "answer prompts with the base and the tuned model"),
     "chat": Command("eval.chat", "talk with the tuned model and its base"),
     "score": Command("eval.score", "measure how likely the models find a data file's answers"),
+    "harness": Command("eval.harness.command", "ask the models the tasks of lm-evaluation-harness"),
     "report": Command("eval.report.command", "write the report of a run, as HTML and as Markdown"),
     "ablate": Command(
         "eval.ablate.command", "measure or plan what each memory technique saves and costs"

@@ -72,6 +72,7 @@ def generate_with_logprobs(
     stop_strings: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     adapter_scale: float = 1.0,
+    width: int | None = None,
 ) -> list[Answer]:
     """An answer to each prompt, up to and with the first stop token.
 
@@ -86,6 +87,7 @@ def generate_with_logprobs(
         stop_strings: a row also ends with the token that completes one of these; needs
             `tokenizer`.
         adapter_scale: 1 answers with the adapter, 0 as the base model; both from one compilation.
+        width: to which the prompts are padded; by default the next multiple of 32.
 
     Raises:
         InputError: for an empty prompt, one that fills the context or holds an id out of range,
@@ -110,7 +112,7 @@ def generate_with_logprobs(
     )
     ends = [0 if budget == 0 else None for budget in budgets]
     budget = int(budgets.max())
-    width = _round_up(max(map(len, prompts)), PROMPT_BUCKET)
+    width = width or _round_up(max(map(len, prompts)), PROMPT_BUCKET)
     for tokens, logprobs in decode_chunks(
         model, rows, budget, choice, adapter_scale, width, chunk_for(budget - 1)
     ):

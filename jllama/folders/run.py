@@ -9,6 +9,7 @@ best/              the same, of the lowest held-out loss
 tensorboard/       the figures of metrics.jsonl
 generations.jsonl  answers of base and tuned (jllama prompts)
 score.json         how likely they find a data file's answers (jllama score)
+harness.json       what lm-evaluation-harness says of both (jllama harness)
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from jllama.folders.json_files import JsonLines, read_json_lines
 from jllama.folders.manifest import check_fields, file_sha256, read_sealed
 
 CONFIG, RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
-GENERATIONS, SCORES = "generations.jsonl", "score.json"
+GENERATIONS, SCORES, HARNESS = "generations.jsonl", "score.json", "harness.json"
 LATEST = Path("runs/latest")  # a link to the newest run
 
 

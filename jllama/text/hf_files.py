@@ -2,7 +2,7 @@
 
     added_tokens.json          {"<|im_start|>": 32000, ...}
     tokenizer.json             "added_tokens": [{"id": 32000, "content": "<|im_start|>", ...}]
-    tokenizer_config.json      "added_tokens_decoder", "bos_token", "eos_token"
+    tokenizer_config.json      "added_tokens_decoder", "bos_token", "eos_token", "add_bos_token"
     special_tokens_map.json    "bos_token", "eos_token"
     generation_config.json     "eos_token_id": what generation ends on, a number or a list
     config.json                the same, where there is no generation_config.json
@@ -37,6 +37,7 @@ class Words(NamedTuple):
     names: Mapping[str, str] = {}  # bos_token, pad_token, ...: as templates know them
     template: str | None = None  # of chats, in Jinja
     template_file: str = TEMPLATE  # that has it
+    adds_bos: bool = True  # Hugging Face's encode puts it first, unless a tokenizer.json says else
 
 
 NO_WORDS = Words()  # of a folder that is Meta's
@@ -67,7 +68,8 @@ def read_words(files: Mapping[str, bytes], folder: Path) -> Words:
             raise InputError(f"{folder / file}: eos_token_id is {found!r}, expected ids")
         ends = tuple(ids) or ends
     names = {key: text for key in _NAMES if (text := _name(said, key)) is not None}
-    return Words(added, bos, eos, ends, names, *_template(files, said, folder))
+    adds_bos = said.get(TOKENIZER_CONFIG, {}).get("add_bos_token") is not False
+    return Words(added, bos, eos, ends, names, *_template(files, said, folder), adds_bos)
 
 
 def with_template(

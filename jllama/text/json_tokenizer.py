@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jllama.errors import InputError
-from jllama.text.hf_files import TOKENIZER_JSON, Words
+from jllama.text.hf_files import TOKENIZER_JSON, Words, read_words
 from jllama.text.template import ChatTemplate
 
 
@@ -103,6 +103,21 @@ class JsonTokenizer:
         if token is None or token not in self._specials:
             raise InputError(f"{self._file} has no {name}; choose a prompt style without it")
         return token
+
+
+def adds_bos(files: Mapping[str, bytes], folder: Path) -> bool:
+    """Whether Hugging Face's tokenizer of these files puts BOS before every text, as LLaMA's do.
+
+    A tokenizer.json decides it where there is one, else `add_bos_token` of tokenizer_config.json.
+
+    Args:
+        files: by their names in a model folder.
+        folder: where they lie, for errors.
+    """
+    if TOKENIZER_JSON in files:
+        model = _read(files[TOKENIZER_JSON], folder / TOKENIZER_JSON)
+        return bool(model.encode("", add_special_tokens=True).ids)
+    return read_words(files, folder).adds_bos
 
 
 def _read(content: bytes, file: Path):  # `tokenizers` has no types
