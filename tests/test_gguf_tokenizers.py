@@ -283,3 +283,10 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(what, tm
 def test_a_tokenizer_without_merges_is_refused_which_llama_cpp_does_not_load(tmp_path):
     with pytest.raises(InputError, match=r"merges nothing, and llama\.cpp loads"):
         read_vocabulary(model_folder(tmp_path, GROUPED))
+
+
+def test_a_template_that_is_no_jinja_is_refused(tmp_path):
+    folder = pieces(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: line 1: unexpected end"):
+        read_vocabulary(folder)

@@ -38,6 +38,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     file = folder / FILE_NAME
     tokenizer = load_tokenizer(folder)
+    if tokenizer.template is not None:
+        tokenizer.template.check()  # llama.cpp loads no file with another
     template = tokenizer.template.source if tokenizer.template else None
     if isinstance(tokenizer, JsonTokenizer):
         found = json_vocabulary(tokenizer, folder / TOKENIZER_JSON)
