@@ -170,6 +170,17 @@ def test_llama_cpp_gives_our_ids(kind):
         assert peer.tokens(text, marked=True) == [*begin, *ids], text
 
 
+def test_the_modelfile_names_the_ends_as_they_are_written(kind):
+    _, folder, _ = kind
+    ours = load_tokenizer(folder)
+    ends = [name for name in (*CHATML, *DEEPSEEK, "<s>", "</s>", "<|eot_id|>", "<|endoftext|>")
+            if name in ours.specials and ours.special(name) in ours.stop_ids]  # fmt: skip
+    lines = (folder.parent / "m.Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./m.gguf"
+    assert len(ends) > 0
+    assert {*lines[1:]} == {f'PARAMETER stop "{end}"' for end in ends}
+
+
 def test_llama_cpp_chats_with_our_ids(kind):
     _, folder, peer = kind
     ours = load_tokenizer(folder)
