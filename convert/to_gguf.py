@@ -8,14 +8,13 @@ the matrices are bit for bit those of the model folder; norms are always F32.
 """
 
 import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from tyro.conf import Positional, arg
 
 from convert.blocks import block_progress
@@ -122,9 +121,17 @@ def _write(file: Path, model: Model, tensors: Tensors, vocabulary: Vocabulary) -
 
 
 def _modelfile(dst: Path, vocabulary: Vocabulary) -> str:
-    """What `ollama create` reads: the file beside it, and the tokens that end an answer."""
-    stops = [json.dumps(vocabulary.tokens[token]) for token in vocabulary.stop_ids]
-    return "".join([f"FROM ./{dst.name}\n", *(f"PARAMETER stop {stop}\n" for stop in stops)])
+    """What `ollama create` reads: the file beside it, and the tokens that end an answer.
+
+    A token that is no special one, or can stand in no quotes, is left to the file's own list.
+    """
+    ends = [
+        vocabulary.tokens[token]
+        for token in vocabulary.stop_ids
+        if vocabulary.types[token] is TokenType.CONTROL
+    ]
+    stops = [text for text in ends if not {*text} & {*'"\n'}]
+    return "".join([f"FROM ./{dst.name}\n", *(f'PARAMETER stop "{stop}"\n' for stop in stops)])
 
 
 def _show(model: Model, tensors: Tensors, asked: str | None, dst: Path) -> None:

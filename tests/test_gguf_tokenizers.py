@@ -171,6 +171,17 @@ def test_llama_cpp_gives_our_ids(kind):
         assert peer.tokens(text, marked=True) == [*begin, *ids], text
 
 
+def test_the_modelfile_names_the_ends_as_they_are_written(kind):
+    _, folder, _ = kind
+    ours = load_tokenizer(folder)
+    ends = [name for name in (*CHATML, *DEEPSEEK, "<s>", "</s>", "<|eot_id|>", "<|endoftext|>")
+            if name in ours.specials and ours.special(name) in ours.stop_ids]  # fmt: skip
+    lines = (folder.parent / "m.Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./m.gguf"
+    assert len(ends) > 0
+    assert {*lines[1:]} == {f'PARAMETER stop "{end}"' for end in ends}
+
+
 def test_llama_cpp_chats_with_our_ids(kind):
     _, folder, peer = kind
     ours = load_tokenizer(folder)
@@ -284,3 +295,10 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(what, tm
 def test_a_tokenizer_without_merges_is_refused_which_llama_cpp_does_not_load(tmp_path):
     with pytest.raises(InputError, match=r"merges nothing, and llama\.cpp loads"):
         read_vocabulary(model_folder(tmp_path, GROUPED))
+
+
+def test_a_template_that_is_no_jinja_is_refused(tmp_path):
+    folder = pieces(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: line 1: unexpected end"):
+        read_vocabulary(folder)

@@ -77,20 +77,22 @@ class Merge:
         # What is to change its dtype is summed in fp32, which holds it exactly.
         wide = {name: x if self._dtypes[name] == x.dtype else x.astype(np.float32)
                 for name, x in tensors.items()}  # fmt: skip
-        base, tuned, merged = (self._probe.layer(block, wide) for _ in range(3))
         one = dataclasses.replace(self._config, n_layers=1)
         arrays = {name: self._arrays[name.replace("layers.0", block)]
                   for name in self._lora.shapes(one)}  # fmt: skip
-        for model in (tuned, merged):
-            put_adapter(model, self._lora, arrays)
-        linears = [name.replace("layers.0", block) for name in adapted_linears(merged)]
-        merge(merged)
-        found = named_arrays(nnx.state(merged))
-        folded = {name: cast(np.asarray(found[name.replace(block, "layers.0")]), self._dtypes[name])
-                  for name in tensors}  # fmt: skip
-        merged = self._probe.layer(block, folded)
-        for who, model in (("base", base), ("tuned", tuned), ("merged", merged)):
-            self._probe.run(who, model)
+        model = self._probe.layer(block, wide)  # one at a time: each is a copy of the block
+        self._probe.run("base", model)
+        put_adapter(model, self._lora, arrays)
+        linears = [name.replace("layers.0", block) for name in adapted_linears(model)]
+        self._probe.run("tuned", model)
+        merge(model)
+        found = named_arrays(nnx.state(model))
+        folded = dict(tensors)
+        for name in (f"{linear}.weight" for linear in linears):
+            folded[name] = np.asarray(found[name.replace(block, "layers.0")])
+        folded = {name: cast(x, self._dtypes[name]) for name, x in folded.items()}
+        del model, found
+        self._probe.run("merged", self._probe.layer(block, folded))
         for name in linears:
             before, after = tensors[f"{name}.weight"], folded[f"{name}.weight"]
             self._weights += before.size

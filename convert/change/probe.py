@@ -20,6 +20,7 @@ from jllama.model import Llama, map_named
 from jllama.text.tokenizer import load_tokenizer
 
 _TOKENS = 32  # of each prompt
+_ROWS = 4096  # of the head, in fp32 at a time
 _PROMPTS = (
     "The committee met on Tuesday to discuss the new bridge across the river. After two hours of "
     "debate, most of the members agreed that the old one could not be repaired for long.",
@@ -69,7 +70,9 @@ class Probe:
         """What the head makes of a stream at its end, fp32 `[B, T, V]`."""
         last = RMSNorm(self.config.dim, self.config.norm_eps, dtype=jnp.float32)
         last.weight[...] = jnp.asarray(norm, jnp.float32)
-        return np.asarray(last(self.streams[who])) @ head.astype(np.float32).T
+        x = np.asarray(last(self.streams[who]))
+        parts = (head[at : at + _ROWS] for at in range(0, len(head), _ROWS))
+        return np.concatenate([x @ part.astype(np.float32).T for part in parts], -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,6 +43,8 @@ def read_vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
         borders = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         names = {name: tokenizer.piece(token) for name, token in borders.items()}
         tokenizer.template = ChatTemplate(source, adapter / TEMPLATE, names, tokenizer.specials)
+    if tokenizer.template is not None:
+        tokenizer.template.check()  # llama.cpp loads no file with another
     template = tokenizer.template.source if tokenizer.template else None
     if isinstance(tokenizer, JsonTokenizer):
         found = json_vocabulary(tokenizer, folder / TOKENIZER_JSON)

@@ -73,6 +73,10 @@ class ChatTemplate:
             line = getattr(error, "lineno", 0)
             raise InputError(f"{self._file}: line {line}: {error}") from error
 
+    def check(self) -> None:
+        """Raises an InputError if it is no template of Jinja."""
+        _ = self._template
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers.
 
