@@ -135,6 +135,11 @@ def _check_rows(tokenizer: Tokenizer, rows: int, file: Path) -> None:
             f"{file}: {known} tokens, but the weights have {rows} rows; "
             "copy the tokenizer of this very model"
         )
+    if (border := max(tokenizer.bos_id, tokenizer.eos_id)) >= rows:
+        raise InputError(
+            f"{file.parent}: text begins or ends with token {border}, but the weights have {rows} "
+            "rows; name bos_token and eos_token in tokenizer_config.json"
+        )
     # Special tokens stand behind the ranks, so a file cut at a line's end moves them all.
     if isinstance(tokenizer, TiktokenTokenizer) and known not in (rows, LLAMA3_TOKENS):
         raise InputError(

@@ -314,6 +314,19 @@ def test_every_file_of_the_source_is_kept_used_or_named(source, tmp_path, capsys
         jllama.load_tokenizer(model)
 
 
+def test_an_end_that_has_no_row_is_refused(source, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    shutil.copytree(source, folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    with pytest.raises(SystemExit) as ended:
+        from_hf([str(folder), str(tmp_path / "model")])
+    assert ended.value.code == 2
+    assert "ends with token 5000, but the weights have 512 rows" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 @pytest.mark.integration
 def test_such_a_model_is_trained_and_asked(source, tmp_path):
     model, run = tmp_path / "model", tmp_path / "run"
