@@ -15,6 +15,7 @@ from conftest import ASSETS
 from gguf import TokenType
 from llama_cpp import LlamaCpp
 from random_models import GROUPED, model_folder
+from small_tokenizers import files_of_letters
 from test_tokenizer_folders import CHATML, SAMPLE, exported, saved
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -293,8 +294,14 @@ def test_a_tokenizer_to_which_llama_cpp_would_give_other_ids_is_refused(what, tm
 
 
 def test_a_tokenizer_without_merges_is_refused_which_llama_cpp_does_not_load(tmp_path):
+    files = {name: text.encode() for name, text in files_of_letters().items()}
+    content = json.loads(files["tokenizer.json"])
+    content["model"]["merges"] = []
+    files["tokenizer.json"] = json.dumps(content).encode()
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text)
     with pytest.raises(InputError, match=r"merges nothing, and llama\.cpp loads"):
-        read_vocabulary(model_folder(tmp_path, GROUPED))
+        read_vocabulary(tmp_path)
 
 
 def test_a_template_that_is_no_jinja_is_refused(tmp_path):

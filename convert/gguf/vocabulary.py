@@ -48,16 +48,16 @@ def read_vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
     template = tokenizer.template.source if tokenizer.template else None
     if isinstance(tokenizer, JsonTokenizer):
         found = json_vocabulary(tokenizer, folder / TOKENIZER_JSON)
+        if not (found.merges or found.scores):
+            raise InputError(
+                f"{folder}: its tokenizer merges nothing, and llama.cpp loads no such file"
+            )
     elif isinstance(tokenizer, SentencePieceTokenizer):
         found = _sentencepiece(file.read_bytes(), file, tokenizer)
     else:
         ranks = read_ranks(file.read_bytes(), file)
         assert ranks is not None
         found = _llama3(ranks, tokenizer.bos_id, tokenizer.stop_ids)
-    if not (found.merges or found.scores):
-        raise InputError(
-            f"{folder}: its tokenizer merges nothing, and llama.cpp loads no such file"
-        )
     return dataclasses.replace(found, template=template, begins=_begins(tokenizer))
 
 

@@ -27,7 +27,7 @@ from jllama.text.messages import COLUMNS
 from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, source_of
 
 LISTS = ("data", "rows", "examples", "train", "prompts", "instances")  # fields that hold the rows
-_WANTED = "rows: a JSON list, one JSON object a line, CSV or Parquet"
+_WANTED = "rows: a JSON list, or one JSON object a line; or CSV, Parquet or Arrow"
 _OPEN, _OPEN_ROWS, _COMMA, _CLOSE, _BRACE, _COLON, _END, _SPACE = (
     re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*")
     for mark in (r"\[", r"\[[ \t\r\n]*[{\]]", ",", r"\]", r"\{", ":", r"\}", "")
