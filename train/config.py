@@ -69,10 +69,6 @@ class TrainConfig:
     """Rows with instruction/input/output, prompt/completion, messages, conversations or text: files
     of JSON, JSONL, CSV or Parquet, packed by gzip or not, or folders of them. A weight says how
     often an epoch has each row: a.json b.json:0.5 has half of b's."""
-    columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
-    """What the columns are called: prompt=question,completion=answer."""
-    max_rows: AtLeast0 = 0
-    """Only the first rows of each file; 0 takes all."""
     output_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Run folder to make; by default runs/MODEL-TIME, with a link runs/latest."""
     precision: Precision = "bf16"
@@ -83,6 +79,10 @@ class TrainConfig:
     base_skip: BaseSkip = "none"
     """With --base: linears that stay as they are."""
 
+    columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
+    """What the columns are called: prompt=question,completion=answer."""
+    max_rows: AtLeast0 = 0
+    """Only the first rows of each file; 0 takes all."""
     prompt_style: PromptStyle = "plain"
     """How a row becomes text; saved with the adapter."""
     prompt_template: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""

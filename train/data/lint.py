@@ -33,12 +33,12 @@ class LintConfig:
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")] = str(bundled.ROWS)
     """Rows, as for training; by default the bundled sample's."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = str(bundled.SAMPLE)
+    """Model folder, or any folder with a tokenizer.model."""
     columns: Annotated[str, tyro.conf.arg(metavar="NAME=COLUMN,...")] = ""
     """What the columns are called: prompt=question,completion=answer."""
     max_rows: AtLeast0 = 0
     """Only the first rows; 0 takes all."""
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = str(bundled.SAMPLE)
-    """Model folder, or any folder with a tokenizer.model."""
     prompt_style: PromptStyle = "plain"
     """How a row becomes text."""
     prompt_template: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
