@@ -26,6 +26,7 @@ from jllama.text.tokenizer import (
     FILE_NAME,
     SentencePieceTokenizer,
     Tokenizer,
+    border_names,
     load_tokenizer,
 )
 from jllama.text.tokenizer_file import LLAMA3_SPECIALS, read_ranks
@@ -40,9 +41,9 @@ def read_vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
     file = folder / FILE_NAME
     tokenizer = load_tokenizer(folder)
     if adapter is not None and (source := style_of(adapter, tokenizer)) is not None:
-        borders = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        names = {name: tokenizer.piece(token) for name, token in borders.items()}
-        tokenizer.template = ChatTemplate(source, adapter / TEMPLATE, names, tokenizer.specials)
+        tokenizer.template = ChatTemplate(
+            source, adapter / TEMPLATE, border_names(tokenizer), tokenizer.specials
+        )
     if tokenizer.template is not None:
         tokenizer.template.check()  # llama.cpp loads no file with another
     template = tokenizer.template.source if tokenizer.template else None

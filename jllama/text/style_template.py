@@ -23,7 +23,7 @@ from jllama.text.prompt import (
     conversation,
 )
 from jllama.text.template import ChatTemplate
-from jllama.text.tokenizer import Tokenizer
+from jllama.text.tokenizer import Tokenizer, border_names
 
 _TOKENS = """\
 {{%- set begin = {} %}}
@@ -103,7 +103,7 @@ def style_template(style: PromptStyle, tokenizer: Tokenizer) -> str | None:
     """
     if style == "chat":
         return tokenizer.template.source if tokenizer.template else None
-    borders = [tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id)]
+    borders = border_names(tokenizer).values()
     if not tokenizer.specials.issuperset(borders):
         return None
     tokens = _TOKENS.format(*(json.dumps(name, ensure_ascii=False) for name in borders))

@@ -251,12 +251,19 @@ def tokenizer_of(
         file = Path(template)
         source = read_text(file, "a chat template")
     if source is not None:
-        borders = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        names = {name: tokenizer.piece(token) for name, token in borders.items()}
+        names = border_names(tokenizer)
         tokenizer.template = ChatTemplate(
             source, file, names | dict(words.names), tokenizer.specials
         )
     return tokenizer
+
+
+def border_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a chat template calls the tokens that begin and end a text, and their own texts."""
+    return {
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+    }
 
 
 def _choose(files: Mapping[str, bytes], folder: Path, words: Words) -> Tokenizer:
