@@ -46,7 +46,7 @@ def _begin(text: str) -> str:
 
 def _sentence(run: Evidence) -> Words:
     config = run.content(CONFIG)
-    model, data = (short(str(run.value(CONFIG, name))) for name in ("model", "data"))
+    model, data = (short(run.value(CONFIG, name)) for name in ("model", "data"))
     words: list[Text] = []
     if config.get("tune") == "lora":
         words += ["LoRA of rank ", run.figure(CONFIG, "lora_rank", form=","),

@@ -44,7 +44,7 @@ def scored_rows(run: Evidence) -> Words:
     return [
         "only the first " if limited else "", run.figure(SCORES, "rows", form=","),
         {"held-out": " rows held out of ", "training": " training rows of "}.get(part, " rows of "),
-        short(str(run.value(SCORES, "settings", "data"))),
+        short(run.value(SCORES, "settings", "data")),
     ]  # fmt: skip
 
 

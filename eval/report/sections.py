@@ -56,9 +56,11 @@ def setting(run: Evidence, file: str, *path: str) -> Text:
     return short(str(value))
 
 
-def short(text: str) -> str:
-    """/home/me/models/llama-2-7b  ->  models/llama-2-7b; the file that was read has the whole."""
-    return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
+def short(named: str | list[str]) -> str:
+    """/home/me/models/llama-2-7b  ->  models/llama-2-7b; the file that was read has the whole.
+    Several in one line."""
+    names = [named] if isinstance(named, str) else named
+    return ", ".join("/".join(Path(x).parts[-2:]) if x.startswith("/") else x for x in names)
 
 
 def parameters(run: Evidence) -> Iterator[Block]:
@@ -246,7 +248,7 @@ def data(run: Evidence) -> Iterator[Block]:
             for name, title in names.items()
         ],
     )
-    yield Paragraph([f"From {short(str(run.value(CONFIG, 'data')))}."])
+    yield Paragraph([f"From {short(run.value(CONFIG, 'data'))}."])
 
 
 def reproduce(run: Evidence) -> Iterator[Block]:
