@@ -3,8 +3,12 @@
 model = jllama.load_model("models/llama-2-7b", precision="bf16")
 tokenizer = jllama.load_tokenizer("models/llama-2-7b")
 jllama.load_adapter(model, "runs/latest/adapter")
-prompt = [tokenizer.bos_id, *tokenizer.encode("Hello")]
+prompt = jllama.prompt_ids("plain", {"prompt": "Hello"}, tokenizer)
 answers = jllama.generate(model, [prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)
+
+To train one, see `train`, a package of its own:
+
+trainer = train.Trainer("models/llama-2-7b", rows, learning_rate=1e-4, epochs=2)
 
 config/        sizes, shapes, settings of an adapter    names.py     Meta's names, and others'
 model.py       the network; layers.py, attention.py     lora.py      adapters: attach, scale, merge
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from jllama.folders.adapter import load_adapter, save_adapter
     from jllama.folders.load import load_model
     from jllama.model import Llama
+    from jllama.text.prompt import prompt_ids
     from jllama.text.tokenizer import Tokenizer, load_tokenizer
 
 # Imported when they are asked for: `jllama --help` needs no JAX.
@@ -48,6 +53,7 @@ _HOMES = {
     "save_adapter": "folders.adapter",
     "load_model": "folders.load",
     "Llama": "model",
+    "prompt_ids": "text.prompt",
     "Tokenizer": "text.tokenizer",
     "load_tokenizer": "text.tokenizer",
 }
@@ -68,6 +74,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "prompt_ids",
     "save_adapter",
     "stream",
 ]

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jllama.folders.load import load_model
 from jllama.sharding import mesh_shape, path_name
-from train import fine_tune
+from train import trainer
 from train.config import TrainConfig
 
 ROWS = 8  # in a micro-batch, whatever the mesh
@@ -44,8 +44,8 @@ def train(run, mesh, settings):
         run.with_name(run.name + ".json").write_text(json.dumps(shards(model)))
         return model
 
-    fine_tune.load_model = noted
-    fine_tune.fine_tune(config)
+    trainer.load_model = noted
+    trainer.Trainer(config=config).train()
 
 
 if __name__ == "__main__":

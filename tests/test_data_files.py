@@ -18,7 +18,7 @@ from jllama.text.row_formats import source_of
 from train.config import TrainConfig, read_defaults
 from train.data.batches import rows_of_epoch
 from train.data.lint import main as lint
-from train.fine_tune import fine_tune
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.integration
 COLUMNS = "prompt=Question,completion=Reply"
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     write_table(rows[:60], place / "table.csv")
     write_table(rows[60:62], place / "val/a.csv")
     write_table(rows[62:63], place / "val/b.csv")
-    fine_tune(config(place))
+    Trainer(config=config(place)).train()
     return place
 
 
@@ -60,7 +60,7 @@ def test_the_run_is_that_of_the_same_rows_in_json(place, tmp_path):
         config(place), data=str(tmp_path / "rows.json"), val_data=str(tmp_path / "val.json"),
         columns="", max_rows=0, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    fine_tune(same)
+    Trainer(config=same).train()
     figures = [
         [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines(run)]
         for run in (place / "run", tmp_path / "run")
@@ -88,7 +88,7 @@ def test_another_file_for_evaluation_is_no_resume(place, tmp_path):
     (tmp_path / "val/b.csv").rename(tmp_path / "val/0.csv")  # they come in another order
     words = ["--resume", str(tmp_path / "run"), "--val-data", str(tmp_path / "val")]
     with pytest.raises(InputError, match="val_data_sha256 differ"):
-        fine_tune(read_defaults(words)[0])
+        Trainer(config=read_defaults(words)[0]).train()
 
 
 def test_one_way_to_hold_rows_out(place):
@@ -141,7 +141,7 @@ def whole_run(mixed, place, packing):
     """One that nothing stops; made once."""
     run = place / f"whole-{packing}"
     if not run.exists():
-        fine_tune(TrainConfig(**mixed, packing=packing, output_dir=str(run)))
+        Trainer(config=TrainConfig(**mixed, packing=packing, output_dir=str(run))).train()
     return run
 
 
@@ -156,8 +156,8 @@ def test_a_mixed_run_goes_on_bit_by_bit_in_its_second_epoch(packing, mixed, plac
     with monkeypatch.context() as patch:
         after_step(patch, steps - 1)
         with pytest.raises(Killed):
-            fine_tune(TrainConfig(**mixed, packing=packing, output_dir=str(cut)))
-    fine_tune(read_defaults(["--resume", str(cut)])[0])
+            Trainer(config=TrainConfig(**mixed, packing=packing, output_dir=str(cut))).train()
+    Trainer(config=read_defaults(["--resume", str(cut)])[0]).train()
     assert adapter(cut) == adapter(whole)
     seen = np.bincount(np.concatenate(rows_of(whole)), minlength=60)
     assert (seen[:40] == 2).all()
@@ -169,15 +169,15 @@ def test_mixed_files_may_move_but_keep_their_weights(mixed, place, tmp_path, mon
     with monkeypatch.context() as patch:
         after_step(patch, 4)
         with pytest.raises(Killed):
-            fine_tune(TrainConfig(**mixed, output_dir=str(run)))
+            Trainer(config=TrainConfig(**mixed, output_dir=str(run))).train()
     assert RunFolder(run).read_settings()["data"] == list(mixed["data"])
     for name, new in (("a.json", "a b.json"), ("b.json", "b.json")):
         shutil.copyfile(place / name, tmp_path / new)
     moved = [str(tmp_path / "a b.json"), str(tmp_path / "b.json")]
     with pytest.raises(InputError, match="data_sha256 differ"):
-        fine_tune(read_defaults(["--resume", str(run), "--data", *moved])[0])
+        Trainer(config=read_defaults(["--resume", str(run), "--data", *moved])[0]).train()
     moved[1] += ":0.5"
-    fine_tune(read_defaults(["--data", *moved, "--resume", str(run)])[0])
+    Trainer(config=read_defaults(["--data", *moved, "--resume", str(run)])[0]).train()
     assert adapter(run) == adapter(whole_run(mixed, place, False))
     assert RunFolder(run).read_settings()["data"] == moved
     assert complete(ScoreConfig(run=str(run))).data == tuple(moved)
@@ -190,7 +190,7 @@ def test_what_is_wrong_with_a_row_is_told_with_its_file(mixed, place, tmp_path, 
     (tmp_path / "folder/e.json").write_text('{"prompt": 3}')
     sources = [mixed["data"][0], str(tmp_path / "c.json"), str(tmp_path / "folder")]
     with pytest.raises(InputError) as error:
-        fine_tune(TrainConfig(**mixed | {"data": tuple(sources)}, output_dir=str(tmp_path / "run")))
+        Trainer(**mixed | {"data": sources}, output_dir=tmp_path / "run").train()
     said = str(error.value)
     assert "c.json: row 1: no answer" in said
     assert "folder/d.json: row 0: the answer is empty" in said

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from random_models import BASE, model_folder, with_a_nan
-from train_runs import FACTS, Killed, adapter, after_step, as_flags, lines
+from train_runs import FACTS, Killed, adapter, after_step, as_flags, lines, recorded
 
 import train.loop
 import train.run.folder
@@ -22,7 +22,6 @@ from jllama.folders.run import RunFolder
 from train.config import TrainConfig
 from train.lora import main
 from train.run.folder import check_folder, run_folder
-from train.run.metrics import Metrics
 from train.run.state import Checkpoints
 
 pytestmark = pytest.mark.integration
@@ -150,8 +149,7 @@ def config(place, **more):
 
 def begun(config):
     """The folder of a run that ends before its first step."""
-    with run_folder(config, FACTS) as run:
-        Metrics(run).close()
+    with run_folder(config, FACTS) as run, recorded(run):
         return run
 
 
@@ -323,16 +321,15 @@ def test_the_logged_learning_rate_after_a_skipped_step_is_the_one_applied(place,
 
 def test_a_held_out_loss_that_is_not_finite_is_null_and_never_the_best(place, tmp_path, capsys):
     run = RunFolder(tmp_path)
-    metrics = Metrics(run)
-    assert [
-        metrics.evaluation(step, loss, 3)
-        for step, loss in enumerate((np.nan, np.inf, 2.0, np.nan, 3.0))
-    ] == [False, False, True, False, False]
+    with recorded(run) as metrics:
+        assert [
+            metrics.evaluation(step, loss, 3)
+            for step, loss in enumerate((np.nan, np.inf, 2.0, np.nan, 3.0))
+        ] == [False, False, True, False, False]
     assert metrics.evaluations_since_best == 2
-    metrics.close()
     assert [line["eval_loss"] for line in run.read_metrics().values] == [None, None, 2, None, 3]
-    again = Metrics(run, 0)
-    again.close()
+    with recorded(run):
+        pass
 
 
 # Moved files, more epochs

@@ -17,7 +17,7 @@ from jllama.errors import InputError
 from jllama.folders import files
 from jllama.folders.manifest import manifest_sha256
 from jllama.folders.model import ModelWriter
-from train import fine_tune, lora
+from train import lora, trainer
 from train.run.metrics import Metrics
 from train.run.state import Checkpoints
 from train.step import TrainState
@@ -122,8 +122,8 @@ def test_an_adapter_that_finds_no_room_is_written_by_resume(small, tmp_path, mon
         fill(small)
         save(*args)
 
-    save = fine_tune.save_adapter
-    monkeypatch.setattr(fine_tune, "save_adapter", fill_and_save)
+    save = trainer.save_adapter
+    monkeypatch.setattr(trainer, "save_adapter", fill_and_save)
     with pytest.raises(SystemExit) as ended:
         lora.main(arguments(tmp_path, small / "run"))
     assert ended.value.code == 2

@@ -27,7 +27,7 @@ HELP = "import train.lora\ntry: train.lora.main(['--help'])\nexcept SystemExit: 
     [
         ("from jllama.cli.script import overview; overview()", {"jax", "numpy", "pydantic"}),
         (HELP, {"jax", "torch"}),
-        ("import train.fine_tune, eval.prompts, eval.chat, eval.score", {"torch", "transformers"}),
+        ("import train.trainer, eval.prompts, eval.chat, eval.score", {"torch", "transformers"}),
     ],
     ids=["jllama --help", "jllama train --help", "training and answering"],
 )

@@ -5,28 +5,27 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from train_runs import recorded
 
 from jllama.folders.run import RunFolder
-from train.run.metrics import Metrics
 from train.step import StepMetrics
 
 
 def record(run, steps, *, resumed=0, worse=0.0):
     """A run that evaluates before step 1 and ends an epoch after step 4."""
-    metrics = Metrics(run, resumed)
-    if not resumed:
-        metrics.evaluation(0, 9.0 + worse, 12)
-    for step in steps:
-        measured = StepMetrics(
-            jnp.float32(10 / step + worse), jnp.int32(7), jnp.float32(0.3), jnp.float32(0.01),
-            jnp.bool(step == 2),
-        )  # fmt: skip
-        metrics.step(step, measured, planned_memory_mib=5.0, learning_rate=1e-4,
-                     padding_share=0.1, rows=[step], compilations=1)  # fmt: skip
-        if step == 4:
-            metrics.end_epoch(step)
-            metrics.evaluation(step, 2.0, 12)
-    metrics.close()
+    with recorded(run, resumed) as metrics:
+        if not resumed:
+            metrics.evaluation(0, 9.0 + worse, 12)
+        for step in steps:
+            measured = StepMetrics(
+                jnp.float32(10 / step + worse), jnp.int32(7), jnp.float32(0.3), jnp.float32(0.01),
+                jnp.bool(step == 2),
+            )  # fmt: skip
+            metrics.step(step, measured, planned_memory_mib=5.0, learning_rate=1e-4,
+                         padding_share=0.1, rows=[step], compilations=1)  # fmt: skip
+            if step == 4:
+                metrics.end_epoch(step)
+                metrics.evaluation(step, 2.0, 12)
 
 
 def shown(run):

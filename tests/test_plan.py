@@ -451,8 +451,8 @@ def test_a_run_that_cannot_fit_is_told_before_anything_is_loaded_or_compiled(
 ):
     monkeypatch.setattr(auto, "host_memory_mib", lambda: 100)
     monkeypatch.setattr(auto, "memory_classes", lambda step: {"base_weights": 13_000 * MIB})
-    for name in ("load_examples", "choose", "load_model", "run_steps"):
-        monkeypatch.setattr(f"train.fine_tune.{name}", None)
+    for name in ("load_examples", "choose", "load_model", "fit"):
+        monkeypatch.setattr(f"train.trainer.{name}", None)
     with pytest.raises(SystemExit) as ended:
         train(flags(place, tmp_path / "run", "--remat", remat))
     assert ended.value.code == 2
@@ -542,7 +542,7 @@ def test_running_out_of_memory_is_answered_with_what_needs_less(
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr("train.fine_tune.fit", full)
+    monkeypatch.setattr("train.trainer.fit", full)
     with pytest.raises(SystemExit) as ended:
         train(flags(place, tmp_path / "run", "--remat", "none", "--micro-batch-size", "4"))
     assert ended.value.code == 2

@@ -25,7 +25,7 @@ from jllama.text.style_template import style_template
 from jllama.text.tokenizer import load_tokenizer, tokenizer_of
 from train.config import TrainConfig, read_defaults
 from train.data.lint import LintConfig
-from train.fine_tune import fine_tune
+from train.trainer import Trainer
 
 OURS = ["report", "plain", "alpaca", "llama2-chat"]
 AWKWARD = [
@@ -182,9 +182,8 @@ TEMPLATE_OF_USER = (
 
 def run_of(place, name, **more):
     run = place / name
-    fine_tune(
-        TrainConfig(**settings(place, output_dir=str(run), max_steps=1, max_seq_len=256, **more))
-    )
+    more |= {"output_dir": run, "max_steps": 1, "max_seq_len": 256}
+    Trainer(**settings(place, **more)).train()
     return run
 
 
@@ -224,7 +223,7 @@ def test_a_template_that_was_changed_is_refused(place, tmp_path):
     mine = place / "mine.jinja"
     mine.write_text(TEMPLATE_OF_USER + " ")
     with pytest.raises(InputError, match="prompt_template_sha256 differ"):
-        fine_tune(read_defaults(["--resume", str(tmp_path / "run")])[0])
+        Trainer(config=read_defaults(["--resume", str(tmp_path / "run")])[0]).train()
     mine.write_text(TEMPLATE_OF_USER)
 
 

@@ -1,5 +1,6 @@
 """Runs of the train command: its flags, what it leaves, and a power cut after a step."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ from random_models import model_folder
 from safetensors.numpy import load_file
 
 from jllama.folders.run import RunFolder
-from train.run.metrics import Metrics
+from train.callbacks import Callbacks, MetricsFile, TensorBoard
+from train.run.metrics import Metrics, read_history
 
 # What run.json says of a run before its first step, beside what `provenance` finds.
 FACTS = {"parameters": {}, "model": {}, "steps": 8, "warmup_steps": 0, "device_memory_mib": 0,
@@ -60,6 +62,15 @@ def read(run):
     weights = {name: array for file in files for name, array in load_file(file).items()}
     assert weights
     return np.array([loss for loss in losses if loss is not None]), weights
+
+
+@contextlib.contextmanager
+def recorded(run, resumed=0):
+    """Metrics that a run folder records."""
+    kept = read_history(run, resumed, ())
+    events = TensorBoard(run.tensorboard, resumed + 1 if resumed else 0)
+    with Callbacks([MetricsFile(run.metrics, kept), events]) as told:
+        yield Metrics(told, kept)
 
 
 class Killed(BaseException):

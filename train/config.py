@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 import yaml
@@ -258,21 +258,35 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
 
 def _resumed(path: Path, argv: Sequence[str]) -> TrainConfig:
     """A run's own settings, but for those that the arguments may give anew."""
-    anew: dict[str, Any] = {"resume": str(path)}
+    anew: dict[str, Any] = {}
     argv, data = take_words("--data", argv)
     anew |= {"data": data} if data else {}
     for name in CHANGEABLE:
         argv, value = take_flag(f"--{name.replace('_', '-')}", argv)
         anew |= {} if value is None else {name: value}
     if argv:
-        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
-        raise InputError(
-            f"--resume takes its settings from the run; drop {' '.join(argv)}. Beside it go only "
-            f"{allowed}"
-        )
+        _refuse_beside_resume(" ".join(argv))
+    return resumed_settings(path, anew)
+
+
+def resumed_settings(path: Path, anew: Mapping[str, Any]) -> TrainConfig:
+    """A run's own settings, but for those of `CHANGEABLE` that are given anew.
+
+    Raises:
+        InputError: if it is no run folder, or others are given.
+    """
+    if others := [name for name in anew if name not in CHANGEABLE]:
+        _refuse_beside_resume(", ".join(others))
     run = RunFolder(path)
     before = checked_settings(TrainConfig, run.read_settings(), run.config)
-    return _as_many_rows(dataclasses.replace(before, **anew), before)
+    return _as_many_rows(dataclasses.replace(before, resume=str(path), **anew), before)
+
+
+def _refuse_beside_resume(words: str) -> NoReturn:
+    allowed = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
+    raise InputError(
+        f"--resume takes its settings from the run; drop {words}. Beside it go only {allowed}"
+    )
 
 
 def _as_many_rows(config: TrainConfig, before: TrainConfig) -> TrainConfig:

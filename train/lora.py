@@ -1,5 +1,6 @@
 """`python -m train.lora`, or `jllama train`: fine-tunes a LLaMA with LoRA, into a run folder."""
 
+import sys
 from collections.abc import Sequence
 
 from jllama.cli.command import run_command
@@ -8,11 +9,13 @@ from train.config import TrainConfig, read_defaults
 
 def train(config: TrainConfig) -> None:
     """One run; JAX and the rest are imported when the flags are known to be right."""
-    from train.fine_tune import fine_tune
-    from train.processes.join import joined
+    from train.run.signals import Stopped
+    from train.trainer import Trainer
 
-    with joined() as processes:
-        fine_tune(config, processes)
+    try:
+        Trainer(config=config).train()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,23 +61,34 @@ class StepMetrics(NamedTuple):
     skipped: Bool[Array, ""]
 
 
+# Of the last hidden states `[B, T, D]`, the head `[V, D]` and the rows of a micro-batch (arrays
+# `[B, T]`): the loss in nats, summed over the supervised tokens. The step divides by their number
+# in the whole window. Of several devices each calls it with its own rows.
+Loss = Callable[[Array, Array, Window], Array]
+
+
+def next_token_loss(
+    x: Float[Array, "B T D"], head: Float[Array, "V D"], rows: Window, head_learns: bool
+) -> Float[Array, ""]:
+    """Cross-entropy of the targets, where no other loss is given."""
+    return cross_entropy(x, head, rows.targets, rows.mask, head_learns)
+
+
 def summed_loss(
     learned: nnx.State,
     frozen: nnx.State,
     rows: Window,
     key: Key[Array, ""] | None,
     graphdef: nnx.GraphDef,
+    loss: Loss | None = None,
 ) -> Float[Array, ""]:
-    """Cross-entropy of one micro-batch (arrays `[B, T]`), summed over its supervised tokens."""
+    """Loss of one micro-batch (arrays `[B, T]`), summed over its supervised tokens."""
     model = nnx.merge(graphdef, learned, frozen, copy=True)
     x = model.hidden(rows.tokens, rows.positions, rows.documents, key)
     head_learns = not jax.tree.leaves(frozen)
     head = model.head_weight.matrix(model.head_weight.dtype)  # as stored: its gradient is, too
-
-    def loss(x, targets, mask, head):
-        return cross_entropy(x, head, targets, mask, head_learns)
-
-    return over_dealt_rows(loss)(x, rows.targets, rows.mask, head)
+    of_rows = loss or functools.partial(next_token_loss, head_learns=head_learns)
+    return over_dealt_rows(lambda x, rows, head: of_rows(x, head, rows))(x, rows, head)
 
 
 def start_state(
@@ -123,7 +134,7 @@ def places_of(state: TrainState, frozen: nnx.State, mesh: Mesh) -> TrainState:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "optimizer", "mesh"),
+    static_argnames=("graphdef", "optimizer", "mesh", "loss"),
     donate_argnames=("state",),
     compiler_options=dict(TRAINING),
 )
@@ -136,28 +147,30 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
+    loss: Loss | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Learns from one window.
 
-    The loss of a micro-batch is its summed cross-entropy over the supervised tokens of the whole
+    The loss of a micro-batch is its summed loss over the number of supervised tokens of the whole
     window, so the sum of k gradients is the gradient of the big batch, whatever the rows hold.
 
     Args:
         frozen: weights that do not learn; an argument, never differentiated, donated or copied.
         key: the run's key; the step's number is folded in here, so a resume needs no generator.
         mesh: where there are several devices: the state stays where `initial_state` puts it.
+        loss: by default the cross-entropy of the targets.
     """
     supervised = jnp.sum(window.mask)
     step_key = jax.random.fold_in(key, state.step)
 
-    def loss(learned, rows, micro_key):
-        total = summed_loss(learned, frozen, rows, micro_key, graphdef)
+    def share(learned, rows, micro_key):
+        total = summed_loss(learned, frozen, rows, micro_key, graphdef, loss)
         return total / jnp.maximum(supervised, 1).astype(total.dtype), total
 
     def micro_step(carry, rows):
         learned, moments, index = carry
         micro_key = jax.random.fold_in(step_key, index)
-        grads, total = jax.grad(loss, has_aux=True)(learned, rows, micro_key)
+        grads, total = jax.grad(share, has_aux=True)(learned, rows, micro_key)
         with jax.named_scope("optimizer"):
             # multi_transform takes a whole model; the frozen part is dead in the compiled step.
             nothing = jax.tree.map(jnp.zeros_like, frozen)
@@ -181,14 +194,19 @@ def train_step(
     return state, metrics
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), compiler_options=dict(READING))
+@functools.partial(jax.jit, static_argnames=("graphdef", "loss"), compiler_options=dict(READING))
 def eval_step(
-    learned: nnx.State, frozen: nnx.State, window: Window, *, graphdef: nnx.GraphDef
+    learned: nnx.State,
+    frozen: nnx.State,
+    window: Window,
+    *,
+    graphdef: nnx.GraphDef,
+    loss: Loss | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed cross-entropy and supervised tokens of a window, without dropout."""
+    """Summed loss and supervised tokens of a window, without dropout."""
 
     def micro_step(total, rows):
-        return total + summed_loss(learned, frozen, rows, None, graphdef), None
+        return total + summed_loss(learned, frozen, rows, None, graphdef, loss), None
 
     total, _ = jax.lax.scan(micro_step, jnp.zeros(()), window)
     return total, jnp.sum(window.mask)
@@ -200,14 +218,18 @@ def deal(window: Window, mesh: Mesh) -> Window:
 
 
 def evaluate(
-    learned: nnx.State, frozen: nnx.State, windows: Iterable[Window], graphdef: nnx.GraphDef
+    learned: nnx.State,
+    frozen: nnx.State,
+    windows: Iterable[Window],
+    graphdef: nnx.GraphDef,
+    loss: Loss | None = None,
 ) -> tuple[float, int]:
-    """Cross-entropy per supervised token (nats) over all windows, and how many tokens they have."""
-    loss, tokens = 0.0, 0
+    """Loss per supervised token (nats) over all windows, and how many tokens they have."""
+    total, tokens = 0.0, 0
     for window in windows:
-        more = eval_step(learned, frozen, window, graphdef=graphdef)
-        loss, tokens = loss + float(more[0]), tokens + int(more[1])
-    return loss / max(1, tokens), tokens
+        more = eval_step(learned, frozen, window, graphdef=graphdef, loss=loss)
+        total, tokens = total + float(more[0]), tokens + int(more[1])
+    return total / max(1, tokens), tokens
 
 
 class Programs:
@@ -222,9 +244,10 @@ class Programs:
         graphdef: nnx.GraphDef,
         optimizer: optax.GradientTransformation,
         mesh: Mesh | None = None,
+        loss: Loss | None = None,
     ):
         self._static: dict[str, Any] = {
-            "graphdef": graphdef, "optimizer": optimizer, "mesh": mesh,
+            "graphdef": graphdef, "optimizer": optimizer, "mesh": mesh, "loss": loss,
         }  # fmt: skip
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.planned_bytes = 0

@@ -240,12 +240,14 @@ def data(run: Evidence) -> Iterator[Block]:
         "longest": "longest row, tokens",
         "cut_rows": "rows that lost their end",
         "padding_share": "share of positions that hold no token",
+        "windows": "given windows of an epoch",
     }
     yield Table(
         ["data", "number"],
         [
             [title, run.figure(RECORD, "data", name, form=".3f" if "share" in name else ",")]
             for name, title in names.items()
+            if name in run.value(RECORD, "data")
         ],
     )
     yield Paragraph([f"From {short(run.value(CONFIG, 'data'))}."])

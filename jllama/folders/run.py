@@ -2,6 +2,7 @@
 
 config.yaml        the resolved settings; `--config` reads them back
 run.json           command, versions, hashes of base and data, what was known before step 1
+rows.jsonl         rows that were given in memory; held-out-rows.jsonl likewise
 metrics.jsonl      a line for every optimizer step, epoch and evaluation
 state/             adapters, moments, accumulator and step (Orbax)
 adapter/           the result: a PEFT adapter; with full tuning model/, a model folder
@@ -14,7 +15,7 @@ harness.json       what lm-evaluation-harness says of both (jllama harness)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NotRequired, final
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -27,6 +28,7 @@ from jllama.folders.manifest import check_fields, file_sha256, read_sealed
 
 CONFIG, RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 GENERATIONS, SCORES, HARNESS = "generations.jsonl", "score.json", "harness.json"
+ROWS_OF = {"data": "rows.jsonl", "val_data": "held-out-rows.jsonl"}  # by their setting
 LATEST = Path("runs/latest")  # a link to the newest run
 
 
@@ -50,6 +52,7 @@ class StepLine(TypedDict):
     compilations: int
 
 
+@final
 class EpochLine(TypedDict):
     """metrics.jsonl, after an epoch: its token-weighted mean."""
 
@@ -59,6 +62,7 @@ class EpochLine(TypedDict):
     tokens: int
 
 
+@final
 class EvaluationLine(TypedDict):
     """metrics.jsonl, after an evaluation."""
 
@@ -79,6 +83,7 @@ class DataFacts(TypedDict):
     cut_rows: int
     padding_share: float
     turns: int  # questions in the longest conversation
+    windows: NotRequired[int]  # of an epoch, where they were given instead of rows
 
 
 class Record(TypedDict):
@@ -95,6 +100,7 @@ class Record(TypedDict):
     init_adapter_sha256: NotRequired[str]  # of its weights
     prompt_template_sha256: NotRequired[str]
     val_data_sha256: NotRequired[str]
+    given: NotRequired[dict[str, str]]  # names of a loss and of windows: {"loss": "smoothed"}
     chosen: NotRequired[list[str]]  # settings of config.yaml that are not the defaults
     changed: NotRequired[dict[str, Any]]  # settings that a resume gave anew, over config.yaml's
     parameters: dict[str, int]  # {"trainable": 8388608, "total": 6746804224}

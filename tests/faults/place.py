@@ -15,7 +15,7 @@ from pathlib import Path
 
 from random_models import BASE, model_folder
 
-import train.fine_tune  # imported once, not in every process
+import train.trainer  # imported once, not in every process
 from convert.to_hf import main as to_hf
 from convert.to_meta import main as to_meta
 from eval.prompts import main as prompts

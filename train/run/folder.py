@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +17,11 @@ from jllama.folders.adapter import read_passport
 from jllama.folders.files import held
 from jllama.folders.json_files import NEW
 from jllama.folders.manifest import file_sha256, write_sealed
-from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, RunFolder
+from jllama.folders.run import CONFIG, LATEST, METRICS, RECORD, ROWS_OF, RunFolder
 from jllama.text.row_formats import source_of
 from train.config import CHANGEABLE, FILES, TrainConfig, plain, write_config
 from train.processes.join import Processes
+from train.run.given import NOTHING_GIVEN, Given
 from train.run.provenance import identity, provenance
 
 _LOCK = ".lock"
@@ -27,7 +29,10 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def run_folder(
-    config: TrainConfig, facts: Mapping[str, Any], processes: Processes | None = None
+    config: TrainConfig,
+    facts: Mapping[str, Any],
+    processes: Processes | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Iterator[RunFolder]:
     """The folder of a new or resumed run, made and locked by process 0 for all of them.
 
@@ -44,29 +49,30 @@ def run_folder(
     run = RunFolder(Path(config.resume or config.output_dir or _new_folder(config)))
     run.path.mkdir(parents=True, exist_ok=True)
     with _locked(run.path):
-        check_folder(config)
+        check_folder(config, given)
+        config = _with_rows_in(run, config, given)
         if config.resume:
             _write_changes(run, config)
         else:
             write_config(_from_anywhere(config), run.config)
             settings = {"config_sha256": file_sha256(run.config)}
-            write_sealed(run.record, provenance(config) | settings | {**facts})
+            write_sealed(run.record, provenance(config, given) | settings | {**facts})
         if not config.output_dir and not config.resume:
             _link_latest(run.path)
         processes.tell(str(run.path.absolute()))
         yield run
 
 
-def check_folder(config: TrainConfig) -> None:
+def check_folder(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     """Refuses what a run cannot begin in, or go on with; cheap, so that it can be asked early.
 
     Raises:
         InputError: if a new run would overwrite something; or if a resumed one has finished, its
-            base, data, initial adapter or template is not the same, or its schedule forbids more
-            epochs.
+            base, data, initial adapter, template, loss or windows are not the same, or its schedule
+            forbids more epochs.
     """
     if config.resume:
-        _check_resumable(RunFolder(Path(config.resume)), config)
+        _check_resumable(RunFolder(Path(config.resume)), config, given)
     elif config.output_dir and not _is_free(RunFolder(Path(config.output_dir))):
         raise InputError(
             f"{config.output_dir} exists; choose another --output-dir, or continue it with: "
@@ -81,7 +87,15 @@ def _is_free(run: RunFolder) -> bool:
     if not run.path.is_dir():
         return False
     names = {entry.name.removesuffix(NEW) for entry in run.path.iterdir()}
-    begun = {_LOCK, CONFIG, RECORD, METRICS, run.state.name, run.tensorboard.name}
+    begun = {
+        _LOCK,
+        CONFIG,
+        RECORD,
+        METRICS,
+        *ROWS_OF.values(),
+        run.state.name,
+        run.tensorboard.name,
+    }
     if not names <= begun:
         return False
     saved = run.state.is_dir() and any(entry.name.isdigit() for entry in run.state.iterdir())
@@ -120,6 +134,18 @@ def _from_anywhere(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, output_dir="", **paths)
 
 
+def _with_rows_in(run: RunFolder, config: TrainConfig, given: Given) -> TrainConfig:
+    """With rows that were given in memory as files of the run folder."""
+    files: dict[str, Any] = {}
+    for name, file in given.rows.items():
+        kept = run.path / ROWS_OF[name]
+        new = kept.with_name(kept.name + NEW)
+        shutil.copyfile(file, new)
+        new.replace(kept)
+        files[name] = str(kept)
+    return dataclasses.replace(config, **files)
+
+
 @contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """One process a folder, which names itself in the lock."""
@@ -138,7 +164,7 @@ def _locked(run: Path) -> Iterator[None]:
             yield
 
 
-def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
+def _check_resumable(run: RunFolder, config: TrainConfig, given: Given) -> None:
     before = run.read_settings()
     onward = command_line(
         "train", "--init-adapter", run.result("lora"), "--model", config.model, "--data",
@@ -160,7 +186,16 @@ def _check_resumable(run: RunFolder, config: TrainConfig) -> None:
             f"{run.path} is finished; its result is in {result}. To train on from it: {onward}"
         )
     saved = run.read_record()
-    changed = [name for name, found in identity(config).items() if saved.get(name) != found]
+    had, has = (
+        ", ".join(f"{name}={code}" for name, code in sorted(names.items())) or "neither"
+        for names in (saved.get("given", {}), given.code)
+    )
+    if had != has:
+        raise InputError(
+            f"{run.path} was given {had} by Python, and is now given {has}; continue it there, "
+            f"with Trainer(resume={str(run.path)!r}) and what it was given"
+        )
+    changed = [name for name, found in identity(config, given).items() if saved.get(name) != found]
     if changed:
         raise InputError(
             f"{run.path} was trained on other files: {', '.join(changed)} differ from "

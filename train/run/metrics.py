@@ -1,69 +1,70 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard, averages and tokens per second."""
+"""The figures of a run: what its callbacks are told, averages and tokens per second."""
 
+import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from jllama.cli.terminal import console
 from jllama.errors import InputError
-from jllama.folders.json_files import as_line, naming, write_json_lines
 from jllama.folders.run import EpochLine, EvaluationLine, RunFolder, StepLine
 from jllama.machine import peak_memory_mib
-from train.run.events import Events
+from train.callbacks import Callbacks
 from train.step import StepMetrics
 
 
-class Metrics:
-    """One JSON object a line; a resumed run keeps the lines up to its step.
-
-    Of several processes the first one writes; all of them know all figures.
-
-        {"step": 7, "loss": 2.1, "loss_sum": 840.0, "tokens": 400, "grad_norm": 0.3, ...}
-        {"step": 7, "epoch": 1, "epoch_loss": 2.3, "tokens": 2800}
-        {"step": 7, "eval_loss": 2.2, "eval_tokens": 320}
-
-    Losses are nats per supervised token; averages are token-weighted. What is not finite is null.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run measured. Losses are nats per supervised token; what is not finite is inf.
 
     Args:
-        evaluated: steps up to the resumed one after which there was an evaluation.
-        peak_memory_mib: of the fullest device.
+        losses: of every optimizer step, those before a resume included.
+        epoch_losses: token-weighted means.
+        eval_losses: of the held-out rows, the first before step 1.
+        seconds: that this process trained.
+        peak_memory_mib: of the fullest device; on a CPU of the whole process.
+        planned_memory_mib: of the training step alone, as XLA assigned its buffers.
+    """
 
-    Raises:
-        InputError: if the file of a resumed run is damaged or lacks a step or an evaluation.
+    losses: tuple[float, ...] = dataclasses.field(repr=False)
+    epoch_losses: tuple[float, ...]
+    eval_losses: tuple[float, ...]
+    seconds: float
+    peak_memory_mib: float
+    planned_memory_mib: float
+
+
+NOTHING = Result((), (), (), 0.0, 0.0, 0.0)  # of a dry run
+
+
+class Metrics:
+    """The figures so far; each new line is told to the callbacks.
+
+    Losses are nats per supervised token; averages are token-weighted.
+
+    Args:
+        kept: lines of a resumed run up to its step, of `read_history`.
+        peak_memory_mib: of the fullest device.
     """
 
     def __init__(
         self,
-        run: RunFolder,
-        resumed_step: int = 0,
-        evaluated: Collection[int] = (),
-        wandb_project: str = "",
+        callbacks: Callbacks,
+        kept: Sequence[Mapping[str, Any]] = (),
         peak_memory_mib: Callable[[], float] = peak_memory_mib,
     ):
-        old = run.read_metrics().values if resumed_step else []  # step 0 is evaluated again, too
-        kept = [line for line in old if line["step"] <= resumed_step]
-        _check_history(run.metrics, kept, resumed_step, evaluated)
-        self._path, self._peak_memory_mib = run.metrics, peak_memory_mib
-        self._writes = jax.process_index() == 0
-        if self._writes:
-            write_json_lines(run.metrics, kept)
-            self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
-            self._events = Events(run.tensorboard, resumed_step + 1 if resumed_step else 0)
-            self._wandb = _wandb_run(wandb_project, run.path)
+        self._callbacks, self._peak_memory_mib = callbacks, peak_memory_mib
+        self.losses = [_number(line["loss"]) for line in kept if "loss" in line]
         self.epoch_losses = [_number(line["epoch_loss"]) for line in kept if "epoch_loss" in line]
         self.eval_losses = [_number(line["eval_loss"]) for line in kept if "eval_loss" in line]
         self.skipped = sum(line.get("skipped", False) for line in kept)
         self.skipped_in_a_row = 0
         self.planned_mib = 0.0
+        self._begin_epoch()
         ended = max((line["step"] for line in kept if "epoch_loss" in line), default=0)
-        self._epoch = [
-            line for line in kept if line.get("loss_sum") is not None and line["step"] > ended
-        ]
+        for line in kept:
+            if "loss_sum" in line and line["step"] > ended:
+                self._count(line["loss_sum"], line["tokens"])
         self._started = self._last = time.perf_counter()
 
     def step(
@@ -77,7 +78,7 @@ class Metrics:
         rows: list[int],
         compilations: int,
     ) -> StepLine:
-        """Records one optimizer step; a loss that is not finite is left out of the epoch's."""
+        """Tells of one optimizer step; a loss that is not finite is left out of the epoch's."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         loss_sum, tokens = float(measured.loss_sum), int(measured.tokens)
@@ -98,30 +99,32 @@ class Metrics:
             "rows": rows,
             "compilations": compilations,
         }
+        self.losses.append(_number(line["loss"]))
         self.planned_mib = planned_memory_mib
         self.skipped += line["skipped"]
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if line["skipped"] else 0
-        if line["loss_sum"] is not None:
-            self._epoch.append(line)
-        self._write(line)
+        self._count(line["loss_sum"], tokens)
+        self._callbacks.on_step(line)
         return line
 
     def end_epoch(self, step: int) -> None:
-        """Records and prints the average loss of the epoch that ends with `step`."""
-        tokens = sum(line["tokens"] for line in self._epoch)
-        loss = sum(line["loss_sum"] for line in self._epoch) / tokens if tokens else math.nan
-        self._epoch = []
+        """Tells of the average loss of the epoch that ends with `step`."""
+        loss = self._epoch_sum / self._epoch_tokens if self._epoch_tokens else math.inf
+        tokens = self._epoch_tokens
+        self._begin_epoch()
         self.epoch_losses.append(loss)
         epoch = len(self.epoch_losses)
-        self._write({"step": step, "epoch": epoch, "epoch_loss": _finite(loss), "tokens": tokens})
-        console.print(f"epoch {epoch}: average loss {loss:.4f}")
+        self._callbacks.on_evaluation(
+            {"step": step, "epoch": epoch, "epoch_loss": _finite(loss), "tokens": tokens}
+        )
 
     def evaluation(self, step: int, loss: float, tokens: int) -> bool:
-        """Records and prints a held-out loss; True if training made it the lowest so far."""
+        """Tells of a held-out loss; True if training made it the lowest so far."""
         better = loss < min(self.eval_losses, default=math.inf) and step > 0
         self.eval_losses.append(loss if math.isfinite(loss) else math.inf)
-        self._write({"step": step, "eval_loss": _finite(loss), "eval_tokens": tokens})
-        console.print(f"step {step}: held-out loss {loss:.4f}" + (" (best)" if better else ""))
+        self._callbacks.on_evaluation(
+            {"step": step, "eval_loss": _finite(loss), "eval_tokens": tokens}
+        )
         return better
 
     @property
@@ -129,41 +132,51 @@ class Metrics:
         losses = self.eval_losses
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
-    @property
-    def seconds(self) -> float:
-        """Since this process began to train."""
-        return time.perf_counter() - self._started
-
     def restart_clock(self) -> None:
         """What happened since the last step (an evaluation, a save) is not the next step's."""
         self._last = time.perf_counter()
 
-    def keep(self) -> None:
-        """Has all lines on the disk: what is saved next counts on them."""
-        if self._writes:
-            os.fsync(self._file.fileno())
+    def result(self) -> Result:
+        """All of it, when the run is over."""
+        return Result(
+            losses=tuple(self.losses),
+            epoch_losses=tuple(self.epoch_losses),
+            eval_losses=tuple(self.eval_losses),
+            seconds=time.perf_counter() - self._started,
+            peak_memory_mib=self._peak_memory_mib(),
+            planned_memory_mib=self.planned_mib,
+        )
 
-    def _write(self, line: StepLine | EpochLine | EvaluationLine) -> None:
-        if not self._writes:
-            return
-        with naming(self._path):
-            self._file.write(as_line(line))
-        figures = {
-            name: value
-            for name, value in line.items()
-            if name != "step" and isinstance(value, int | float)
-        }
-        self._events.scalars(figures, line["step"])
-        if self._wandb is not None:
-            self._wandb.log(figures, step=line["step"])
+    def _begin_epoch(self) -> None:
+        self._epoch_sum, self._epoch_tokens = 0.0, 0
 
-    def close(self) -> None:
-        if not self._writes:
-            return
-        self._file.close()
-        self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+    def _count(self, loss_sum: float | None, tokens: int) -> None:
+        if loss_sum is not None:
+            self._epoch_sum += loss_sum
+            self._epoch_tokens += tokens
+
+
+def read_history(
+    run: RunFolder, resumed_step: int, evaluated: Collection[int]
+) -> list[StepLine | EpochLine | EvaluationLine]:
+    """The lines of a resumed run up to its step.
+
+    Args:
+        evaluated: steps up to it after which there was an evaluation.
+
+    Raises:
+        InputError: if the file is damaged or lacks a step or an evaluation.
+    """
+    lines = run.read_metrics().values if resumed_step else []  # step 0 is evaluated again, too
+    kept = [line for line in lines if line["step"] <= resumed_step]
+    steps = [line["step"] for line in kept if "loss" in line]
+    evaluations = {line["step"] for line in kept if "eval_loss" in line}
+    if steps != list(range(1, resumed_step + 1)) or not evaluations >= set(evaluated):
+        raise InputError(
+            f"{run.metrics}: not every step and evaluation up to step {resumed_step} is there, "
+            "whose state was saved; restore the file, or start a new run"
+        )
+    return kept  # type: ignore[return-value]
 
 
 def _finite(value: float) -> float | None:
@@ -172,27 +185,3 @@ def _finite(value: float) -> float | None:
 
 def _number(found: float | None) -> float:
     return math.inf if found is None else found
-
-
-def _check_history(
-    file: Path, lines: Sequence[Mapping[str, Any]], step: int, evaluated: Collection[int]
-) -> None:
-    steps = [line["step"] for line in lines if "loss" in line]
-    evaluations = {line["step"] for line in lines if "eval_loss" in line}
-    if steps != list(range(1, step + 1)) or not evaluations >= set(evaluated):
-        raise InputError(
-            f"{file}: not every step and evaluation up to step {step} is there, whose state was "
-            "saved; restore the file, or start a new run"
-        )
-
-
-def _wandb_run(project: str, folder: Path) -> Any:
-    if not project:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            "--wandb-project needs wandb, which is not installed: pip install wandb"
-        ) from None
-    return wandb.init(project=project, name=folder.name, dir=folder, resume="allow")

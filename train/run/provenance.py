@@ -15,11 +15,12 @@ from jllama.machine import versions
 from jllama.text.row_formats import rows_sha256
 from jllama.text.tokenizer import tokenizer_sha256
 from train.config import TrainConfig
+from train.run.given import Given
 
 OF_PASSPORT = ("base_manifest_sha256", "data_sha256", "tokenizer_sha256", "versions")
 
 
-def provenance(config: TrainConfig) -> dict[str, Any]:
+def provenance(config: TrainConfig, given: Given) -> dict[str, Any]:
     """The part of run.json that says what the run is made of."""
     return {
         "command": [sys.executable, *sys.argv],
@@ -31,15 +32,16 @@ def provenance(config: TrainConfig) -> dict[str, Any]:
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "tokenizer_sha256": tokenizer_sha256(config.model),
-        **identity(config),
+        **identity(config, given),
+        **({"given": dict(given.code)} if given.code else {}),
     }
 
 
-def identity(config: TrainConfig) -> dict[str, str]:
+def identity(config: TrainConfig, given: Given) -> dict[str, str]:
     """The files that a resume must find unchanged, wherever they are: their hashes."""
     found = {
         "base_manifest_sha256": manifest_sha256(config.model),
-        "data_sha256": rows_sha256(config.data),
+        "data_sha256": given.windows_sha256 or rows_sha256(config.data),
     }
     if config.val_data:
         found["val_data_sha256"] = rows_sha256([config.val_data])

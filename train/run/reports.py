@@ -1,14 +1,14 @@
-"""The figures of every step, to metrics.jsonl and to the terminal."""
+"""The figures of every step, fetched while the next one runs."""
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from jllama.cli.terminal import Progress, console
+from jllama.cli.terminal import console
 from jllama.errors import InputError
-from train.data.batches import Batches
 from train.run.metrics import Metrics
 from train.step import Programs, StepMetrics
+from train.stream import Stream
 
 SKIPPED_IN_A_ROW = 5  # steps without a finite gradient after which a run gives up
 
@@ -25,13 +25,12 @@ class Reports:
     def __init__(
         self,
         metrics: Metrics,
-        progress: Progress,
-        batches: Batches,
+        batches: Stream,
         rates: Float[np.ndarray, " steps"],
         programs: Programs,
     ):
-        self._metrics, self._progress = metrics, progress
-        self._batches, self._rates, self._programs = batches, rates, programs
+        self._metrics, self._batches = metrics, batches
+        self._rates, self._programs = rates, programs
         self._waiting: tuple[int, StepMetrics] | None = None
         self._compile_seconds = 0.0  # of those that were told
         self._lags = jax.default_backend() != "cpu"
@@ -65,8 +64,6 @@ class Reports:
             rows=self._batches.rows(step - 1),
             compilations=self._programs.compilations,
         )
-        loss = "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"
-        self._progress.advance(f"{loss}  {line['tokens_per_second']:,.0f} tokens/s")
         if self._metrics.skipped_in_a_row == SKIPPED_IN_A_ROW:
             raise InputError(
                 f"no finite gradient in steps {step - SKIPPED_IN_A_ROW + 1} to {step} (rows "

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jllama.cli.terminal import command_line, console, show_table
@@ -14,10 +15,11 @@ from jllama.folders.run import CONFIG, METRICS, RECORD, RunFolder
 from jllama.sharding import mesh_shape
 from jllama.text.rows import Examples
 from train.config import TrainConfig, plain
-from train.data.batches import Batches
 from train.optimizer import count, split_learned
 from train.plan.arithmetic import Step, memory_classes
 from train.plan.auto import this_device
+from train.run.metrics import Result
+from train.stream import Stream
 
 
 def show_settings(config: TrainConfig, llama: LlamaConfig, lora: LoraConfig | None) -> None:
@@ -49,7 +51,7 @@ def parameter_counts(
 
 def run_facts(
     step: Step,
-    batches: Batches,
+    batches: Stream,
     examples: tuple[Examples, Examples],
     steps: int,
     warmup: int,
@@ -76,12 +78,13 @@ def run_facts(
         "device_memory_mib": this_device().memory_mib,
         "memory_bytes": memory_classes(step),
         "data": {
+            **({"windows": batches.epoch_ends[0]} if not len(training) else {}),
             "rows": len(training),
             "held_out_rows": len(held_out),
             "held_out": held_out.rows.tolist(),
             "tokens": int(training.lengths.sum()),
             "learned_tokens": int(training.learned_counts.sum()),
-            "longest": int(training.lengths.max()),
+            "longest": int(training.lengths.max(initial=0)),
             "cut_rows": int(training.cut.sum()),
             "padding_share": batches.padding_share(),
             "turns": _most_turns(training),
@@ -94,6 +97,8 @@ def _most_turns(examples: Examples) -> int:
 
     Of all rows at once: there may be half a million.
     """
+    if not len(examples):
+        return 1
     begins = np.flatnonzero(examples.ids == examples[0].ids[0])
     first = np.searchsorted(begins, examples.starts)
     return int(np.max(np.searchsorted(begins, examples.starts + examples.lengths) - first))
@@ -101,7 +106,7 @@ def _most_turns(examples: Examples) -> int:
 
 def show_plan(
     config: TrainConfig,
-    batches: Batches,
+    batches: Stream,
     training: Examples,
     held_out: Examples,
     steps: int,
@@ -112,9 +117,12 @@ def show_plan(
     effective = devices * config.micro_batch_size * config.gradient_accumulation_steps
     dealt = f" x {devices} devices" if devices > 1 else ""
     lengths = " or ".join(map(str, batches.lengths))
+    rows, padding = f"{len(training):,} rows", f", {100 * batches.padding_share():.0f} % padding"
+    if not len(training):
+        rows, padding = f"{batches.epoch_ends[0]:,} given windows", ""
     console.print(
-        f"data: {len(training):,} rows to train on, {len(held_out):,} held out; sequences of "
-        f"{lengths} tokens, {100 * batches.padding_share():.0f} % padding\n"
+        f"data: {rows} to train on, {len(held_out):,} held out; sequences of {lengths} tokens"
+        f"{padding}\n"
         f"effective batch: {config.micro_batch_size} sequences x "
         f"{config.gradient_accumulation_steps} micro-batches{dealt} = {effective}; "
         f"{part}{len(batches)} optimizer steps in {config.epochs} epochs",
@@ -145,15 +153,17 @@ def without_effect(
         )
 
 
-def show_end(
-    run: RunFolder, epoch_losses: Sequence[float], eval_losses: Sequence[float], cost: str
-) -> None:
+def show_end(run: RunFolder, measured: Result) -> None:
     """The loss of every epoch, what was written, the next command, and what it all cost."""
-    losses = [[str(epoch), f"{loss:.4f}"] for epoch, loss in enumerate(epoch_losses, start=1)]
-    show_table(["epoch", "average loss"], losses)
-    best = f"best/ (held-out loss {min(eval_losses):.4f}), " if run.best.is_dir() else ""
+    losses = enumerate(measured.epoch_losses, start=1)
+    show_table(["epoch", "average loss"], [[str(epoch), f"{loss:.4f}"] for epoch, loss in losses])
+    lowest = min(measured.eval_losses, default=0.0)
+    best = f"best/ (held-out loss {lowest:.4f}), " if run.best.is_dir() else ""
+    of = "on the device" if jax.default_backend() == "gpu" else "for the whole Python process"
     result = "adapter/ (PEFT)" if run.result("lora").is_dir() else "model/ (every weight)"
     console.print(
         f"wrote {run.path}/: {result}, {best}state/, {METRICS}, tensorboard/, {CONFIG}, {RECORD}\n"
-        f"next: {command_line('prompts', '--run', run.path)}\n{cost}",
+        f"next: {command_line('prompts', '--run', run.path)}\n"
+        f"{measured.seconds:,.0f} s; peak memory {measured.peak_memory_mib:,.0f} MiB {of} "
+        f"(training step alone: {measured.planned_memory_mib:,.0f} MiB planned)",
     )

@@ -9,11 +9,23 @@ from types import FrameType
 from jllama.cli.terminal import console, leave
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a run after a step, whose state is saved.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, words: str, number: int):
+        super().__init__(words)
+        self.number = number
+
+
 class StopSignal:
     """Turns the first such signal into a flag that the loop reads between two steps.
 
     A second signal ends the process at once; one that is ignored (nohup) stays ignored. `number` is
-    the signal received, or 0.
+    the signal received, or 0. In a thread that is not the main one it receives none.
 
     Python runs handlers between its own instructions, and a step is one of them, which may take
     minutes. So a thread answers, which is told by the system when a signal comes.
@@ -24,6 +36,9 @@ class StopSignal:
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopSignal":
+        self._receives = threading.current_thread() is threading.main_thread()
+        if not self._receives:  # Python gives signals to the main thread alone
+            return self
         told, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         self._told_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
@@ -36,6 +51,8 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._receives:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._told_before)

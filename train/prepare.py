@@ -1,179 +1,33 @@
-"""One run, from the model folder to the adapter folder."""
+"""What a run begins with: its settings made definite, its examples, and the windows of them."""
 
 import dataclasses
-import functools
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jllama import bundled
 from jllama.cli.terminal import command_line, console
-from jllama.config import PRECISIONS, LlamaConfig, LoraConfig
+from jllama.config import LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.adapter import (
-    check_base,
-    load_adapter,
     read_lora_config,
-    save_adapter,
-    write_passport,
 )
-from jllama.folders.json_files import NEW
-from jllama.folders.load import load_model, save_model
-from jllama.folders.model import base_of, model_sizes, read_config, transformers_name
-from jllama.lora import attach
-from jllama.machine import versions
-from jllama.sharding import make_mesh, mesh_shape
-from jllama.text.hf_files import with_template
+from jllama.sharding import mesh_shape
 from jllama.text.row_file import read_sources
 from jllama.text.rows import Examples, make_examples
-from jllama.text.style_template import style_template
-from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
-from train.config import FILES, TrainConfig
-from train.data.batches import Batches, hold_out, sequence_lengths
+from jllama.text.tokenizer import Tokenizer
+from train.config import TrainConfig
+from train.data.batches import Batches, hold_out
 from train.data.documents import Shapes
-from train.data.view import show_row
-from train.loop import fit
 from train.plan.auto import (
-    choose,
-    cost_of_bf16,
-    out_of_memory_explained,
-    refuse_what_cannot_fit,
     step_of,
     this_device,
-    warning_if_short,
 )
 from train.plan.ladder import choose_mesh
 from train.processes.join import Processes
-from train.run.folder import check_folder, run_folder
-from train.run.provenance import identity, make_passport
-from train.run.show import run_facts, show_end, show_plan, show_settings, without_effect
-
-
-def fine_tune(config: TrainConfig, processes: Processes | None = None) -> None:
-    """Loads, trains and writes; with --dry-run only counts.
-
-    Args:
-        processes: that do it together; by default this one alone.
-    """
-    processes = processes or Processes()
-    settings = dataclasses.asdict(config).items()
-    processes.agree(lambda: {name: x for name, x in settings if name not in FILES} | versions())
-    config = with_adapters_settings(config)
-    lora = config.lora if config.tune == "lora" else None
-    if config.dry_run:
-        show_settings(config, model_sizes(config.model), lora)
-        console.print("dry run: nothing was loaded, allocated or written")
-        return
-    config = processes.first_then_others(lambda: with_sample(config))
-    check_folder(config)
-    llama, base = read_config(config.model), base_of(config.model, config.asked_base)
-    processes.agree(functools.partial(identity, config))
-    config = with_mesh(config, llama, lora, processes)
-    mesh = make_mesh(jax.devices(), mesh_shape(config.mesh))
-    if base and config.tune == "full":
-        raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
-    refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
-    tokenizer = load_tokenizer(config.model, config.prompt_template)
-    show_settings(config, llama, lora)
-    training, held_out = load_examples(config, tokenizer)
-    (longest,) = sequence_lengths(training, config.max_seq_len, config.packing)
-    config, reason = choose(
-        config, llama, lora, longest, documents_of_single_sequences(config, training)
-    )
-    if reason:
-        console.print(reason)
-    batches, evaluation = plan_batches(config, training, held_out)
-    steps = min(config.max_steps or len(batches), len(batches))
-    show_plan(config, batches, training, held_out, steps)
-    for note in without_effect(config, llama, len(held_out), len(batches)):
-        console.print(f"note: {note}")
-    show_row(training[0], tokenizer)
-
-    step = step_of(config, llama, lora, longest, batches.documents)
-    for words in filter(None, (cost_of_bf16(step), warning_if_short(step))):
-        console.print(words)
-    with out_of_memory_explained(step):
-        warmup = round(config.warmup_ratio * steps)
-        facts = run_facts(step, batches, (training, held_out), steps, warmup)
-        run_steps(config, lora, tokenizer, batches, evaluation, steps, facts, mesh, processes)
-
-
-def run_steps(
-    config: TrainConfig,
-    lora: LoraConfig | None,
-    tokenizer: Tokenizer,
-    batches: Batches,
-    evaluation: Batches | None,
-    steps: int,
-    facts: Mapping[str, Any],
-    mesh: Mesh,
-    processes: Processes,
-) -> None:
-    """Loads the model, trains it, and fills the run folder."""
-    assert config.remat != "auto"  # `choose` was asked before
-    model = load_model(
-        config.model, config.precision, remat=config.remat, ffn_bias=config.ffn_bias,
-        base=config.asked_base, mesh=mesh,
-    )  # fmt: skip
-    if config.init_adapter:
-        check_base(config.init_adapter, config.model, force=config.force)
-        load_adapter(model, config.init_adapter)
-    elif lora:
-        attach(model, lora, jax.random.key(config.seed))
-    template = style_template(config.prompt_style, tokenizer)
-    with run_folder(config, facts, processes) as run:
-        record = run.read_record()
-        passport = make_passport(config, record)
-        warmup = record["warmup_steps"]  # of a run that got more epochs, as it was
-
-        def save(folder: Path) -> None:
-            new = folder.with_name(folder.name + NEW)
-            if processes.number == 0:
-                shutil.rmtree(new, ignore_errors=True)
-            if lora:
-                base_name = transformers_name(config.model)
-                save_adapter(new, model, lora, base_name, passport, template)
-            else:
-                dtype = PRECISIONS[config.precision]
-                place = Path(config.model)
-                words = tokenizer_files(place)
-                if template is not None:
-                    words = with_template(words, template, tokenizer.stop_ids, place)
-                save_model(new, model, dtype, words, source=f"full tuning of {config.model}")
-            if processes.number:
-                return
-            if not lora:
-                write_passport(new, passport)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.replace(folder)
-
-        metrics = fit(
-            config,
-            model,
-            batches,
-            evaluation,
-            steps,
-            warmup,
-            run,
-            lambda: save(run.best),
-            mesh,
-            processes,
-        )
-        processes.mark("the save of the result")
-        save(run.result(config.tune))
-        of = "on the device" if jax.default_backend() == "gpu" else "for the whole Python process"
-        show_end(
-            run,
-            metrics.epoch_losses,
-            metrics.eval_losses,
-            f"{metrics.seconds:,.0f} s; peak memory {processes.peak_memory_mib():,.0f} MiB {of} "
-            f"(training step alone: {metrics.planned_mib:,.0f} MiB planned)",
-        )
+from train.stream import GivenWindows
 
 
 def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
@@ -242,6 +96,40 @@ def plan_batches(
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
 
 
+def load_held_out(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
+    """(none, held-out) examples, where the steps take given windows."""
+    if not config.val_data:
+        return Examples.of(()), Examples.of(())
+    return Examples.of(()), load_examples(
+        dataclasses.replace(config, data=(config.val_data,), val_data="", max_rows=0), tokenizer
+    )[0]
+
+
+def plan_stream(
+    config: TrainConfig, training: Examples, held_out: Examples, given: GivenWindows | None
+) -> tuple[Batches | GivenWindows, Batches | None]:
+    """The windows of the whole run, given or of the rows, and those of an evaluation."""
+    if given is None:
+        return plan_batches(config, training, held_out)
+    return given, plan_batches(config, held_out, held_out)[1] if len(held_out) else None
+
+
+def with_shape_of(given: GivenWindows, config: TrainConfig) -> TrainConfig:
+    """With the batch, accumulation and length of given windows.
+
+    Raises:
+        InputError: if their sequences cannot be dealt to the devices.
+    """
+    devices = mesh_shape(config.mesh).rows
+    k, B, T = given.shape
+    if B % devices:
+        raise InputError(f"windows: {B} sequences, which cannot be dealt to {devices} devices")
+    return dataclasses.replace(
+        config, gradient_accumulation_steps=k, micro_batch_size=B // devices, max_seq_len=T,
+        packing=False, length_buckets=1,
+    )  # fmt: skip
+
+
 def documents_of_single_sequences(config: TrainConfig, training: Examples) -> Shapes:
     """The rows of packed documents where micro-batches are of one sequence: never fewer."""
     if not config.packing or "auto" not in (config.remat, config.micro_batch_size):
@@ -305,7 +193,7 @@ def with_mesh(
 def with_sample(config: TrainConfig) -> TrainConfig:
     """Fills in the bundled sample's model and rows where the default asks for them."""
     if config.model != bundled.MODEL:
-        if not config.data:
+        if not config.data and not config.resume:
             raise InputError("--data FILE is missing: the rows to train on")
         return config
     if bundled.is_missing(config.model):
