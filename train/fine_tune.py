@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jllama import bundled
-from jllama.cli.terminal import command_line, console
+from jllama.cli.terminal import console
 from jllama.config import PRECISIONS, LlamaConfig, LoraConfig
 from jllama.errors import InputError
 from jllama.folders.adapter import (
@@ -29,13 +28,13 @@ from jllama.lora import attach
 from jllama.machine import versions
 from jllama.sharding import make_mesh, mesh_shape
 from jllama.text.hf_files import with_template
-from jllama.text.row_file import read_sources
-from jllama.text.rows import Examples, make_examples
+from jllama.text.rows import Examples
 from jllama.text.style_template import style_template
 from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from train.config import FILES, TrainConfig
-from train.data.batches import Batches, hold_out, sequence_lengths
+from train.data.batches import Batches, sequence_lengths
 from train.data.documents import Shapes
+from train.data.load import load_examples
 from train.data.view import show_row
 from train.loop import fit
 from train.plan.auto import (
@@ -174,46 +173,6 @@ def run_steps(
             f"{metrics.seconds:,.0f} s; peak memory {processes.peak_memory_mib():,.0f} MiB {of} "
             f"(training step alone: {metrics.planned_mib:,.0f} MiB planned)",
         )
-
-
-def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
-    """(training, held-out) examples of the data files."""
-    examples = _examples_of(config, config.data, tokenizer, config.max_rows)
-    if not config.val_data:
-        return hold_out(examples, config.val_size, config.seed)
-    return examples, _examples_of(config, (config.val_data,), tokenizer)
-
-
-def _examples_of(
-    config: TrainConfig, sources: tuple[str, ...], tokenizer: Tokenizer, max_rows: int = 0
-) -> Examples:
-    """Of some files; says what becomes of rows that are not learned as they are."""
-    rows, weights = read_sources(sources, config.columns, max_rows)
-    examples, skipped = make_examples(
-        rows,
-        tokenizer,
-        config.prompt_style,
-        max_seq_len=config.max_seq_len,
-        train_on_prompt=config.train_on_prompt,
-        skip_bad_rows=config.skip_bad_rows,
-        source=", ".join(sources),
-        learn=config.learn,
-        long_rows=config.long_rows,
-    )
-    if cut := np.count_nonzero(examples.cut):
-        console.print(
-            f"{cut} rows are longer than {config.max_seq_len} tokens and lose "
-            "their end; --max-seq-len keeps more"
-        )
-    for problem in skipped:
-        console.print(f"left out: {problem}")
-    if examples.notes:
-        noted = [f"{len(rows):,} rows {note}" for note, rows in examples.notes.items()]
-        chosen = {"model": config.model, "prompt-style": config.prompt_style}
-        chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
-        flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
-        console.print(f"{'; '.join(noted)}; {command_line('lint', sources[0], *flags)} lists them")
-    return dataclasses.replace(examples, weights=weights[examples.rows])
 
 
 def plan_batches(
