@@ -12,7 +12,8 @@ from jllama.folders.json_files import read_json
 from jllama.text.rows import Example, Examples
 from train.data import batches as module
 from train.data import speed
-from train.data.batches import OPEN_SEQUENCES, Batches, hold_out, pack, shuffled
+from train.data.batches import Batches, hold_out, shuffled
+from train.data.packing import OPEN_SEQUENCES, pack
 
 
 def joined(*rows):
@@ -218,11 +219,16 @@ def test_length_buckets_pad_less_and_give_one_shape_each():
     assert shares[3] < shares[2] < shares[1]
 
 
+def packed(order, lengths, capacity):
+    sequences = pack(np.array(order), np.array(lengths, np.int32), capacity)
+    return [sequences[i].tolist() for i in range(len(sequences))]
+
+
 def test_packing_fills_the_fullest_sequence_that_has_room():
-    assert pack([0, 1, 2, 3], [3, 5, 2, 4], 8) == [[0, 1], [2, 3]]
+    assert packed([0, 1, 2, 3], [3, 5, 2, 4], 8) == [[0, 1], [2, 3]]
     lengths = np.random.default_rng(0).integers(20, 100, 400).tolist()  # many stay open for long
     order = grain_order(400, 0, 0)
-    sequences = pack(order, lengths, 128)
+    sequences = packed(order, lengths, 128)
     assert sequences == plain_sequences(order, lengths, 128)
     assert len(sequences) > 4 * OPEN_SEQUENCES
 
@@ -241,6 +247,17 @@ def test_an_order_is_that_of_grains_shuffle(n):
         order = grain_order(n, seed, epoch)
         assert shuffled(n, seed, epoch).tolist() == order
         assert shuffled(n, seed, epoch, first=n // 2).tolist() == order[: n // 2]
+
+
+@pytest.mark.parametrize("n", [2**13 - 1, 2**13, 2**16, 2**16 + 1, 2**16 + 2, 2**18 + 2, 10**6])
+def test_a_long_order_is_that_of_grains_shuffle(n):
+    """Also around the numbers at which the cipher takes another size of blocks."""
+    for seed in (0, 2**32 - 1):
+        mixed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+        grains = grain.MapDataset.range(n).shuffle(seed=mixed)
+        order = shuffled(n, seed, 1)
+        some = [*np.random.default_rng(0).integers(n, size=300).tolist(), n - 1]
+        assert order[some].tolist() == [int(grains[i]) for i in some]
 
 
 def test_windows_from_a_step_are_those_of_the_whole_run():

@@ -1,73 +1,25 @@
-"""What a run begins with: its settings made definite, its examples, and the windows of them."""
+"""What a run begins with: its settings made definite, and the windows of its examples."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jllama import bundled
-from jllama.cli.terminal import command_line, console
+from jllama.cli.terminal import console
 from jllama.config import LlamaConfig, LoraConfig
 from jllama.errors import InputError
-from jllama.folders.adapter import (
-    read_lora_config,
-)
+from jllama.folders.adapter import read_lora_config
 from jllama.sharding import mesh_shape
-from jllama.text.row_file import read_sources
-from jllama.text.rows import Examples, make_examples
-from jllama.text.tokenizer import Tokenizer
+from jllama.text.rows import Examples
 from train.config import TrainConfig
-from train.data.batches import Batches, hold_out
+from train.data.batches import Batches
 from train.data.documents import Shapes
-from train.plan.auto import (
-    step_of,
-    this_device,
-)
+from train.plan.auto import step_of, this_device
 from train.plan.ladder import choose_mesh
 from train.processes.join import Processes
 from train.stream import GivenWindows
-
-
-def load_examples(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
-    """(training, held-out) examples of the data files."""
-    examples = _examples_of(config, config.data, tokenizer, config.max_rows)
-    if not config.val_data:
-        return hold_out(examples, config.val_size, config.seed)
-    return examples, _examples_of(config, (config.val_data,), tokenizer)
-
-
-def _examples_of(
-    config: TrainConfig, sources: tuple[str, ...], tokenizer: Tokenizer, max_rows: int = 0
-) -> Examples:
-    """Of some files; says what becomes of rows that are not learned as they are."""
-    rows, weights = read_sources(sources, config.columns, max_rows)
-    examples, skipped = make_examples(
-        rows,
-        tokenizer,
-        config.prompt_style,
-        max_seq_len=config.max_seq_len,
-        train_on_prompt=config.train_on_prompt,
-        skip_bad_rows=config.skip_bad_rows,
-        source=", ".join(sources),
-        learn=config.learn,
-        long_rows=config.long_rows,
-    )
-    if cut := np.count_nonzero(examples.cut):
-        console.print(
-            f"{cut} rows are longer than {config.max_seq_len} tokens and lose "
-            "their end; --max-seq-len keeps more"
-        )
-    for problem in skipped:
-        console.print(f"left out: {problem}")
-    if examples.notes:
-        noted = [f"{len(rows):,} rows {note}" for note, rows in examples.notes.items()]
-        chosen = {"model": config.model, "prompt-style": config.prompt_style}
-        chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
-        flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
-        console.print(f"{'; '.join(noted)}; {command_line('lint', sources[0], *flags)} lists them")
-    return dataclasses.replace(examples, weights=weights[examples.rows])
 
 
 def plan_batches(
@@ -94,15 +46,6 @@ def plan_batches(
         return batches, None
     shape["length_buckets"] = 1
     return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
-
-
-def load_held_out(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
-    """(none, held-out) examples, where the steps take given windows."""
-    if not config.val_data:
-        return Examples.of(()), Examples.of(())
-    return Examples.of(()), load_examples(
-        dataclasses.replace(config, data=(config.val_data,), val_data="", max_rows=0), tokenizer
-    )[0]
 
 
 def plan_stream(

@@ -31,6 +31,7 @@ from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from train.callbacks import Callback
 from train.config import FILES, TrainConfig, resumed_settings
 from train.data.batches import sequence_lengths
+from train.data.load import load_examples, load_held_out
 from train.data.view import show_row
 from train.loop import fit
 from train.plan.auto import (
@@ -43,8 +44,6 @@ from train.plan.auto import (
 )
 from train.prepare import (
     documents_of_single_sequences,
-    load_examples,
-    load_held_out,
     plan_stream,
     with_adapters_settings,
     with_mesh,

@@ -233,13 +233,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, note: str = "") -> None:
-        """One unit done; `note` stands at the end of the line. Threads may share it."""
+    def advance(self, note: str = "", units: int = 1) -> None:
+        """More units done; `note` stands at the end of the line. Threads may share it."""
         with self._counting:
-            self._done += 1
+            before, self._done = self._done, self._done + units
             if self._bar is not None:
-                self._bar.update(self._task, advance=1, note=note)
-            elif self._done % self._every == 0 or self._done == self._total:
+                self._bar.update(self._task, advance=units, note=note)
+            elif before // self._every < self._done // self._every or self._done == self._total:
                 self._say(note)
 
     def _say(self, note: str) -> None:

@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 
 from jllama.config import Format
 from jllama.errors import InputError
-from jllama.folders.json_files import read_bytes, read_json, write_json
+from jllama.folders.inputs import check_readable, unreadable
+from jllama.folders.json_files import read_json, write_json
 
 MANIFEST = "manifest.json"
 _ADVICE = "convert the model again"
@@ -155,8 +156,14 @@ def check_file(file: Path) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    """sha256 of a small file; errors as for `read_bytes`."""
-    return _sha256(read_bytes(file, "a file whose hash is known"))
+    """sha256 of a file, which is not held in memory; errors as for `read_bytes`."""
+    wanted = "a file whose hash is known"
+    check_readable(file, wanted)
+    try:
+        with Path(file).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(file, error, wanted) from error
 
 
 def _sha256(content: bytes) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from jllama.errors import InputError
 from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, kind_of, listed
@@ -45,6 +45,7 @@ class Rows(Sequence[dict]):
         beside: the other fields of an object that holds the rows.
         columns: our names of columns, and the file's.
         files: of several, the number of each one's first row, and its name.
+        first: number of the first row.
     """
 
     content: bytes
@@ -52,6 +53,7 @@ class Rows(Sequence[dict]):
     beside: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     files: tuple[tuple[int, str], ...] = ()
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -64,9 +66,16 @@ class Rows(Sequence[dict]):
         try:
             row = ROW_DECODER.decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
-            raise InputError(f"row {index}: nested too deeply") from None
+            raise InputError(f"row {self.first + index}: nested too deeply") from None
         named = {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
         return row | named
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Some of them, with no more of the text than is theirs: for another process."""
+        spans = self.spans[start:stop]
+        begin, end = int(spans[0, 0]), int(spans[-1, 1])
+        content = bytes(self.content[begin:end])
+        return Rows(content, spans - begin, columns=self.columns, first=start)
 
     def place(self, index: int) -> str:
         """A row for a message: `row 3`, or `b.json: row 3`."""
@@ -125,8 +134,8 @@ def read_rows(path: str | Path, columns: str = "") -> Rows:
 
 def read_sources(
     sources: Sequence[str], columns: str = "", max_rows: int = 0
-) -> tuple[Rows, Float32[np.ndarray, " rows"]]:
-    """The rows of several files or folders, and how often an epoch has each of them.
+) -> tuple[Rows, list[int]]:
+    """The rows of several files or folders, and how many each of them has.
 
     Args:
         sources: `a.json`, or `a.json:0.5`.
@@ -136,11 +145,9 @@ def read_sources(
     Raises:
         InputError: as `read_rows` and `source_of`.
     """
-    found = [source_of(source) for source in sources]
-    parts = [read_rows(source.path, columns)[: max_rows or None] for source in found]
-    weights = np.array([source.weight for source in found], np.float32)
-    rows = _joined(parts, [source.path.name for source in found])
-    return rows, np.repeat(weights, [len(part) for part in parts])
+    found = [source_of(source).path for source in sources]
+    parts = [read_rows(path, columns)[: max_rows or None] for path in found]
+    return _joined(parts, [path.name for path in found]), [*map(len, parts)]
 
 
 def _rows_of(path: Path, content: bytes) -> Rows:

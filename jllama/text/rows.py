@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64, UInt16
 
 from jllama.errors import InputError
 from jllama.folders.json_files import listed
@@ -41,6 +41,27 @@ class Example(NamedTuple):
     cut: bool = False  # at max_seq_len
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become examples; the fields are named as the settings of a run are."""
+
+    prompt_style: PromptStyle
+    max_seq_len: int
+    train_on_prompt: bool = False
+    learn: Learn = "all"
+    long_rows: LongRows = "cut"
+
+
+class Part(NamedTuple):
+    """What becomes of some rows: examples in flat arrays, and what is wrong with the other rows."""
+
+    ids: Int32[np.ndarray, " tokens"]
+    learned: Bool[np.ndarray, " tokens"]
+    each: Int32[np.ndarray, "examples 4"]  # tokens, learned tokens, row, whether it is cut
+    problems: list[tuple[int, str]]  # the rows' numbers, and the reasons
+    notes: dict[str, "array[int]"]
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """The examples of a file in flat arrays, 5 bytes a token; `examples[i]` is a view of one.
@@ -49,7 +70,7 @@ class Examples:
     starts  [0 5 ...]                  lengths  [5 3 ...]
     """
 
-    ids: Int32[np.ndarray, " tokens"]
+    ids: Int32[np.ndarray, " tokens"] | UInt16[np.ndarray, " tokens"]
     learned: Bool[np.ndarray, " tokens"]
     starts: Int64[np.ndarray, " examples"]
     lengths: Int32[np.ndarray, " examples"]
@@ -63,16 +84,17 @@ class Examples:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
         """Copies examples, as they come, into buffers that grow."""
-        ids, learned, each = bytearray(), bytearray(), array("i")
-        for example in examples:
-            ids += example.ids.tobytes()
-            learned += example.learned.tobytes()
-            count = int(np.count_nonzero(example.learned))
-            each.extend((len(example.ids), count, example.row, example.cut))
-        lengths, counts, rows, cut = np.array(each, np.int32).reshape(-1, 4).T.copy()
+        return cls.flat(*_flat(examples))
+
+    @classmethod
+    def flat(
+        cls, ids: np.ndarray, learned: np.ndarray, each: Int32[np.ndarray, "examples 4"]
+    ) -> "Examples":
+        """Those of the arrays of a `Part`, or of several joined ones; ids may be 16 bits wide."""
+        lengths, counts, rows, cut = each.T.copy()
         return cls(
-            ids=np.frombuffer(ids, np.int32),
-            learned=np.frombuffer(learned, bool),
+            ids=ids,
+            learned=learned,
             starts=np.cumsum(lengths, dtype=np.int64) - lengths,
             lengths=lengths,
             learned_counts=counts,
@@ -87,7 +109,7 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         here = slice(self.starts[index], self.starts[index] + self.lengths[index])
         row, cut = int(self.rows[index]), bool(self.cut[index])
-        return Example(row, self.ids[here], self.learned[here], cut)
+        return Example(row, self.ids[here].astype(np.int32, copy=False), self.learned[here], cut)
 
     def __iter__(self) -> Iterator[Example]:
         return map(self.__getitem__, range(len(self)))
@@ -96,6 +118,17 @@ class Examples:
         """Those of a list of positions or a mask; tokens are shared, not copied."""
         of_each = ("starts", "lengths", "learned_counts", "rows", "cut", "weights")
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in of_each})
+
+
+def _flat(examples: Iterable[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids, learned, each = bytearray(), bytearray(), array("i")
+    for example in examples:
+        ids += example.ids.tobytes()
+        learned += example.learned.tobytes()
+        count = int(np.count_nonzero(example.learned))
+        each.extend((len(example.ids), count, example.row, example.cut))
+    of_each = np.array(each, np.int32).reshape(-1, 4)
+    return np.frombuffer(ids, np.int32), np.frombuffer(learned, bool), of_each
 
 
 def make_examples(
@@ -115,17 +148,31 @@ def make_examples(
     Raises:
         InputError: if more than `skip_bad_rows` rows are unusable.
     """
-    problems: list[str] = []
-    notes: dict[str, array[int]] = {}
-
+    rendering = Rendering(style, max_seq_len, train_on_prompt, learn, long_rows)
+    part = make_part(rows, tokenizer, rendering)
     where = rows.place if isinstance(rows, Rows) else "row {}".format
+    problems = [f"{where(index)}: {words}" for index, words in part.problems]
+    examples = dataclasses.replace(Examples.flat(*part[:3]), notes=part.notes)
+    check_usable(examples, problems, len(rows), max_seq_len, skip_bad_rows, source)
+    return examples, problems
+
+
+def make_part(
+    rows: Iterable[Mapping], tokenizer: Tokenizer, rendering: Rendering, first: int = 0
+) -> Part:
+    """Tokenises rows, of which the first has this number; there need be no usable one."""
+    problems: list[tuple[int, str]] = []
+    notes: dict[str, array[int]] = {}
+    max_seq_len, long_rows = rendering.max_seq_len, rendering.long_rows
 
     def usable() -> Iterator[Example]:
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows, first):
             try:
-                said = row_messages(row, learn)
+                said = row_messages(row, rendering.learn)
                 messages = answered(said)
-                whole, learns = conversation(style, messages, tokenizer, train_on_prompt)
+                whole, learns = conversation(
+                    rendering.prompt_style, messages, tokenizer, rendering.train_on_prompt
+                )
                 if not any(learns):
                     raise InputError("each answer is marked as not to be learned")
                 ids, learned = np.array(whole, np.int32), np.array(learns)
@@ -133,7 +180,7 @@ def make_examples(
                 if long_rows == "cut" and not learned[:max_seq_len].any():
                     raise InputError(f"its prompt fills all {max_seq_len} tokens")
             except InputError as error:
-                problems.append(f"{where(index)}: {error}")
+                problems.append((index, str(error)))
                 continue
             found = [*_notes(messages, dropped=len(said) > len(messages))]
             if long and long_rows == "drop":
@@ -145,19 +192,33 @@ def make_examples(
             elif long_rows == "split":
                 yield from _parts(index, ids, learned, max_seq_len)
 
-    examples = dataclasses.replace(Examples.of(usable()), notes=notes)
-    if len(problems) > skip_bad_rows or len(problems) == len(rows):
+    return Part(*_flat(usable()), problems, notes)
+
+
+def check_usable(
+    examples: Examples,
+    problems: Sequence[str],
+    rows: int,
+    max_seq_len: int,
+    skip_bad_rows: int,
+    source: str,
+) -> None:
+    """Refuses rows of which too many are unusable, or all too long.
+
+    Raises:
+        InputError: lists the problems.
+    """
+    if len(problems) > skip_bad_rows or len(problems) == rows:
         raise InputError(
-            f"{source}: {len(problems)} unusable of {len(rows)} rows; mend them, raise "
+            f"{source}: {len(problems)} unusable of {rows} rows; mend them, raise "
             f"--max-seq-len, or allow them with --skip-bad-rows {len(problems)}\n  "
             + listed(problems)
         )
     if not len(examples):
         raise InputError(
-            f"{source}: all {len(rows) - len(problems)} rows that can be used are longer than "
+            f"{source}: all {rows - len(problems)} rows that can be used are longer than "
             f"{max_seq_len} tokens; raise --max-seq-len, or keep their beginnings: --long-rows cut"
         )
-    return examples, problems
 
 
 def _parts(index: int, ids: np.ndarray, learned: np.ndarray, size: int) -> Iterator[Example]:

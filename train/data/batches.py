@@ -10,24 +10,23 @@ An example of 5 ids, the last 2 learned, gives 4 positions:
 
 import functools
 import itertools
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int, Int32, Int64
 
 from jllama.attention import Documents
 from jllama.errors import InputError
 from jllama.text.rows import Examples
 from train.data.documents import Shapes, lay_out, longer_than, shapes_for, stacked
+from train.data.packing import Sequences, pack
+from train.data.permutation import permuted
 from train.step import Window
 
 _NO_EPOCH = 2**31  # that no run reaches
-OPEN_SEQUENCES = 32  # that packing tries to fill at a time
-# A window's sequences, each a few positions among the examples; without packing it is one.
-Sequences = list[list[int]] | Int[np.ndarray, "sequences 1"]
 
 
 def shuffled(n: int, seed: int, epoch: int, first: int | None = None) -> Int32[np.ndarray, " rows"]:
@@ -36,9 +35,7 @@ def shuffled(n: int, seed: int, epoch: int, first: int | None = None) -> Int32[n
     The order is that of `grain.MapDataset.range(n).shuffle`.
     """
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    count = n if first is None else first
-    order = (index_shuffle(i, max_index=n - 1, seed=mixed, rounds=4) for i in range(count))
-    return np.fromiter(order, np.int32, count)
+    return permuted(np.arange(n if first is None else first), n, mixed)
 
 
 def rows_of_epoch(
@@ -81,27 +78,6 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
     return examples.take(~held[of_rows]), examples.take(held[of_rows])
 
 
-def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts rows, in order, into the fullest open sequence that still has room.
-
-    lengths 3 5 2 4, capacity 8  ->  [[0, 1], [2, 3]]
-    """
-    done: list[list[int]] = []
-    # (room, number, rows), the fullest first and of equals the oldest; at most OPEN_SEQUENCES.
-    unfilled: list[tuple[int, int, list[int]]] = []
-    for number, row in enumerate(order):
-        fitting = bisect_left(unfilled, (lengths[row],))
-        if fitting < len(unfilled):
-            room, first, rows = unfilled.pop(fitting)
-        else:
-            if len(unfilled) == OPEN_SEQUENCES:
-                done.append(unfilled.pop(0)[2])
-            room, first, rows = capacity, number, []
-        rows.append(row)
-        insort(unfilled, (room - lengths[row], first, rows))
-    return done + [rows for _, _, rows in sorted(unfilled, key=lambda sequence: sequence[1])]
-
-
 def bucket_lengths(
     lengths: Int32[np.ndarray, " rows"], buckets: int, max_seq_len: int
 ) -> list[int]:
@@ -121,6 +97,13 @@ def sequence_lengths(
     if packing:
         return [max_seq_len]
     return bucket_lengths(examples.lengths - 1, length_buckets, max_seq_len)
+
+
+class Epoch(NamedTuple):
+    """An epoch's sequences, each a few positions among the examples, window by window."""
+
+    sequences: Sequences  # without packing each has one row
+    ends: Int64[np.ndarray, " windows"]  # the sequence behind each window's last one
 
 
 class Batches:
@@ -160,7 +143,9 @@ class Batches:
         # Windows of each length in each epoch. Packing's first epoch comes last, to be kept.
         if packing:
             packed = range(epochs if shuffle else 1)
-            found = [(len(self._epoch(epoch)), self._longer(epoch)) for epoch in reversed(packed)]
+            found = [
+                (len(self._epoch(epoch).ends), self._longer(epoch)) for epoch in reversed(packed)
+            ]
             counts = [[count] for count, _ in reversed(found)] * (epochs // len(found))
             longer = np.max([some for _, some in found], axis=0)
             self.documents = shapes_for(longer, batch // devices, max_seq_len)
@@ -180,43 +165,48 @@ class Batches:
     def _rows_of(self, epoch: int) -> Int[np.ndarray, " rows"]:
         return rows_of_epoch(self._examples.weights, self._seed, epoch)
 
-    def _windows(self, epoch: int) -> list[Sequences]:
+    def _windows(self, epoch: int) -> Epoch:
         """An epoch's windows in the order in which they are full; then those that stay partial."""
         order, size = self._rows_of(epoch), self._size
         if self._seed is not None:
             order = order[shuffled(len(order), self._seed, epoch)]
         if self._packing:
-            sequences = pack(order.tolist(), self._used.tolist(), self.lengths[-1])
-            return [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        windows: list[tuple[int, Sequences]] = []
+            sequences = pack(order, self._used, self.lengths[-1])
+            ends = np.arange(size, len(sequences) + size, size).clip(max=len(sequences))
+            return Epoch(sequences, ends)
+        full_at = np.empty(len(order), np.int64)  # where each row's window is full
+        buckets = self._bucket[order]
         for bucket in range(len(self.lengths)):
-            places = np.flatnonzero(self._bucket[order] == bucket)
-            for start in range(0, len(places), size):
-                chosen = places[start : start + size]
-                full_at = int(chosen[-1]) if len(chosen) == size else len(order) + bucket
-                windows.append((full_at, order[chosen, None]))
-        return [window for _, window in sorted(windows, key=lambda window: window[0])]
+            places = np.flatnonzero(buckets == bucket)
+            full, partial = np.split(places, [len(places) // size * size])
+            full_at[full] = np.repeat(full[size - 1 :: size], size)
+            full_at[partial] = len(order) + bucket
+        by_window = np.argsort(full_at, kind="stable")
+        ends = np.append(np.flatnonzero(np.diff(full_at[by_window])) + 1, len(order))
+        rows = order[by_window].astype(np.int32)
+        return Epoch(Sequences(rows, np.arange(1, len(rows) + 1)), ends)
 
     def _longer(self, epoch: int) -> Int[np.ndarray, " W"]:
         """Of `longer_than`, over each device's part of the micro-batches of a packed epoch."""
-        sequences = list(itertools.chain.from_iterable(self._epoch(epoch)))
+        sequences = self._epoch(epoch).sequences
         batches = np.arange(len(sequences)) // (self._shape[1] // self._devices)
-        rows = np.fromiter(itertools.chain.from_iterable(sequences), np.int64)
-        of_rows = np.repeat(batches, [len(sequence) for sequence in sequences])
-        return longer_than(self._used[rows], of_rows, self.lengths[-1])
+        of_rows = np.repeat(batches, np.diff(sequences.ends, prepend=0))
+        return longer_than(self._used[sequences.rows], of_rows, self.lengths[-1])
 
-    def _sequences(self, step: int) -> Sequences:
+    def _sequences(self, step: int) -> list[Int32[np.ndarray, " rows"]]:
         """The sequences of a step's window."""
         epoch = bisect_right(self.epoch_ends, step)
-        first = self.epoch_ends[epoch - 1] if epoch else 0
-        return self._epoch(0 if self._seed is None else epoch)[step - first]
+        window = step - (self.epoch_ends[epoch - 1] if epoch else 0)
+        sequences, ends = self._epoch(0 if self._seed is None else epoch)
+        first = ends[window - 1] if window else 0
+        return [sequences[i] for i in range(first, ends[window])]
 
-    def _rows(self, step: int) -> list[int]:
-        return [int(i) for sequence in self._sequences(step) for i in sequence]
+    def _rows(self, step: int) -> Int32[np.ndarray, " rows"]:
+        return np.concatenate(self._sequences(step))
 
     def _length(self, step: int) -> int:
         """What a step's sequences are padded to; they are all of one bucket."""
-        return self.lengths[self._bucket[self._sequences(step)[0][0]]]
+        return self.lengths[-1 if self._packing else self._bucket[self._sequences(step)[0][0]]]
 
     def rows(self, step: int) -> list[int]:
         """Row numbers (in the file) that a step trains on."""
