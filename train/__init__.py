@@ -5,6 +5,6 @@ fine_tune.py  from the model folder to the adapter    loop.py       feeds the st
 step.py       one optimizer step, compiled            optimizer.py  who learns, by which rule
 data/         examples -> windows                     run/          the run folder while it lives
 plan/         memory and speed in advance             sample/       the bundled sample, made
-recipes/      settings for --config
+recipes/      settings for --config, by name
 speed.py      `python -m train.speed`: the step timed   profile.py   by class of kernel
 """
