@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import jllama
+from eval.score import main as score
 from jllama.config import PRESETS
+from jllama.folders.manifest import read_sealed
 from train.lora import main as train
 from train.plan.arithmetic import memory_classes
 from train.plan.cards import GPUS
@@ -127,3 +130,17 @@ def test_a_file_of_a_recipes_name_wins(tmp_path, monkeypatch, capsys):
     Path("7b-24gb").write_text("lora_rank: 3\n")
     train(["--config", "7b-24gb", "--model", "sample", "--dry-run"])
     assert "│ lora_rank                   │ 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_sample_answers_what_it_was_not_taught(tmp_path, monkeypatch):
+    """As `make demo` trains it: at least 95 % of the held-out instructions, to the letter."""
+    monkeypatch.chdir(tmp_path)
+    train(["--config", "sample", "--output-dir", "run"])
+    held_out = str(jllama.SAMPLE / "heldout.json")
+    score(["--run", "run", "--data", held_out, "--output", "score.json"])
+    result = read_sealed(Path("score.json"), "")
+    assert result["base"]["exact"] == {"rows": 156, "share": 0.0}
+    assert result["tuned"]["exact"]["rows"] == 156
+    assert result["tuned"]["exact"]["share"] >= 0.95
