@@ -22,7 +22,7 @@ from jllama.errors import InputError
 
 # The cards that can be planned for; `train.plan.cards` has their sizes.
 GpuName = Literal[
-    "rtx-3060", "rtx-3090", "rtx-4090", "rtx-5090", "t4", "l4", "a10g", "l40s",
+    "rtx-3060", "rtx-3090", "rtx-4060", "rtx-4090", "rtx-5090", "t4", "l4", "a10g", "l40s",
     "a100-40gb", "a100-80gb", "h100", "h200", "b200",
 ]  # fmt: skip
 AnyCase = BeforeValidator(lambda name: name.lower() if isinstance(name, str) else name)

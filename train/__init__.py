@@ -10,7 +10,7 @@ stream.py     where windows come from                         step.py       one 
 optimizer.py  who learns, by which rule                       data/         examples -> windows
 run/          the run folder while it lives                   processes/    several of one run
 plan/         memory and speed in advance                     sample/       the sample, made
-recipes/      settings for --config
+recipes/      settings for --config, by name
 speed.py      `python -m train.speed`: the step timed         profile.py    by class of kernel
 """
 

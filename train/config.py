@@ -41,8 +41,7 @@ from jllama.text.messages import Learn
 from jllama.text.prompt import PromptStyle, chat_style
 from jllama.text.row_formats import Sources
 from jllama.text.rows import LongRows
-
-RECIPES = Path(__file__).parent / "recipes"
+from train.recipes import recipe_file, settings_file
 
 # What may lie elsewhere for each process, and at a resume: hashes tell whether it is the same.
 FILES = ("model", "data", "val_data", "init_adapter", "prompt_template")
@@ -57,10 +56,11 @@ Tune = Literal["lora", "full"]
 class TrainConfig:
     """Fine-tune a LLaMA with LoRA; without --model, the bundled sample by recipes/sample.yaml.
 
-    --config FILE reads defaults from a YAML file (a recipe, or a run's config.yaml); flags
-    override it. --resume RUN (or --resume latest) continues a run with its own settings; --model,
-    --data, --val-data, --init-adapter and --prompt-template beside it say where moved files are
-    now, --epochs adds epochs, --mesh goes on with other devices.
+    --config FILE reads defaults from a YAML file (a run's config.yaml), or from a recipe by its
+    name (jllama recipes lists them); flags override it. --resume RUN (or --resume latest) continues
+    a run with its own settings; --model, --data, --val-data, --init-adapter and --prompt-template
+    beside it say where moved files are now, --epochs adds epochs, --mesh goes on with other
+    devices.
     """
 
     model: Annotated[NotEmpty, tyro.conf.arg(metavar="DIR")] = bundled.MODEL
@@ -248,11 +248,11 @@ def read_defaults(argv: Sequence[str]) -> tuple[TrainConfig | None, list[str]]:
     if resumed is not None and not {"-h", "--help"} & set(rest):
         return _resumed(LATEST if resumed == "latest" else Path(resumed), rest), []
     rest, named = take_flag("--config", argv)
-    file = Path(named) if named else None
+    file = settings_file(named) if named else None
     given = {word.partition("=")[0] for word in rest}
     model = take_flag("--model", rest)[1] or bundled.MODEL
     if file is None and model == bundled.MODEL and not {"--data", "-h", "--help"} & given:
-        file = RECIPES / "sample.yaml"
+        file = recipe_file("sample")
     return (None if file is None else settings_from_yaml(TrainConfig, file)), rest
 
 

@@ -20,7 +20,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the pages, as mkdocs calls it."""
     from mkdocs.structure.files import File  # tests read the settings without it
 
-    files.append(File.generated(config, "settings.md", content=settings_page()))
+    files.append(File.generated(config, "flags.md", content=settings_page()))
     for page, source in (("contributing.md", "CONTRIBUTING.md"), ("changelog.md", "CHANGELOG.md")):
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
@@ -47,7 +47,7 @@ def settings_of(module: str) -> Any:
 def settings_page() -> str:
     """Every flag of every command, from the declarations that check them."""
     lines = [
-        "# Settings",
+        "# Flags",
         "",
         "Every flag of every command, from the declaration that checks it, as `--help` shows it.",
         "The flags of `jllama train`, with `_` for `-`, are also the fields of its `--config FILE`",

@@ -31,6 +31,9 @@ COMMANDS = {
     "lint": Command(
         "train.data.lint", "check a data file, and show what a run would learn from it"
     ),
+    "recipes": Command(
+        "train.recipes.command", "list settings to start from, or print those of one name"
+    ),
     "train": Command("train.lora", "fine-tune a model with LoRA"),
     "launch": Command("train.processes.launch", "run a command as several processes, one per GPU"),
     "prompts": Command("eval.prompts", "answer prompts with the base and the tuned model"),
