@@ -8,7 +8,7 @@ from random_models import BASE, model_folder
 import jllama
 from train.config import TrainConfig
 from train.data.lint import main
-from train.prepare import load_examples
+from train.data.load import load_examples
 
 
 def rows_file(tmp_path, rows):

@@ -21,8 +21,8 @@ from jllama.errors import InputError
 from jllama.folders.json_files import read_json
 from jllama.folders.manifest import file_sha256
 from train import TrainConfig, Trainer, Window
+from train.data.load import load_examples
 from train.lora import main
-from train.prepare import load_examples
 from train.run.reports import Reports
 from train.run.signals import Stopped
 from train.step import next_token_loss
