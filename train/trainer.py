@@ -151,7 +151,7 @@ class Trainer:
         config = with_adapters_settings(config)
         lora = config.lora if config.tune == "lora" else None
         if config.dry_run:
-            show_settings(config, model_sizes(config.model), lora)
+            show_settings(self._shown(config), model_sizes(config.model), lora)
             console.print("dry run: nothing was loaded, allocated or written")
             return NOTHING
         if self._windows is None:
@@ -171,7 +171,7 @@ class Trainer:
             raise InputError(f"{config.model} is stored as {base.words}, which cannot learn")
         refuse_what_cannot_fit(step_of(config, llama, lora, config.max_seq_len))
         self.tokenizer = tokenizer = load_tokenizer(config.model, config.prompt_template)
-        show_settings(config, llama, lora)
+        show_settings(self._shown(config), llama, lora)
         load = load_held_out if stream else load_examples
         training, held_out = load(config, tokenizer)
         longest = config.max_seq_len
@@ -202,6 +202,13 @@ class Trainer:
             with run_folder(config, facts, processes, given) as run:
                 self.run = run.path
                 return self._fit(config, lora, batches, evaluation, steps, run, mesh, processes)
+
+    def _shown(self, config: TrainConfig) -> TrainConfig:
+        """With words for rows in memory, which lie in files only for a while."""
+        words: dict[str, Any] = {
+            name: f"{len(rows):,} rows in memory" for name, rows in self._rows.items()
+        }
+        return dataclasses.replace(config, **words)
 
     def _fit(
         self,

@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes while it builds: the settings of every command, and two files."""
+"""Pages that mkdocs makes while it builds: every command's settings, the reference, two files."""
 
 import dataclasses
 import importlib
@@ -21,6 +21,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File  # tests read the settings without it
 
     files.append(File.generated(config, "flags.md", content=settings_page()))
+    files.append(File.generated(config, "reference.md", content=reference_page()))
     for page, source in (("contributing.md", "CONTRIBUTING.md"), ("changelog.md", "CHANGELOG.md")):
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
@@ -62,6 +63,21 @@ def settings_page() -> str:
         for part in get_args(settings):
             kind, mark = get_args(part)
             lines += ["", f"### jllama {name} {mark.name}", *table(kind)]
+    return "\n".join(lines) + "\n"
+
+
+def reference_page() -> str:
+    """What the packages give, in the order of their table of contents; mkdocstrings fills it in."""
+    lines = [
+        "# Reference",
+        "",
+        "What `jllama` and `train` give, from the docstrings. [From Python](python.md) shows how",
+        "they go together. Shapes are in letters: `B` batch, `T` time, `D` model, `V` vocabulary.",
+    ]
+    for package in ("jllama", "train"):
+        lines += ["", f"## {package}"]
+        for name in importlib.import_module(package).__all__:
+            lines += ["", f"::: {package}.{name}"]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ text of files and models must not command a terminal.
 """
 
 import contextlib
+import html
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -188,7 +190,7 @@ def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 class Progress:
-    """A bar with rate and remaining time on a terminal, a plain line now and then elsewhere.
+    """A bar with rate and remaining time on a terminal, a bar in a notebook, lines elsewhere.
 
     Where the terminal shows both, messages and the bar share `console`: no message tears the bar.
 
@@ -202,6 +204,8 @@ class Progress:
         self._done = done
         self._counting = threading.Lock()
         self._bar: Any = None
+        self._cell: Any = None  # of a notebook
+        self._told = 0.0
 
     def __enter__(self) -> "Progress":
         terminals = (x for x in (console, _errors) if x.is_interactive and x.file.isatty())
@@ -225,6 +229,10 @@ class Progress:
                 self._title, total=self._total, completed=self._done, note=self._note
             )
             self._bar.start()
+        elif console.is_jupyter:
+            from IPython.display import display
+
+            self._cell = display(self._in_html(self._note), raw=True, display_id=True)
         elif self._note:
             self._say(self._note)
         return self
@@ -239,9 +247,24 @@ class Progress:
             before, self._done = self._done, self._done + units
             if self._bar is not None:
                 self._bar.update(self._task, advance=units, note=note)
+            elif self._cell is not None:
+                self._update(note)
             elif before // self._every < self._done // self._every or self._done == self._total:
                 self._say(note)
 
     def _say(self, note: str) -> None:
-        words = f"{self._title} {self._done}/{self._total} {self._unit}  {note}"
-        console.print(words.rstrip())
+        console.print(self._words(note))
+
+    def _update(self, note: str) -> None:
+        """In place, at most ten times a second: each is a message to the browser."""
+        if self._done == self._total or time.monotonic() - self._told > 0.1:
+            self._told = time.monotonic()
+            self._cell.update(self._in_html(note), raw=True)
+
+    def _in_html(self, note: str) -> dict[str, str]:
+        words = visible(self._words(note))
+        bar = f'<progress value="{self._done}" max="{self._total}"></progress>'
+        return {"text/plain": words, "text/html": f"{bar} <code>{html.escape(words)}</code>"}
+
+    def _words(self, note: str) -> str:
+        return f"{self._title} {self._done}/{self._total} {self._unit}  {note}".rstrip()
