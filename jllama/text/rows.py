@@ -182,7 +182,8 @@ def answered(messages: Sequence[Message]) -> Sequence[Message]:
     if not answers:
         raise InputError("no answer; expected output, completion or an assistant message")
     for i in answers:
-        if messages[i].learn is not False and not messages[i].content.strip():
+        said = messages[i].content.strip() or messages[i].calls
+        if messages[i].learn is not False and not said:
             before = f"message {i}: " if i < answers[-1] else ""
             raise InputError(f"{before}the answer is empty")
     return messages[: answers[-1] + 1]
