@@ -11,7 +11,7 @@ from eval.exact import short_answers
 from jllama.errors import InputError
 from jllama.text.messages import Message, ignored, row_messages
 from jllama.text.prompt import conversation, prompt_ids
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 
 
 def llama31(root):

@@ -5,7 +5,7 @@ import pytest
 import jllama
 from eval.prompts import main as prompts
 from jllama.text.row_file import read_rows
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 
 pytestmark = pytest.mark.real
 
