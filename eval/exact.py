@@ -44,7 +44,11 @@ def short_answers(
         fits = len(example.ids) <= context and len(example.ids) - len(prompt) <= most
         whole = parts[example.row] == 1 and example.ids[: len(prompt)].tolist() == prompt
         if fits and whole and not example.cut:
-            asked.append(Asked(example.row, prompt, answer.content.strip()))
+            said = answer.content
+            if answer.calls:  # the template writes them
+                ids = example.ids[len(prompt) :].tolist()
+                said = tokenizer.decode([x for x in ids if x not in tokenizer.stop_ids])
+            asked.append(Asked(example.row, prompt, said.strip()))
     return asked
 
 

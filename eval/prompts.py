@@ -15,6 +15,7 @@ the base along it. Answers are written before they are scored.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,8 +140,9 @@ def described(
     """A line of the file for each prompt, without scores."""
     for index, row in enumerate(rows):
         messages = row_messages(row)
-        right = messages.pop().content if messages[-1].role == "assistant" else None
-        asked = (message for message in messages if message.role == "user")
+        last = messages.pop() if messages[-1].role == "assistant" else None
+        right = last and (last.content or json.dumps(last.calls, ensure_ascii=False))
+        asked = (message for message in messages if message.role in ("user", "text"))
         parts = (part for message in asked for part in (message.content, message.context))
         line: dict[str, Any] = {"prompt": "\n".join(filter(None, parts))}
         for name, ids in answers.items():

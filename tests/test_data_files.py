@@ -17,7 +17,7 @@ from jllama.folders.run import RunFolder
 from jllama.text.row_formats import source_of
 from train.config import TrainConfig, read_defaults
 from train.data.batches import rows_of_epoch
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.integration

@@ -282,7 +282,8 @@ def test_a_tokenizers_files(place, kind, data):
 columns = st.sampled_from(
     ["instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
      "system", "history", "tools", "role", "content", "from", "value", "weight", "train", "type",
-     "temperature", "max_new_tokens", "seed", "user", "assistant", "gpt", "human"]
+     "temperature", "max_new_tokens", "seed", "user", "assistant", "gpt", "human", "tools",
+     "tool_calls", "function", "arguments", "name", "tool", "function_call"]
 )  # fmt: skip
 texts = columns | st.sampled_from(["</s>", " " * 99, "", "\ud800", "\0"]) | st.text(max_size=9)
 row_values = st.recursive(

@@ -6,6 +6,7 @@ from row_examples import examples_of
 from jllama.errors import InputError
 from jllama.text.messages import Message, ignored, row_messages
 from jllama.text.prompt import encode, prompt_ids, render
+from jllama.text.style_template import style_template
 
 
 def said(*turns, **more):
@@ -117,7 +118,7 @@ def test_a_row_without_anything_to_learn_is_refused(tokenizer):
         ({"messages": "a"}, "'messages' is not a list"),
         ({"messages": [{"content": "a"}]}, "message 0: 'role' is missing"),
         ({"messages": [{"role": "user"}]}, "message 0: 'content' is missing"),
-        ({"messages": [{"role": "tool", "content": "17"}]}, "message 0: role 'tool', expected"),
+        ({"messages": [{"role": "judge", "content": "17"}]}, "message 0: role 'judge', expected"),
         ({"messages": [{"role": "user", "content": {}}]}, "'content' is an object"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -130,11 +131,6 @@ def test_a_row_without_anything_to_learn_is_refused(tokenizer):
         (
             {"messages": [{"role": "user", "content": "a", "train": []}]},
             r"message 0: 'train' is \[\], expected 0 or 1",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}],
-             "tools": [{}]},
-            "no prompt style here knows tool_calls, tools; take it out",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},
@@ -157,7 +153,7 @@ def test_columns_that_nothing_is_made_of_are_told():
 
 
 def test_a_text_is_learned_whole_and_is_no_prompt(tokenizer):
-    for style in ("plain", "llama3-chat"):
+    for style in ("plain", "llama3-chat", "text"):
         (example,), _ = examples_of([{"text": "abc"}], tokenizer, style)
         ids = [tokenizer.bos_id, *tokenizer.encode("abc"), tokenizer.eos_id]
         assert example.ids.tolist() == ids
@@ -166,6 +162,21 @@ def test_a_text_is_learned_whole_and_is_no_prompt(tokenizer):
         prompt_ids("plain", {"text": "abc"}, tokenizer)
     with pytest.raises(InputError, match="row 0: the answer is empty"):
         examples_of([{"text": " "}], tokenizer)
+
+
+def test_style_text_takes_rows_of_text_alone_and_a_prompt_as_it_is(tokenizer):
+    for row, roles in (
+        ({"prompt": "a", "completion": "b"}, "user, assistant"),
+        (said("a", "b", "c", "d", system="s"), "system, user, assistant, user, assistant"),
+    ):
+        with pytest.raises(InputError, match=f"row 0: --prompt-style text .* not for {roles}; giv"):
+            examples_of([row], tokenizer, "text")
+    ids = [tokenizer.bos_id, *tokenizer.encode("Once upon")]
+    for row in ({"text": "Once upon"}, {"prompt": "Once upon", "completion": " a time"}):
+        assert prompt_ids("text", row, tokenizer) == ids
+    with pytest.raises(InputError, match="is one text, not system, user; drop the system message"):
+        prompt_ids("text", {"prompt": "a", "system": "b"}, tokenizer)
+    assert style_template("text", tokenizer) is None
 
 
 def test_turns_after_the_last_answer_are_dropped_and_counted(tokenizer):

@@ -5,7 +5,7 @@ import pytest
 import jllama
 from eval.prompts import main as prompts
 from jllama.text.row_file import read_rows
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 
 pytestmark = pytest.mark.real
 
@@ -22,7 +22,7 @@ SAID = {
     "03-null-input.jsonl": (0, "duplicates: 1 rows occur more than once"),
     "07-huge-integer.jsonl": (1, "row 0: 'completion' is a number, expected text"),
     "09-openai-weight0.jsonl": (0, "five</s><s> Are you sure?⏎\n⟦ four</s>⟧"),
-    "10-tool-calls.jsonl": (2, "no prompt style here knows tool_calls, tools"),
+    "10-tool-calls.jsonl": (2, "prompt style plain does not know tool, tool_calls, tools"),
     "12-empty-middle-answer.jsonl": (1, "row 0: message 1: the answer is empty"),
     "14-ends-with-user.jsonl": (0, "1 rows end with a turn that nothing answers, which is dropped"),
     "16-system-and-history.jsonl": (0, "<s> Answer with one word."),

@@ -1,6 +1,7 @@
 """From a small file of each kind to ids and what is learned, written by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from row_examples import examples_of
 from jllama.errors import InputError
 from jllama.text.messages import row_messages
 from jllama.text.row_file import read_rows
+from jllama.text.template import ChatTemplate
 from train.data.batches import hold_out
 
 
@@ -77,6 +79,67 @@ def test_a_row_of_each_kind(kind, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     examples, _ = examples_of(read_rows(tmp_path / "rows.jsonl"), Letters())
     assert [seen(example) for example in examples] == [expected]
+
+
+# Functions as `(f)`, their calls as `!f2`, their answers as `=3`.
+CALLING = """\
+{% if tools %}({{ tools | map(attribute='function.name') | join }}){% endif %}\
+{% for m in messages %}\
+{% if m.role == 'tool' %}={{ m.content + '\n' }}\
+{% elif m.tool_calls %}{% set call = m.tool_calls[0].function %}\
+!{{ call.name }}{{ call.arguments.x }}>\
+{% elif m.role == 'assistant' %}{{ m.content }}>\
+{% else %}<{{ m.content + '\n' }}{% endif %}{% endfor %}"""
+
+
+class Templated(Letters):
+    specials, template = Letters.specials, ChatTemplate(CALLING, Path(), {}, Letters.specials)
+
+    def marked(self, text):
+        return [{"<": 1, ">": 2}.get(letter) or ord(letter) for letter in text]
+
+
+CALLED = {
+    "openai": {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": "0", "function": {"name": "f", "arguments": '{"x": 2}'}}]},
+            {"role": "tool", "tool_call_id": "0", "content": "3"},
+            {"role": "assistant", "content": "b"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 2}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "b"},
+        ],
+        "tools": '[{"name": "f"}]',
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CALLED)
+@pytest.mark.parametrize(
+    ("learn", "expected"), [("all", "(f)<a\n[!f2>]=3\n[b>]"), ("last", "(f)<a\n!f2>=3\n[b>]")]
+)
+def test_a_call_is_learned_and_its_answer_is_not(kind, learn, expected, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(CALLED[kind]))
+    rows = read_rows(tmp_path / "rows.jsonl")
+    examples, _ = examples_of(rows, Templated(), "chat", learn=learn)
+    assert [seen(example) for example in examples] == [expected]
+
+
+def test_style_text_learns_each_token_of_a_text_and_its_end_and_takes_no_other_row():
+    examples, skipped = examples_of(
+        [{"text": "ab"}, {"prompt": "a", "completion": "b"}], Letters(), "text", skip_bad_rows=1
+    )
+    assert [seen(example) for example in examples] == ["<[ab>]"]
+    assert examples[0].ids.tolist() == [1, 97, 98, 2]
+    assert len(skipped) == 1
 
 
 LEARNED = {

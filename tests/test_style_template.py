@@ -24,7 +24,7 @@ from jllama.text.prompt import conversation, prompt_ids
 from jllama.text.style_template import style_template
 from jllama.text.tokenizer import load_tokenizer, tokenizer_of
 from train.config import TrainConfig, read_defaults
-from train.data.lint import LintConfig
+from train.data.lint.command import LintConfig
 from train.trainer import Trainer
 
 OURS = ["report", "plain", "alpaca", "llama2-chat"]

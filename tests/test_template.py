@@ -11,7 +11,7 @@ from jllama.errors import InputError
 from jllama.text.messages import Message
 from jllama.text.prompt import conversation
 from jllama.text.tokenizer import tokenizer_of
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"

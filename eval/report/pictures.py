@@ -1,30 +1,11 @@
-"""The pictures of a report: SVG by matplotlib, readable on white and on black, text as outlines."""
+"""The pictures of a report, as SVG that stands in a page."""
 
-import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GREY = "#767676"  # contrast above 4.5 on white and on black
-COLOURS = ("#2f7ed8", "#d9782d", "#2f9e5b", "#a06bd0", "#c9483b", "#8a8f2a", "#4d9aa8", "#b0678a")
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "path",  # the page needs no font, and no glyph can be missing
-    "svg.hashsalt": "jllama",
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": GREY,
-    "axes.titlecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-    "font.size": 11,
-}
+from jllama.cli.picture import COLOURS, GREY, drawing, drawn
 
 Points = Mapping[float, float]  # x -> y
 
@@ -33,8 +14,7 @@ def losses(
     steps: Points, epochs: Points, held_out: Points, reference: Points, name: str = "loss"
 ) -> str:
     """Loss by optimizer step: every step, the averages of epochs, held-out rows, a reference."""
-    with rc_context(_STYLE):
-        figure, axes = _axes("optimizer step", "loss (nats per token)")
+    with drawing("optimizer step", "loss (nats per token)") as (figure, axes):
         axes.plot(*_xy(steps), color=GREY, linewidth=0.8, alpha=0.7, label="each step")
         for points, title, marker, colour in (
             (epochs, "average of an epoch", "o", COLOURS[0]),
@@ -51,8 +31,7 @@ def memory_bars(
     bars: Mapping[str, Mapping[str, float]], limit: float | None, name: str = "memory"
 ) -> str:
     """Stacked bars in MiB, one for each key, by class; `limit` is what a card leaves."""
-    with rc_context(_STYLE):
-        figure, axes = _axes("MiB", "", height=1.6 + 0.34 * len(bars))
+    with drawing("MiB", "", height=1.6 + 0.34 * len(bars)) as (figure, axes):
         titles = list(bars)[::-1]
         left = [0.0] * len(titles)
         for number, kind in enumerate(dict.fromkeys(k for bar in bars.values() for k in bar)):
@@ -67,27 +46,13 @@ def memory_bars(
         return _svg(figure, name)
 
 
-def _axes(x: str, y: str, height: float = 3.8) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color=GREY, alpha=0.25)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
 def _xy(points: Points) -> tuple[Sequence[float], Sequence[float]]:
     return list(points), list(points.values())
 
 
 def _svg(figure: Figure, name: str) -> str:
     """The picture alone, its ids made unique: several stand in one page."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
+    svg = drawn(figure, ".svg").decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)

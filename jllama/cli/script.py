@@ -29,7 +29,7 @@ COMMANDS = {
         "train.plan.command", "estimate memory and speed for any listed GPU, no GPU required"
     ),
     "lint": Command(
-        "train.data.lint", "check a data file, and show what a run would learn from it"
+        "train.data.lint.command", "check a data file, and show what a run would learn from it"
     ),
     "recipes": Command(
         "train.recipes.command", "list settings to start from, or print those of one name"

@@ -6,10 +6,13 @@ answer is a border between ids:
     report   [<s>] "Name a colour." | "red" [</s>]
     plain    [<s>] "Name a colour.\\n" | "red" [</s>]
     alpaca   [<s>] "Below is an instruction ...### Response:\\n" | "red" [</s>]
+    text     [<s>] | "Red is a colour." [</s>]
 
-What stands right of the bar is learned; the rest is context. A row of text is learned whole.
+What stands right of the bar is learned; the rest is context. A row of text is learned whole
+in any style; `text` takes no other rows, and a prompt of it is what the model goes on with.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,7 +21,7 @@ from jllama.errors import InputError
 from jllama.text.messages import Message, row_messages
 from jllama.text.tokenizer import Tokenizer
 
-PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat", "chat"]
+PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat", "chat", "text"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,26 @@ def render(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
     """
     if style not in get_args(PromptStyle):
         raise InputError(f"prompt style {style!r}; choose from {', '.join(get_args(PromptStyle))}")
-    if [message.role for message in messages] == ["text"]:
+    roles = [message.role for message in messages]
+    if roles == ["text"]:
         return [Piece("<s>", special=True), *_answer(messages[0].content, messages[0])]
+    if style == "text":
+        if roles == ["user"]:  # of a prompt, never of training
+            return [Piece("<s>", special=True), Piece(_user_text(style, messages[0]))]
+        if roles[-1:] == ["user"]:
+            raise InputError(
+                f"a prompt of --prompt-style text is one text, not {', '.join(roles[:12])}; drop "
+                "the system message and earlier turns"
+            )
+        raise InputError(
+            f"--prompt-style text is for rows of text, not for {', '.join(roles[:12])}; give it a "
+            "column of text (--columns text=COLUMN), or choose another style"
+        )
+    if unknown := _functions_of(messages):
+        raise InputError(
+            f"prompt style {style} does not know {', '.join(unknown)}; take --prompt-style chat "
+            "with a model whose chat template does, or take them out of the row"
+        )
     _check(messages)
     if style == "llama3-chat":
         return _llama3(messages)
@@ -86,17 +107,31 @@ def render(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
     return _completion(style, messages)
 
 
+def _functions_of(messages: Sequence[Message]) -> list[str]:
+    """What of a conversation with functions stands in messages: tool, tool_calls, tools."""
+    names = {name for m in messages for name in (*m.more, m.role)}
+    return sorted(names & {"tool", "tool_calls", "tools"})
+
+
+# What may follow a turn; a call is an assistant's turn that tools answer.
+_FOLLOWS: Mapping[str, tuple[str, ...]] = {
+    "": ("user",), "user": ("assistant", "call"), "assistant": ("user",), "call": ("tool",),
+    "tool": ("tool", "assistant", "call"),
+}  # fmt: skip
+
+
 def _check(messages: Sequence[Message]) -> None:
-    if not messages:
+    said = ["call" if m.calls else m.role for m in messages if m.role != "tools"]
+    if not said:
         raise InputError("a conversation without messages")
-    turns = [m.role for m in messages if m.role != "system"]
-    system = [i for i, m in enumerate(messages) if m.role == "system"]
-    expected = ["user", "assistant"] * len(turns)
-    if system not in ([], [0]) or turns != expected[: len(turns)] or not turns:
+    turns = said[1:] if said[0] == "system" else said
+    follows = (now in _FOLLOWS.get(before, ()) for before, now in itertools.pairwise(["", *turns]))
+    if not turns or not all(follows):
         raise InputError(
-            "expected an optional system message, then user and assistant in turn; found "
-            + ", ".join(m.role for m in messages[:12])
-            + (", ..." if len(messages) > 12 else "")
+            "expected an optional system message, then user and assistant in turn"
+            + (", and tool after a call" if {"call", "tool"} & {*said} else "")
+            + f"; found {', '.join(said[:12])}"
+            + (", ..." if len(said) > 12 else "")
         )
 
 
@@ -180,11 +215,14 @@ def prompt_ids(style: PromptStyle, row: Mapping, tokenizer: Tokenizer) -> list[i
     """The ids of a row without its last answer: what generation starts from.
 
     Raises:
-        InputError: as `row_messages` and `render`, and for a row of text, which has no prompt.
+        InputError: as `row_messages` and `render`, and for a row of text, which has a prompt in
+            style `text` alone.
     """
     messages = row_messages(row)
     if messages and messages[-1].role == "text":
-        raise InputError("a row of text has no prompt; expected one of the other kinds")
+        if style != "text":
+            raise InputError("a row of text has no prompt; expected one of the other kinds")
+        messages = [Message("user", messages[-1].content)]
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     return conversation(style, messages, tokenizer)[0]

@@ -21,7 +21,7 @@ from jllama.text.row_file import Rows
 from jllama.text.tokenizer import Tokenizer
 
 # What a tokenizer or a template somewhere would read as one token, or as a border.
-_SPECIAL = re.compile(
+SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<(?:bos|eos|pad|unk)>"
 )
@@ -243,7 +243,8 @@ def answered(messages: Sequence[Message]) -> Sequence[Message]:
     if not answers:
         raise InputError("no answer; expected output, completion or an assistant message")
     for i in answers:
-        if messages[i].learn is not False and not messages[i].content.strip():
+        said = messages[i].content.strip() or messages[i].calls
+        if messages[i].learn is not False and not said:
             before = f"message {i}: " if i < answers[-1] else ""
             raise InputError(f"{before}the answer is empty")
     return messages[: answers[-1] + 1]
@@ -254,7 +255,7 @@ def _notes(messages: Sequence[Message], dropped: bool) -> Iterator[str]:
     if dropped:
         yield "end with a turn that nothing answers, which is dropped"
     texts = [text for message in messages for text in (message.content, message.context)]
-    if any(("<" in text or "[" in text) and _SPECIAL.search(text) for text in texts):
+    if any(("<" in text or "[" in text) and SPECIAL.search(text) for text in texts):
         yield "spell out special tokens such as </s>, which are read as plain text"
     questions = [message for message in messages if message.role == "user"]
     if any(not message.content.strip() and not message.context.strip() for message in questions):

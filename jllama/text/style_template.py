@@ -103,6 +103,8 @@ def style_template(style: PromptStyle, tokenizer: Tokenizer) -> str | None:
     """
     if style == "chat":
         return tokenizer.template.source if tokenizer.template else None
+    if style == "text":
+        return None
     borders = border_names(tokenizer).values()
     if not tokenizer.specials.issuperset(borders):
         return None

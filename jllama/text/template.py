@@ -4,13 +4,16 @@
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}
 
 What an answer adds to the text before it is learned, up to its last special token. Where the
-template marks it itself, by `{% generation %}`, what lies between the marks.
+template marks it itself, by `{% generation %}`, what lies between the marks. Functions and their
+calls are given to the template as transformers' `apply_chat_template(messages, tools=tools)` does.
 """
 
+import contextlib
 import functools
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +94,8 @@ class ChatTemplate:
 
         Raises:
             InputError: if it is no template, or refuses them, a message spells out a special token,
-                or later turns change what the template writes of earlier ones.
+                the template does not write the functions or calls that there are, or later turns
+                change what it writes of earlier ones.
         """
         self._check(messages)
         numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
@@ -103,8 +107,9 @@ class ChatTemplate:
             before = self._render(messages[:n], begins_answer=True)
             after = self._render(messages[: n + 1])
             if not (after.startswith(before) and whole.startswith(after)):
+                turn = sum(message.role != "tools" for message in messages[: n + 1])
                 raise InputError(
-                    f"{self._file} writes turn {n + 1} in another way once others follow, so the "
+                    f"{self._file} writes turn {turn} in another way once others follow, so the "
                     "model would learn what it never sees; split the conversation, or choose "
                     "another --prompt-style"
                 )
@@ -133,23 +138,46 @@ class ChatTemplate:
 
     def _check(self, messages: Sequence[Message]) -> None:
         for message in messages:
+            more = json.dumps(message.more, ensure_ascii=False) if message.more else ""
             for name in self._specials:
-                if name in message.content + message.context:
+                if name in message.content + message.context + more:
                     raise InputError(
                         f"a message spells out {name}, which the model's chat template would read "
                         "as its own; take it out, or choose another --prompt-style"
                     )
+        if unwritten := self._unwritten(messages):
+            raise InputError(
+                f"{self._file} does not write {', '.join(unwritten)}; take a model, or a "
+                "--prompt-template, that does, or take them out of the row"
+            )
+
+    def _unwritten(self, messages: Sequence[Message]) -> list[str]:
+        """What of functions and calls the template leaves out: without it the text is the same."""
+        if not any(message.more or message.role == "tool" for message in messages):
+            return []
+        # A call without text has none here that a template would trip over.
+        said = [replace(m, content=m.content or ".") if m.calls else m for m in messages]
+        others = {
+            "tools": [m for m in said if m.role != "tools"],
+            "tool_calls": [replace(m, more={}) if m.calls else m for m in said],
+            "tool": [replace(m, content=m.content + ".") if m.role == "tool" else m for m in said],
+        }
+        whole = self._render(said)
+        unwritten = []
+        for name, other in others.items():
+            with contextlib.suppress(InputError):  # then it does read them
+                if other != said and self._render(other) == whole:
+                    unwritten.append(name)
+        return unwritten
 
     def _render(
         self, messages: Sequence[Message], *, begins_answer: bool = False, mark: str = ""
     ) -> str:
-        turns = [
-            {"role": m.role, "content": f"{m.content}\n{m.context}" if m.context else m.content}
-            for m in messages
-        ]
+        turns = [_turn(message) for message in messages if message.role != "tools"]
+        tools = next((m.more["tools"] for m in messages if m.role == "tools"), None)
         try:
             return self._template.render(
-                messages=turns, add_generation_prompt=begins_answer, jllama_mark=mark, tools=None,
+                messages=turns, add_generation_prompt=begins_answer, jllama_mark=mark, tools=tools,
                 documents=None, **self._names,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
@@ -157,9 +185,25 @@ class ChatTemplate:
             raise InputError(f"{self._file}: {error}") from error
 
 
+def _turn(message: Message) -> dict[str, Any]:
+    """As templates read it: a call without text has the content none."""
+    text = f"{message.content}\n{message.context}" if message.context else message.content
+    empty = message.calls and not text
+    return {"role": message.role, "content": None if empty else text, **message.more}
+
+
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

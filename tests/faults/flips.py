@@ -22,7 +22,7 @@ from eval.score import main as score
 from faults.call import Call, Watched, in_process
 from faults.place import Place, prompts_flags, score_flags, train_flags
 from faults.verdict import after_damage, contents, run_result
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 from train.lora import main as train
 
 LIMIT = 30  # seconds of one command

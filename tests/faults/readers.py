@@ -27,7 +27,7 @@ from faults.texts import Form, hostile
 from faults.verdict import ended_well, readable, refused
 from jllama.folders.json_files import as_line
 from jllama.folders.manifest import write_sealed
-from train.data.lint import main as lint
+from train.data.lint.command import main as lint
 from train.lora import main as train
 
 LIMIT = 30  # seconds of one command

@@ -1,1 +1,1 @@
-"""From examples to windows: batches.py; lint.py and view.py (`python -m train.data`) show them."""
+"""From examples to windows: batches.py; lint/ and view.py (`python -m train.data`) show them."""

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +65,13 @@ def _examples_of(
         chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
         flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
         console.print(f"{'; '.join(noted)}; {command_line('lint', sources[0], *flags)} lists them")
+    return weighted(examples, sources, made.counts)
+
+
+def weighted(examples: Examples, sources: Sequence[str], counts: Sequence[int]) -> Examples:
+    """With the weights of the files that they are from, which have so many rows each."""
     weights = np.array([source_of(source).weight for source in sources], np.float32)
-    return dataclasses.replace(examples, weights=np.repeat(weights, made.counts)[examples.rows])
+    return dataclasses.replace(examples, weights=np.repeat(weights, counts)[examples.rows])
 
 
 def _tokenised(

@@ -19,5 +19,8 @@ def show_row(example: Example, tokenizer: Tokenizer) -> None:
     if inside:
         text.append("⟧", "green")
     tokens, learned_tokens = len(example.ids), np.count_nonzero(example.learned)
-    console.print(f"row {example.row}: {tokens} tokens, {learned_tokens} learned ⟦in brackets⟧")
+    share = f"{100 * learned_tokens / tokens:.0f} %"
+    console.print(
+        f"row {example.row}: {tokens} tokens, {learned_tokens} ({share}) learned ⟦in brackets⟧"
+    )
     console.print(text)
