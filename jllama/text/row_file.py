@@ -12,7 +12,7 @@ import codecs
 import dataclasses
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, sour
 from jllama.text.scan.json_rows import Scan
 
 _WANTED = "rows: a JSON list, or one JSON object a line; or CSV, Parquet or Arrow"
+_TOGETHER = 4096  # rows whose places are taken out of their array at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,22 @@ class Rows(Sequence[dict]):
         if isinstance(index, slice):
             files = self.files if not index.start else ()
             return dataclasses.replace(self, spans=self.spans[index], files=files)
-        start, stop = self.spans[index]
+        return self._row(index, *self.spans[index])
+
+    def __iter__(self) -> Iterator[dict]:
+        for first in range(0, len(self), _TOGETHER):
+            spans = self.spans[first : first + _TOGETHER].tolist()
+            for index, (start, stop) in enumerate(spans, first):
+                yield self._row(index, start, stop)
+
+    def _row(self, index: int, start: int, stop: int) -> dict:
         try:
             row = ROW_DECODER.decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
             raise InputError(f"row {self.first + index}: nested too deeply") from None
-        named = {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
-        return row | named
+        if not self.columns:
+            return row
+        return row | {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some of them, with no more of the text than is theirs: for another process."""
