@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from jllama import SAMPLE
 from jllama.errors import InputError
+from jllama.text.rows import Part
 from jllama.text.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.data import load
@@ -268,3 +270,22 @@ def test_a_process_that_ends_is_an_error_with_its_code(place, tokenizer, monkeyp
     with pytest.raises(InputError, match="tokenised rows from 0 on ended with code 1"):
         loaded(config(place, model=str(place)), tokenizer, monkeypatch, large=True)
     assert stored(place) == []
+
+
+def test_joined_parts_lie_on_disk_and_not_in_memory(tmp_path):
+    """Four numbers of each example are held; its tokens, here 500, are not."""
+
+    def parts():
+        each = np.tile(np.array([500, 499, 0, 0], np.int32), (200, 1))
+        for _ in range(100):
+            yield Part(np.ones(100_000, np.int32), np.ones(100_000, bool), each, [], {})
+
+    tracemalloc.start()
+    try:
+        examples, _ = cache.gathered(tmp_path, parts(), 32_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(examples.ids) == 10**7
+    assert examples[19_999].ids.tolist() == [1] * 500
+    assert peak < 4 * 2**20
