@@ -16,6 +16,7 @@ from jllama.errors import InputError
 from jllama.folders.run import RunFolder
 from jllama.text.row_formats import source_of
 from train.config import TrainConfig, read_defaults
+from train.data import load
 from train.data.batches import rows_of_epoch
 from train.data.lint.command import main as lint
 from train.trainer import Trainer
@@ -149,14 +150,22 @@ def rows_of(run):
     return [line["rows"] for line in lines(run) if "rows" in line]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_mixed_run_goes_on_bit_by_bit_in_its_second_epoch(packing, mixed, place, monkeypatch):
-    whole, cut = whole_run(mixed, place, packing), place / f"cut-{packing}"
+@pytest.mark.parametrize(("packing", "stored"), [(False, False), (True, False), (True, True)])
+def test_a_mixed_run_goes_on_bit_by_bit_in_its_second_epoch(
+    packing, stored, mixed, place, monkeypatch, tmp_path
+):
+    """Also one whose rows come from the cache, as those of large files do."""
+    whole, cut = whole_run(mixed, place, packing), place / f"cut-{packing}-{stored}"
+    if stored:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(load, "LARGE", 0)
     steps = max(line["step"] for line in lines(whole))
     with monkeypatch.context() as patch:
         after_step(patch, steps - 1)
         with pytest.raises(Killed):
             Trainer(config=TrainConfig(**mixed, packing=packing, output_dir=str(cut))).train()
+    if stored:
+        monkeypatch.setattr(load, "read_sources", None)  # it is not read again
     Trainer(config=read_defaults(["--resume", str(cut)])[0]).train()
     assert adapter(cut) == adapter(whole)
     seen = np.bincount(np.concatenate(rows_of(whole)), minlength=60)

@@ -10,6 +10,7 @@ import lzma
 import os
 import sys
 import time
+import tracemalloc
 
 import pyarrow
 import pyarrow.feather
@@ -20,6 +21,7 @@ from jllama.errors import InputError
 from jllama.text.messages import ignored, row_messages
 from jllama.text.row_file import Rows, read_rows
 from jllama.text.rows import answered
+from jllama.text.scan.json_rows import Scan
 
 ROW = {"instruction": "Add.", "input": "2 3", "output": "5"}
 LINES = (json.dumps(ROW), '{"prompt": "[ü☕\\\\\\" ,{", "completion": "é]"}')
@@ -301,3 +303,38 @@ def test_pipes_and_folders_are_no_files_of_rows(tmp_path):
                           ("/dev/zero", "a device"), ("a\0b", "null")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read_rows(path)
+
+
+TEXTS = [
+    '[{"a": 1}, {"b": [1, 2]},  {"c": "☕"}] ', '{"a": 1}\n{"b": "x\\ny"}\n\n {"c": 12.5}\n',
+    '{"about": {"x": [1]}, "data": [ {"a": 1} , {"b": 2}], "more": 12}', '{"data": []}',
+    '{"rows":   [{"a": 1}]}', '{"data": [1, 2]}', '[{"a": 1} {"b": 2}]', '[{"a": 1}, 12, {"b": 2}]',
+    '{"a": 1}\n{"b": \n{"c": 3}\n12\n"x"\n', '[{"a": 1}] x', '{"a": 1}{"b": 2} {"c": 3}', "12 34",
+    '{"a": 1, "a": 2}\n{"b": 2}', '[{"a": 1},', '[{"a": "' + "x" * 70 + '"}]', " \n \n", "",
+    "[" * 20_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_scan_in_parts_finds_what_a_scan_of_the_whole_text_does(text):
+    content = text.encode()
+    whole = Scan(content)
+    whole.file()
+    for window in (1, 2, 3, 5, 8, 13, 64):
+        scan = Scan(content, window)
+        scan.file()
+        assert (scan.spans, scan.problems, scan.beside) == (
+            whole.spans, whole.problems, whole.beside,
+        )  # fmt: skip
+
+
+def test_a_scan_holds_no_second_copy_of_the_text():
+    content = b'{"prompt": "' + b"x" * 1000 + b'"}\n'
+    content *= 2000
+    tracemalloc.start()
+    try:
+        Scan(content, 2**14).file()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(content) / 10

@@ -50,7 +50,7 @@ def read_text(path: str | Path, wanted: str) -> str:
     return decoded(read_bytes(path, wanted), path)
 
 
-def decoded(content: bytes, path: str | Path) -> str:
+def decoded(content: bytes | bytearray, path: str | Path) -> str:
     """The text in a file's content; InputError where it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")

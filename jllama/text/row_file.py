@@ -11,9 +11,8 @@ import bisect
 import codecs
 import dataclasses
 import json
-import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,13 @@ import numpy as np
 from jaxtyping import Int64
 
 from jllama.errors import InputError
-from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, kind_of, listed
+from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, listed
 from jllama.text.messages import COLUMNS
 from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, source_of
+from jllama.text.scan.json_rows import Scan
 
-LISTS = ("data", "rows", "examples", "train", "prompts", "instances")  # fields that hold the rows
 _WANTED = "rows: a JSON list, or one JSON object a line; or CSV, Parquet or Arrow"
-_OPEN, _OPEN_ROWS, _COMMA, _CLOSE, _BRACE, _COLON, _END, _SPACE = (
-    re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*")
-    for mark in (r"\[", r"\[[ \t\r\n]*[{\]]", ",", r"\]", r"\{", ":", r"\}", "")
-)
-_NEXT = re.compile(r"\n(?=[ \t]*\{)")  # where the object after a damaged one may begin
+_TOGETHER = 4096  # rows whose places are taken out of their array at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +43,7 @@ class Rows(Sequence[dict]):
         first: number of the first row.
     """
 
-    content: bytes
+    content: bytes | bytearray
     spans: Int64[np.ndarray, "rows 2"]
     beside: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -62,13 +57,22 @@ class Rows(Sequence[dict]):
         if isinstance(index, slice):
             files = self.files if not index.start else ()
             return dataclasses.replace(self, spans=self.spans[index], files=files)
-        start, stop = self.spans[index]
+        return self._row(index, *self.spans[index])
+
+    def __iter__(self) -> Iterator[dict]:
+        for first in range(0, len(self), _TOGETHER):
+            spans = self.spans[first : first + _TOGETHER].tolist()
+            for index, (start, stop) in enumerate(spans, first):
+                yield self._row(index, start, stop)
+
+    def _row(self, index: int, start: int, stop: int) -> dict:
         try:
             row = ROW_DECODER.decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
             raise InputError(f"row {self.first + index}: nested too deeply") from None
-        named = {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
-        return row | named
+        if not self.columns:
+            return row
+        return row | {ours: row.pop(theirs, None) for ours, theirs in self.columns.items()}
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some of them, with no more of the text than is theirs: for another process."""
@@ -150,7 +154,7 @@ def read_sources(
     return _joined(parts, [path.name for path in found]), [*map(len, parts)]
 
 
-def _rows_of(path: Path, content: bytes) -> Rows:
+def _rows_of(path: Path, content: bytes | bytearray) -> Rows:
     table = arrow_rows(content, path)
     if table is not None:
         rows = _as_lines(table)
@@ -158,7 +162,7 @@ def _rows_of(path: Path, content: bytes) -> Rows:
             raise InputError(f"{path}: no rows")
         return rows
     content = _utf8(content, path)
-    found = _Scan(content)
+    found = Scan(content)
     found.file()
     if not found.problems and found.spans:
         spans = np.array(found.spans, np.int64).reshape(-1, 2)
@@ -190,111 +194,7 @@ def _joined(parts: Sequence[Rows], names: Sequence[str]) -> Rows:
     )
 
 
-class _Scan:
-    """One pass over a file's text, in which every row is parsed once and forgotten."""
-
-    def __init__(self, content: bytes):
-        self._content = content
-        self._text = content.decode("latin-1")  # a character a byte: places in it are the file's
-        self._begin()
-
-    def _begin(self) -> None:
-        self._rows = 0
-        self._line, self._counted = 1, 0  # of the place to which lines are counted
-        self.spans = array("q")
-        self.problems: list[str] = []  # at most as many as are shown
-        self.beside: dict[str, Any] = {}
-
-    def file(self) -> None:
-        """Fills `spans`, `problems` and `beside`."""
-        at, size = _skip(self._text, 0), len(self._text)
-        if self._text[at : at + 1] == "[":
-            after = self._list(at)
-            if after is not None and after < size:
-                self._wrong(after, "invalid JSON (more behind the end of the list)")
-            return
-        if self._wrapped(at):
-            return
-        self._begin()
-        while at < size and len(self.problems) < SHOWN:
-            stop = self._row(at)
-            if stop is None:
-                further = _NEXT.search(self._text, at)
-                stop = further.end() if further else size
-            at = _skip(self._text, stop)
-
-    def _row(self, start: int) -> int | None:
-        """Where the row that begins here ends; None where it is damaged."""
-        try:
-            row, stop = ROW_DECODER.raw_decode(self._text, start)
-            self._content[start:stop].decode()
-        except json.JSONDecodeError as error:
-            self._wrong(start, f"invalid JSON ({error.msg}, line {error.lineno})")
-        except UnicodeDecodeError as error:
-            self._wrong(start, f"byte {start + error.start} is not UTF-8; save it as UTF-8")
-        except RecursionError:
-            self._wrong(start, "nested too deeply")
-        except ValueError as error:
-            self._wrong(start, str(error))
-        else:
-            if isinstance(row, dict):
-                self.spans.extend((start, stop))
-                self._rows += 1
-            else:
-                self._wrong(start, f"{kind_of(row)}, expected an object")
-            return stop
-        return None
-
-    def _list(self, start: int) -> int | None:
-        """Where the list that begins here ends, with the space behind it; None if it is damaged."""
-        mark = _OPEN.match(self._text, start)
-        end = _CLOSE.match(self._text, mark.end()) if mark else None
-        while mark and not end and len(self.problems) < SHOWN:
-            stop = self._row(mark.end())
-            if stop is None:
-                return None
-            mark, end = _COMMA.match(self._text, stop), _CLOSE.match(self._text, stop)
-            if not mark and not end:
-                next_row = _skip(self._text, stop)
-                self._wrong(next_row, "invalid JSON (expected a comma or ] before this row)")
-        return end.end() if end else None
-
-    def _wrapped(self, start: int) -> bool:
-        """Whether the file is one object with a list of rows; finds them, and its other fields."""
-        text, held = self._text, False
-        mark, end = _BRACE.match(text, start), None
-        while mark:
-            try:
-                name, at = ROW_DECODER.raw_decode(text, mark.end())
-                colon = _COLON.match(text, at)
-                if not colon:
-                    return False
-                at = colon.end()
-                if name in LISTS and not held and _OPEN_ROWS.match(text, at):
-                    held, stop = True, self._list(at)
-                    if stop is None:
-                        return True
-                else:
-                    self.beside[name], stop = ROW_DECODER.raw_decode(text, at)
-            except (ValueError, RecursionError):
-                return False
-            mark, end = _COMMA.match(text, stop), _END.match(text, stop)
-        return held and end is not None and end.end() == len(text)
-
-    def _wrong(self, at: int, problem: str) -> None:
-        self._line += self._text.count("\n", self._counted, at)
-        self._counted = at
-        self.problems.append(f"row {self._rows} (line {self._line}): {problem}")
-        self._rows += 1
-
-
-def _skip(text: str, at: int) -> int:
-    """The next place that is no space."""
-    space = _SPACE.match(text, at)
-    return space.end() if space else at
-
-
-def _utf8(content: bytes, path: Path) -> bytes:
+def _utf8(content: bytes | bytearray, path: Path) -> bytes | bytearray:
     """A file's content in UTF-8 without a byte order mark."""
     encoding = json.detect_encoding(content)
     if encoding.startswith("utf-8"):
@@ -315,4 +215,4 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Rows:
         spans.append(len(content))
         content += line.encode("utf-8", "replace")
         spans.append(len(content))
-    return Rows(bytes(content), np.array(spans, np.int64).reshape(-1, 2))
+    return Rows(content, np.array(spans, np.int64).reshape(-1, 2))

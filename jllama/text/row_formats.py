@@ -40,7 +40,7 @@ _DELIMITERS = ",\t;"
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
-def unpacked(content: bytes, path: Path) -> bytes:
+def unpacked(content: bytes, path: Path) -> bytes | bytearray:
     """A file's content, decompressed where it is packed.
 
     Raises:
@@ -63,11 +63,11 @@ def unpacked(content: bytes, path: Path) -> bytes:
                             raise InputError(f"{path}: this {name} holds no text; do not use it")
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise InputError(f"{path}: damaged {name} ({error}); copy it again") from error
-            return bytes(found)
+            return found
     return content
 
 
-def is_csv(content: bytes, path: Path) -> bool:
+def is_csv(content: bytes | bytearray, path: Path) -> bool:
     """Whether a text that is no JSON begins as a table does, or is named so."""
     first = content.lstrip()[:4096].partition(b"\n")[0]
     named = {".csv", ".tsv"} & {*path.suffixes}
@@ -102,7 +102,7 @@ def csv_rows(text: str, path: Path) -> Iterator[dict[str, str]]:
         raise InputError(f"{path}: read as CSV:\n  {listed(problems)}")
 
 
-def arrow_rows(content: bytes, path: Path) -> Iterator[dict[str, Any]] | None:
+def arrow_rows(content: bytes | bytearray, path: Path) -> Iterator[dict[str, Any]] | None:
     """The rows of a file of Arrow's; None where it is none.
 
     Raises:
@@ -112,7 +112,7 @@ def arrow_rows(content: bytes, path: Path) -> Iterator[dict[str, Any]] | None:
     return None if name is None else _tables(content, path, name)
 
 
-def _tables(content: bytes, path: Path, name: str) -> Iterator[dict[str, Any]]:
+def _tables(content: bytes | bytearray, path: Path, name: str) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -215,7 +215,7 @@ def rows_sha256(sources: Sequence[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def contents(path: Path, wanted: str) -> Iterator[tuple[Path, bytes]]:
+def contents(path: Path, wanted: str) -> Iterator[tuple[Path, bytes | bytearray]]:
     """Each file that a path names, and its content, unpacked."""
     for file in files_of(path):
         yield file, unpacked(read_bytes(file, wanted), file)

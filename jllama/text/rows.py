@@ -84,7 +84,14 @@ class Examples:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
         """Copies examples, as they come, into buffers that grow."""
-        return cls.flat(*_flat(examples))
+        ids, learned, each = bytearray(), bytearray(), array("i")
+        for example in examples:
+            ids += example.ids.tobytes()
+            learned += example.learned.tobytes()
+            count = int(np.count_nonzero(example.learned))
+            each.extend((len(example.ids), count, example.row, example.cut))
+        of_each = np.array(each, np.int32).reshape(-1, 4)
+        return cls.flat(np.frombuffer(ids, np.int32), np.frombuffer(learned, bool), of_each)
 
     @classmethod
     def flat(
@@ -120,17 +127,6 @@ class Examples:
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in of_each})
 
 
-def _flat(examples: Iterable[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids, learned, each = bytearray(), bytearray(), array("i")
-    for example in examples:
-        ids += example.ids.tobytes()
-        learned += example.learned.tobytes()
-        count = int(np.count_nonzero(example.learned))
-        each.extend((len(example.ids), count, example.row, example.cut))
-    of_each = np.array(each, np.int32).reshape(-1, 4)
-    return np.frombuffer(ids, np.int32), np.frombuffer(learned, bool), of_each
-
-
 def make_examples(
     rows: Sequence[Mapping],
     tokenizer: Tokenizer,
@@ -161,38 +157,47 @@ def make_part(
     rows: Iterable[Mapping], tokenizer: Tokenizer, rendering: Rendering, first: int = 0
 ) -> Part:
     """Tokenises rows, of which the first has this number; there need be no usable one."""
+    ids, learned, each = array("i"), bytearray(), array("i")
     problems: list[tuple[int, str]] = []
     notes: dict[str, array[int]] = {}
     max_seq_len, long_rows = rendering.max_seq_len, rendering.long_rows
-
-    def usable() -> Iterator[Example]:
-        for index, row in enumerate(rows, first):
-            try:
-                said = row_messages(row, rendering.learn)
-                messages = answered(said)
-                whole, learns = conversation(
-                    rendering.prompt_style, messages, tokenizer, rendering.train_on_prompt
-                )
-                if not any(learns):
-                    raise InputError("each answer is marked as not to be learned")
-                ids, learned = np.array(whole, np.int32), np.array(learns)
-                long = len(ids) > max_seq_len
-                if long_rows == "cut" and not learned[:max_seq_len].any():
-                    raise InputError(f"its prompt fills all {max_seq_len} tokens")
-            except InputError as error:
-                problems.append((index, str(error)))
-                continue
-            found = [*_notes(messages, dropped=len(said) > len(messages))]
-            if long and long_rows == "drop":
-                found.append(f"are longer than {max_seq_len} tokens, and left out")
-            for note in found:
-                notes.setdefault(note, array("i")).append(index)
-            if not long or long_rows == "cut":
-                yield Example(index, ids[:max_seq_len], learned[:max_seq_len], cut=long)
-            elif long_rows == "split":
-                yield from _parts(index, ids, learned, max_seq_len)
-
-    return Part(*_flat(usable()), problems, notes)
+    for index, row in enumerate(rows, first):
+        try:
+            said = row_messages(row, rendering.learn)
+            messages = answered(said)
+            whole, learns = conversation(
+                rendering.prompt_style, messages, tokenizer, rendering.train_on_prompt
+            )
+            marks = bytes(learns)
+            if 1 not in marks:
+                raise InputError("each answer is marked as not to be learned")
+            long = len(whole) > max_seq_len
+            if long and long_rows == "cut" and 1 not in marks[:max_seq_len]:
+                raise InputError(f"its prompt fills all {max_seq_len} tokens")
+        except InputError as error:
+            problems.append((index, str(error)))
+            continue
+        found = [*_notes(messages, dropped=len(said) > len(messages))]
+        if long and long_rows == "drop":
+            found.append(f"are longer than {max_seq_len} tokens, and left out")
+        for note in found:
+            notes.setdefault(note, array("i")).append(index)
+        parts = [(whole, marks)]  # lists and bytes: an array of numpy's for each row takes as long
+        if long and long_rows == "cut":
+            parts = [(whole[:max_seq_len], marks[:max_seq_len])]
+        elif long:
+            parts = [*_parts(whole, marks, max_seq_len)] if long_rows == "split" else []
+        for some, some_marks in parts:
+            ids.fromlist(some)
+            learned += some_marks
+            each.extend((len(some), some_marks.count(1), index, long and long_rows == "cut"))
+    return Part(
+        np.frombuffer(ids, np.int32),
+        np.frombuffer(learned, bool),
+        np.array(each, np.int32).reshape(-1, 4),
+        problems,
+        notes,
+    )
 
 
 def check_usable(
@@ -221,16 +226,15 @@ def check_usable(
         )
 
 
-def _parts(index: int, ids: np.ndarray, learned: np.ndarray, size: int) -> Iterator[Example]:
+def _parts(ids: list[int], marks: bytes, size: int) -> Iterator[tuple[list[int], bytes]]:
     """A long row in parts; those in which nothing is learned are left out.
 
     ids 1 2 3 4 5, at most 3  ->  1 2 3, then 3 4 5, of which 3 is not learned again
     """
     for start in range(0, len(ids) - 1, size - 1):
-        part = learned[start : start + size].copy()
-        part[0] = False
-        if part.any():
-            yield Example(index, ids[start : start + size], part)
+        part = b"\0" + marks[start + 1 : start + size]
+        if 1 in part:
+            yield ids[start : start + size], part
 
 
 def answered(messages: Sequence[Message]) -> Sequence[Message]:

@@ -19,8 +19,9 @@ from jllama.text.rows import Examples, Part, Rendering, check_usable, make_part
 from jllama.text.tokenizer import Tokenizer, tokenizer_files
 from train.config import TrainConfig
 from train.data.batches import hold_out
-from train.data.cache import Tokenised, cached, gathered, write_head
-from train.data.pool import CHUNK, parts_of
+from train.data.large import cache
+from train.data.large.cache import Tokenised, cached, gathered, write_head
+from train.data.large.pool import CHUNK, parts_of
 
 # Bytes of files from which on several processes tokenise them: theirs take a second to start.
 LARGE = 2 * 2**20
@@ -153,5 +154,5 @@ def _tokenizer_hashes(config: TrainConfig) -> dict[str, str]:
 
 def _code() -> dict[str, str]:
     """Of what makes ids of rows: this project's own modules, and the packages that they use."""
-    text, here = Path(text_rows.__file__).parent, Path(__file__).with_name("cache.py")
+    text, here = Path(text_rows.__file__).parent, Path(cache.__file__)
     return versions(_PACKAGES) | {f.name: file_sha256(f) for f in (*text.rglob("*.py"), here)}

@@ -1,6 +1,7 @@
 """`python -m train.data.speed`: what many rows cost, from the file to the first window.
 
     python -m train.data.speed --rows 50000 500000 --output docs/results/rows-cpu.json
+    python -m train.data.speed --starts --rows 1000000 --output docs/results/starts-cpu.json
 
 Makes Alpaca-like rows and takes them through what training does before its first step, with the
 bundled tokenizer; each number of rows in a process of its own. Seconds are of CPU, all threads
@@ -32,6 +33,7 @@ from jllama.text.row_file import read_rows
 from jllama.text.rows import make_examples
 from jllama.text.tokenizer import load_tokenizer
 from train.data.batches import Batches, hold_out
+from train.data.starts import measure_starts
 
 # A letter and a sign beyond ASCII: a Python text with such a sign takes 4 bytes a character.
 WORDS = "the of a to is in and for that with write list name how café good people water ☕"
@@ -50,6 +52,8 @@ class RowsSpeed:
     """Passes over the data."""
     seed: Seed = 0
     """Seed of the rows and their order."""
+    starts: bool = False
+    """Measure a first and a second start of training instead, and the tokenizer alone."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """JSON file for the figures."""
 
@@ -109,6 +113,12 @@ def measure_rows(config: RowsSpeed, rows: int) -> dict[str, Any]:
 
 def measure(config: RowsSpeed) -> None:
     """Measures each number of rows, several in children, and shows and writes the figures."""
+    if config.starts:
+        figures = [_starts(config, rows) for rows in config.rows]
+        for figure in figures:
+            show_table(["", ""], [[name, str(value)] for name, value in figure.items()])
+        _write(config, figures)
+        return
     if len(config.rows) > 1:
         figures = [_in_child(dataclasses.replace(config, rows=(rows,))) for rows in config.rows]
     else:
@@ -120,6 +130,18 @@ def measure(config: RowsSpeed) -> None:
     beyond = (f"{figure['peak_bytes_a_token_beyond_the_file']:.2f}" for figure in figures)
     rows.append(["peak memory beyond the file, bytes a token", *beyond])
     show_table(["CPU seconds", *(f"{figure['rows']:,} rows" for figure in figures)], rows)
+    _write(config, figures)
+
+
+def _starts(config: RowsSpeed, rows: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "rows.jsonl"
+        write_rows(file, rows, config.seed)
+        found = measure_starts(file, Path(place), config.max_seq_len, config.epochs)
+        return {"rows": rows, "file_bytes": file.stat().st_size} | found
+
+
+def _write(config: RowsSpeed, figures: list[dict[str, Any]]) -> None:
     if config.output:
         head = measured_here("speed-rows", ("jllama", "numpy", "grain", "sentencepiece"))
         settings = dataclasses.asdict(config)

@@ -95,11 +95,17 @@ def run_facts(
 def _most_turns(examples: Examples) -> int:
     """Most questions in a row: outside of llama3-chat, which needs no count, each begins with BOS.
 
-    Of all rows at once: there may be half a million.
+    Of many rows at once: there may be a million.
     """
     if not len(examples):
         return 1
-    begins = np.flatnonzero(examples.ids == examples[0].ids[0])
+    bos, block = examples[0].ids[0], 2**22
+    begins = np.concatenate(
+        [
+            at + np.flatnonzero(examples.ids[at : at + block] == bos)
+            for at in range(0, len(examples.ids), block)
+        ]
+    )
     first = np.searchsorted(begins, examples.starts)
     return int(np.max(np.searchsorted(begins, examples.starts + examples.lengths) - first))
 

@@ -18,12 +18,12 @@ CHUNK = 2_000  # rows that a process is given at a time
 
 
 class _Worker:
-    """A child that runs `train.data.worker`."""
+    """A child that runs `train.data.large.worker`."""
 
     def __init__(self, setup: tuple[str | Path, str, Rendering]):
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(
-            children.command("train.data.worker", ()), stdin=pipe, stdout=pipe
+            children.command("train.data.large.worker", ()), stdin=pipe, stdout=pipe
         )
         self._say(setup)
 

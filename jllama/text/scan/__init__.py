@@ -1,0 +1,1 @@
+"""The rows of a text, found in one pass."""

@@ -1,0 +1,1 @@
+"""Rows of large files: tokenised by several processes (pool.py), kept on disk (cache.py)."""
