@@ -47,8 +47,7 @@ def test_the_plan_is_of_the_recipes_own_step_and_fits(name):
     assert (plan["model"], plan["gpu"]) == (model_of(name), gpu.name)
     assert plan["peak_mib"] + plan["free_mib"] == pytest.approx(gpu.room / MIB)
     assert sum(memory_classes(step).values()) / MIB < plan["peak_mib"]
-    rough = estimate(step, gpu).peak / MIB  # by closed formulas, without what adapters keep
-    assert 0.95 * rough < plan["peak_mib"] < 1.5 * rough
+    assert estimate(step, gpu).peak / MIB == pytest.approx(plan["peak_mib"], rel=0.05)
     gigabytes = int(name.partition("-")[2].removesuffix("gb"))
     alike = [gpu for gpu in GPUS.values() if 0.85 < gpu.memory_mib / 1024 / gigabytes < 1.05]
     assert gpu in alike

@@ -125,7 +125,24 @@ def saved_activations(step: Step) -> int:
     if rows and step.remat not in ("block", "offload"):
         kept += round((rows - 1) * (2 * queries + 2 * keys))
     tokens = step.micro_batch_size * step.max_seq_len
+    kept += _read_by_adapters(step)
     return tokens * model.n_layers * kept * BYTES[step.precision]
+
+
+def _read_by_adapters(step: Step) -> int:
+    """Numbers of a token and block that wait for the gradients of A, in a frozen block for nothing.
+
+    Adapters that read the same have one copy, dropped out; beside w2's waits what it is made of.
+    """
+    if step.lora is None or step.remat in ("block", "offload"):
+        return 0
+    model, targets = step.model, set(step.lora.targets)
+    kept = model.dim if targets & {"wq", "wk", "wv"} else 0
+    kept += model.query_dim if "wo" in targets else 0
+    if step.remat == "ffn":
+        return kept
+    kept += model.dim if targets & {"w1", "w3"} else 0
+    return kept + (2 * model.hidden_dim if "w2" in targets else 0)
 
 
 def working_memory(step: Step) -> int:
