@@ -240,7 +240,7 @@ def test_lengths_are_those_of_whole_rows(long_rows, tmp_path, capsys):
 def test_a_histogram_holds_each_row_once_in_80_columns(monkeypatch):
     lengths = np.random.default_rng(0).integers(3, 3000, 500)
     bars = histogram(lengths)
-    assert len(bars) <= 12
+    assert len(bars) <= 16
     assert bars[0][0] <= lengths.min() <= bars[0][1]
     assert bars[-1][0] <= lengths.max() <= bars[-1][1]
     for first, last, count in bars:
@@ -284,6 +284,7 @@ def test_the_time_on_a_card_is_that_of_its_plan(tmp_path, capsys, monkeypatch):
     assert duration(11_520) == "3 h 12 min"
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_the_predicted_time_is_what_plan_says(tmp_path, capsys):
     pytest.importorskip("jax_cuda13_plugin")

@@ -19,7 +19,7 @@ from jllama.text.tokenizer import Tokenizer
 from train.config import TrainConfig
 
 FIRST = 10  # numbers of rows that are told
-BARS = 12  # of a histogram, at most
+BARS = 16  # of a histogram, at most
 
 
 @dataclass
