@@ -198,6 +198,12 @@ def test_other_formats_are_read_by_their_content(name, written):
         assert list(rows[1:]) == TWO[1:]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "A.TSV"])
+def test_a_table_without_rows_is_named_as_one(name, written):
+    with pytest.raises(InputError, match="read as CSV: no rows below the names"):
+        read_rows(written(b"instruction,output\n", name))
+
+
 def test_a_table_of_arrow_holds_conversations_and_what_is_ignored(written):
     turns = [
         {"role": "user", "content": "a", "weight": None},
@@ -218,6 +224,7 @@ def test_a_folder_is_the_rows_of_its_files(written, tmp_path):
     for number, rows in enumerate((TWO[:1], TWO[1:])):
         written(FORMATS["a.parquet"](rows), f"train-0000{number}-of-00002.parquet")
     written(b"# a card", "README.md")
+    written(b"\x00\x05\x16\x07", "._train-00000-of-00002.parquet")  # as macOS leaves them
     assert list(read_rows(tmp_path)) == TWO
     written(FORMATS["a.parquet"](TWO), "test-00000-of-00001.parquet")
     with pytest.raises(InputError, match="files for test and train; name a file"):
@@ -256,7 +263,7 @@ def test_a_folder_of_the_datasets_package(written, tmp_path):
         (b"a,b\n1,2,3\n4,5,6\n", "a", "line 2: more fields than the 2 names\n  line 3"),
         (b'a,b\n"1', "a", "line 2: unexpected end of data"),
         (b"a,a\n1,2\n", "a", "several columns are named a"),
-        (b"a,b\n", "a.csv", "invalid JSON"),
+        (b"a,b\n", "a.csv", "no rows below the names"),
         (b"a,b\n\xff,\n", "a.csv", "not UTF-8"),
     ],
 )  # fmt: skip

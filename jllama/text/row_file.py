@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from jllama.errors import InputError
 from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, listed
 from jllama.text.messages import COLUMNS
-from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, source_of
+from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, is_named_csv, source_of
 from jllama.text.scan.json_rows import Scan
 
 _WANTED = "rows: a JSON list, or one JSON object a line; or CSV, Parquet or Arrow"
@@ -173,6 +173,8 @@ def _rows_of(path: Path, content: bytes | bytearray) -> Rows:
         rows = _as_lines(csv_rows(decoded(content, path), path))
         if len(rows):
             return rows
+        if is_named_csv(path):
+            raise InputError(f"{path}: read as CSV: no rows below the names of its columns")
     raise InputError(f"{path}: {listed(found.problems) or 'no rows'}; expected {_WANTED}")
 
 

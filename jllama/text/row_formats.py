@@ -70,8 +70,12 @@ def unpacked(content: bytes, path: Path) -> bytes | bytearray:
 def is_csv(content: bytes | bytearray, path: Path) -> bool:
     """Whether a text that is no JSON begins as a table does, or is named so."""
     first = content.lstrip()[:4096].partition(b"\n")[0]
-    named = {".csv", ".tsv"} & {*path.suffixes}
-    return first[:1] not in b"[{" and bool(named or re.search(rb"[,;\t]", first))
+    return first[:1] not in b"[{" and bool(is_named_csv(path) or re.search(rb"[,;\t]", first))
+
+
+def is_named_csv(path: Path) -> bool:
+    """rows.csv, ROWS.TSV, rows.csv.gz"""
+    return bool({".csv", ".tsv"} & {*map(str.lower, path.suffixes)})
 
 
 def csv_rows(text: str, path: Path) -> Iterator[dict[str, str]]:
@@ -154,7 +158,9 @@ def files_of(path: Path) -> list[Path]:
         if not names or any(not isinstance(x, str) or Path(x).name != x for x in names):
             raise InputError(f"{path / STATE}: it names no files of rows in its folder")
         return [path / str(name) for name in names]
-    files = sorted(file for file in path.iterdir() if _DATA.search(file.name) and file.is_file())
+    # What begins with a dot is some program's own, as macOS's ._rows.json is.
+    named = (x for x in path.iterdir() if _DATA.search(x.name) and not x.name.startswith("."))
+    files = sorted(file for file in named if file.is_file())
     parts = {found[1].lower() for file in files if (found := _PART.search(file.name))}
     if len(parts) > 1:
         raise InputError(

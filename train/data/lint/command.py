@@ -256,7 +256,8 @@ def _flags(config: LintConfig, training: TrainConfig) -> Iterator[str]:
             if value is True:
                 yield f"--{field.name.replace('_', '-')}"
             elif value != field.default:
-                yield from (f"--{field.name.replace('_', '-')}", str(value))
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                yield from (f"--{field.name.replace('_', '-')}", shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -77,7 +77,7 @@ def histogram_lines(bars: Sequence[tuple[int, int, int]], width: int = WIDTH) ->
      1-16   ████████████████████ 512
     17-32   ███ 73
     """
-    names = [f"{first:,}-{last:,}" for first, last, _ in bars]
+    names = [f"{first:,}" + f"-{last:,}" * (last > first) for first, last, _ in bars]
     counts = [f"{count:,}" for _, _, count in bars]
     left, right = max(map(len, names)), max(map(len, counts))
     room = min(width, console.width) - left - right - 2
