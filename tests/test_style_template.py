@@ -268,3 +268,20 @@ def test_a_model_that_was_tuned_whole_has_its_style(place, tmp_path):
     assert asked.prompt_template == ""  # it is for the style chat alone
     ids, _ = conversation("chat", TURNS, ours)
     assert ids == conversation("llama3-chat", TURNS, ours)[0]
+
+
+@pytest.mark.integration
+def test_a_run_on_texts_has_no_template_and_goes_on_with_its_prompts(place, tmp_path, capsys):
+    texts, asked = tmp_path / "texts.json", tmp_path / "asked.json"
+    texts.write_text(json.dumps([{"text": "the opposite of hot is cold"}] * 12))
+    asked.write_text(json.dumps([{"text": "the opposite of"}, {"prompt": "the opposite of"}]))
+    run = run_of(place, "text", data=str(texts), prompt_style="text")
+    assert json.loads((run / "adapter" / PASSPORT).read_text())["prompt_style"] == "text"
+    assert not (run / "adapter" / TEMPLATE).exists()
+    prompts(["--run", str(run), "--prompts", str(asked), "--max-new-tokens", "2",
+             "--temperature", "0"])  # fmt: skip
+    first, second = map(json.loads, (run / "generations.jsonl").read_text().splitlines())
+    assert first["tuned_ids"] == second["tuned_ids"]
+    assert first["prompt"] == second["prompt"] == "the opposite of"
+    to_hf([str(place / "model"), str(tmp_path / "hf"), "--adapter", str(run / "adapter")])
+    assert not (tmp_path / "hf" / TEMPLATE).exists()
