@@ -65,7 +65,7 @@ def _examples_of(
         chosen = {"model": config.model, "prompt-style": config.prompt_style}
         chosen |= {"prompt-template": config.prompt_template, "columns": config.columns}
         flags = [word for name, x in chosen.items() if x for word in (f"--{name}", x)]
-        console.print(f"{'; '.join(noted)}; {command_line('lint', sources[0], *flags)} lists them")
+        console.print(f"{'; '.join(noted)}; {command_line('lint', *sources, *flags)} lists them")
     return weighted(examples, sources, made.counts)
 
 
