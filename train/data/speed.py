@@ -154,6 +154,7 @@ def _in_child(config: RowsSpeed) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "figures.json"
         settings = dataclasses.asdict(config) | {"rows": config.rows[0], "output": file}
+        del settings["starts"]
         flags = [word for name, value in settings.items()
                  for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
         children.run("train.data.speed", flags)
