@@ -141,7 +141,9 @@ def described(
     for index, row in enumerate(rows):
         messages = row_messages(row)
         last = messages.pop() if messages[-1].role == "assistant" else None
-        right = last and (last.content or json.dumps(last.calls, ensure_ascii=False))
+        right = last and (
+            json.dumps(last.calls, ensure_ascii=False) if last.calls else last.content
+        )
         asked = (message for message in messages if message.role in ("user", "text"))
         parts = (part for message in asked for part in (message.content, message.context))
         line: dict[str, Any] = {"prompt": "\n".join(filter(None, parts))}

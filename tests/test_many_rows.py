@@ -273,10 +273,10 @@ def test_a_process_that_ends_is_an_error_with_its_code(place, tokenizer, monkeyp
 
 
 def test_joined_parts_lie_on_disk_and_not_in_memory(tmp_path):
-    """Four numbers of each example are held; its tokens, here 500, are not."""
+    """Five numbers of each example are held; its tokens, here 500, are not."""
 
     def parts():
-        each = np.tile(np.array([500, 499, 0, 0], np.int32), (200, 1))
+        each = np.tile(np.array([500, 499, 0, 1, 0], np.int32), (200, 1))
         for _ in range(100):
             yield Part(np.ones(100_000, np.int32), np.ones(100_000, bool), each, [], {})
 

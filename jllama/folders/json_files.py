@@ -96,6 +96,8 @@ def _integer(digits: str) -> int | float:
 
 # Of one row among others: what is wrong with a number in it is the matter of who reads the row.
 ROW_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+# Of a row that was read before: no key comes twice.
+AGAIN = json.JSONDecoder(parse_int=_integer)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,18 +14,17 @@ in any style; `text` takes no other rows, and a prompt of it is what the model g
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from jllama.errors import InputError
 from jllama.text.messages import Message, row_messages
 from jllama.text.tokenizer import Tokenizer
 
 PromptStyle = Literal["report", "plain", "alpaca", "llama2-chat", "llama3-chat", "chat", "text"]
+_STYLES = get_args(PromptStyle)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Text, or the name of one special token.
 
     Args:
@@ -77,8 +76,8 @@ def render(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
     Raises:
         InputError: if the style cannot express the conversation.
     """
-    if style not in get_args(PromptStyle):
-        raise InputError(f"prompt style {style!r}; choose from {', '.join(get_args(PromptStyle))}")
+    if style not in _STYLES:
+        raise InputError(f"prompt style {style!r}; choose from {', '.join(_STYLES)}")
     roles = [message.role for message in messages]
     if roles == ["text"]:
         return [Piece("<s>", special=True), *_answer(messages[0].content, messages[0])]
@@ -107,10 +106,13 @@ def render(style: PromptStyle, messages: Sequence[Message]) -> list[Piece]:
     return _completion(style, messages)
 
 
+_FUNCTIONS = {"tool", "tool_calls", "tools"}
+
+
 def _functions_of(messages: Sequence[Message]) -> list[str]:
     """What of a conversation with functions stands in messages: tool, tool_calls, tools."""
-    names = {name for m in messages for name in (*m.more, m.role)}
-    return sorted(names & {"tool", "tool_calls", "tools"})
+    names = {m.role for m in messages}.union(*[m.more for m in messages])
+    return sorted(names & _FUNCTIONS)
 
 
 # What may follow a turn; a call is an assistant's turn that tools answer.

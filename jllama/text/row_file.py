@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from jllama.errors import InputError
-from jllama.folders.json_files import ROW_DECODER, SHOWN, decoded, listed
+from jllama.folders.json_files import AGAIN, SHOWN, decoded, listed
 from jllama.text.messages import COLUMNS
 from jllama.text.row_formats import arrow_rows, contents, csv_rows, is_csv, is_named_csv, source_of
 from jllama.text.scan.json_rows import Scan
@@ -67,7 +67,7 @@ class Rows(Sequence[dict]):
 
     def _row(self, index: int, start: int, stop: int) -> dict:
         try:
-            row = ROW_DECODER.decode(self.content[start:stop].decode())
+            row, _ = AGAIN.raw_decode(self.content[start:stop].decode())
         except RecursionError:  # it was read before from fewer calls
             raise InputError(f"row {self.first + index}: nested too deeply") from None
         if not self.columns:

@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
     ids: Int32[np.ndarray, " tokens"]
     learned: Bool[np.ndarray, " tokens"]
-    each: Int32[np.ndarray, "examples 4"]  # tokens, learned tokens, row, whether it is cut
+    each: Int32[np.ndarray, "examples 5"]  # tokens, learned tokens, row, turns, whether it is cut
     problems: list[tuple[int, str]]  # the rows' numbers, and the reasons
     notes: dict[str, "array[int]"]
 
@@ -76,6 +76,7 @@ class Examples:
     lengths: Int32[np.ndarray, " examples"]
     learned_counts: Int32[np.ndarray, " examples"]
     rows: Int32[np.ndarray, " examples"]  # their numbers in the file
+    turns: Int32[np.ndarray, " examples"]  # how often their first id, mostly BOS, comes
     cut: Bool[np.ndarray, " examples"]
     weights: Float32[np.ndarray, " examples"]  # how often an epoch has each
     # What is noteworthy of rows of the whole file, and their numbers.
@@ -89,16 +90,17 @@ class Examples:
             ids += example.ids.tobytes()
             learned += example.learned.tobytes()
             count = int(np.count_nonzero(example.learned))
-            each.extend((len(example.ids), count, example.row, example.cut))
-        of_each = np.array(each, np.int32).reshape(-1, 4)
+            turns = int(np.count_nonzero(example.ids == example.ids[0]))
+            each.extend((len(example.ids), count, example.row, turns, example.cut))
+        of_each = np.array(each, np.int32).reshape(-1, 5)
         return cls.flat(np.frombuffer(ids, np.int32), np.frombuffer(learned, bool), of_each)
 
     @classmethod
     def flat(
-        cls, ids: np.ndarray, learned: np.ndarray, each: Int32[np.ndarray, "examples 4"]
+        cls, ids: np.ndarray, learned: np.ndarray, each: Int32[np.ndarray, "examples 5"]
     ) -> "Examples":
         """Those of the arrays of a `Part`, or of several joined ones; ids may be 16 bits wide."""
-        lengths, counts, rows, cut = each.T.copy()
+        lengths, counts, rows, turns, cut = each.T.copy()
         return cls(
             ids=ids,
             learned=learned,
@@ -106,6 +108,7 @@ class Examples:
             lengths=lengths,
             learned_counts=counts,
             rows=rows,
+            turns=turns,
             cut=cut.astype(bool),
             weights=np.ones(len(rows), np.float32),
         )
@@ -123,7 +126,7 @@ class Examples:
 
     def take(self, chosen: Any) -> "Examples":
         """Those of a list of positions or a mask; tokens are shared, not copied."""
-        of_each = ("starts", "lengths", "learned_counts", "rows", "cut", "weights")
+        of_each = ("starts", "lengths", "learned_counts", "rows", "turns", "cut", "weights")
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in of_each})
 
 
@@ -190,11 +193,12 @@ def make_part(
         for some, some_marks in parts:
             ids.fromlist(some)
             learned += some_marks
-            each.extend((len(some), some_marks.count(1), index, long and long_rows == "cut"))
+            turns = some.count(whole[0])
+            each.extend((len(some), some_marks.count(1), index, turns, long and long_rows == "cut"))
     return Part(
         np.frombuffer(ids, np.int32),
         np.frombuffer(learned, bool),
-        np.array(each, np.int32).reshape(-1, 4),
+        np.array(each, np.int32).reshape(-1, 5),
         problems,
         notes,
     )
@@ -258,11 +262,14 @@ def _notes(messages: Sequence[Message], dropped: bool) -> Iterator[str]:
     """What a person should know of rows that are learned all the same; reads after "3 rows"."""
     if dropped:
         yield "end with a turn that nothing answers, which is dropped"
-    texts = [text for message in messages for text in (message.content, message.context)]
-    if any(("<" in text or "[" in text) and SPECIAL.search(text) for text in texts):
+    if any(_spells_special(m.content) or _spells_special(m.context) for m in messages):
         yield "spell out special tokens such as </s>, which are read as plain text"
     questions = [message for message in messages if message.role == "user"]
     if any(not message.content.strip() and not message.context.strip() for message in questions):
         yield "have an empty question"
     if any(message.learn is False for message in messages):
         yield "have messages that are marked as not to be learned"
+
+
+def _spells_special(text: str) -> bool:
+    return ("<" in text or "[" in text) and SPECIAL.search(text) is not None

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from jllama.cli.terminal import command_line, console, show_table
 from jllama.config import LlamaConfig, LoraConfig, Precision
@@ -87,27 +86,9 @@ def run_facts(
             "longest": int(training.lengths.max(initial=0)),
             "cut_rows": int(training.cut.sum()),
             "padding_share": batches.padding_share(),
-            "turns": _most_turns(training),
+            "turns": int(training.turns.max(initial=1)),
         },
     }
-
-
-def _most_turns(examples: Examples) -> int:
-    """Most questions in a row: outside of llama3-chat, which needs no count, each begins with BOS.
-
-    Of many rows at once: there may be a million.
-    """
-    if not len(examples):
-        return 1
-    bos, block = examples[0].ids[0], 2**22
-    begins = np.concatenate(
-        [
-            at + np.flatnonzero(examples.ids[at : at + block] == bos)
-            for at in range(0, len(examples.ids), block)
-        ]
-    )
-    first = np.searchsorted(begins, examples.starts)
-    return int(np.max(np.searchsorted(begins, examples.starts + examples.lengths) - first))
 
 
 def show_plan(

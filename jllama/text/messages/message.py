@@ -49,10 +49,11 @@ def unicode_text(value: Any, what: str) -> str:
         raise InputError(
             f"{what} is {kind_of(value) if value is not None else 'missing'}, expected text"
         )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} is not valid Unicode at character {error.start}") from None
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{what} is not valid Unicode at character {error.start}") from None
     return value
 
 

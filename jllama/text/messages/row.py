@@ -17,8 +17,9 @@ its name; `ignored` tells the other columns.
 
 import dataclasses
 import difflib
+import functools
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jllama.errors import InputError
@@ -122,21 +123,32 @@ def kind(row: Mapping) -> str:
     return "/".join(names[part] for part in (told, "answer") if part in names)
 
 
-def _names(row: Mapping) -> dict[str, str]:
+def _names(row: Mapping) -> Mapping[str, str]:
     """The parts of a row and its names for them: {"question": "prompt", "answer": "completion"}."""
+    names, kind, misplaced = _parts(tuple([name for name in row if row[name] is not None]))
+    if not kind:
+        raise InputError(_unknown(row))
+    for name in misplaced:
+        if row[name]:
+            raise InputError(f"'{name}' beside '{names[kind]}', which has no place for it")
+    return names
+
+
+@functools.lru_cache  # a file has rows of few kinds
+def _parts(columns: Sequence[str]) -> tuple[Mapping[str, str], str, Sequence[str]]:
+    """The parts that columns are, the one that tells their kind (none: ""), those out of place."""
     names: dict[str, str] = {}
     for name, part in COLUMNS.items():
-        if row.get(name) is not None:
+        if name in columns:
             names.setdefault(part, name)
-    kind = next((part for part in _KINDS if part in names), None)
-    if kind is None and "context" in names and "answer" in names:  # {"input": ..., "output": ...}
+    kind = next((part for part in _KINDS if part in names), "")
+    if not kind and "context" in names and "answer" in names:  # {"input": ..., "output": ...}
         kind, names["question"] = "question", names.pop("context")
-    if kind is None:
-        raise InputError(_unknown(row))
-    for part in ("system", "history", "tools"):
-        if part not in _KINDS[kind] and row.get(names.get(part, part)):
-            raise InputError(f"'{names[part]}' beside '{names[kind]}', which has no place for it")
-    return {part: name for part, name in names.items() if part in (kind, *_KINDS[kind])}
+    if not kind:
+        return {}, "", ()
+    known = (kind, *_KINDS[kind])
+    misplaced = [names[x] for x in ("system", "history", "tools") if x in names and x not in known]
+    return {part: name for part, name in names.items() if part in known}, kind, misplaced
 
 
 def _unknown(row: Mapping) -> str:

@@ -140,7 +140,7 @@ def _read(folder: Path) -> Tokenised | None:
 
 
 def _examples(arrays: Mapping[str, np.ndarray]) -> Examples:
-    return Examples.flat(arrays["ids"], arrays["learned"], arrays["each"].reshape(-1, 4))
+    return Examples.flat(arrays["ids"], arrays["learned"], arrays["each"].reshape(-1, 5))
 
 
 def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
