@@ -55,11 +55,12 @@ def measured_here(command: str, packages: Sequence[str] = PACKAGES) -> dict[str,
     Args:
         command: as the `jllama` script knows it.
     """
+    given = sys.argv[1:]  # behind the script's own name it begins with the command's
     flags = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "XLA_"))}
     card = {} if os.environ.get("JAX_PLATFORMS") == "cpu" else ask_driver(*GPU_FACTS)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": ["jllama", command, *sys.argv[1:]],
+        "command": ["jllama", command, *given[given[:1] == [command] :]],
         "device": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
         **({"gpu": {GPU_FACTS[name]: value for name, value in card.items()}} if card else {}),
         "versions": versions(packages),

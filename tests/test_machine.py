@@ -4,6 +4,7 @@ import os
 import pwd
 import resource
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,12 @@ def test_results_name_the_card_its_driver_and_the_flags(driver, monkeypatch):
     assert found["flags"]["XLA_FLAGS"] == "--xla_x=1"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert "gpu" not in machine.measured_here("speed")
+
+
+@pytest.mark.parametrize("argv", [["jllama", "speed", "--x"], ["command.py", "--x"]])
+def test_results_name_the_command_that_was_given(argv, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert machine.measured_here("speed")["command"] == ["jllama", "speed", "--x"]
 
 
 def test_the_driver_is_asked_for_the_card_that_is_visible(driver, monkeypatch):
