@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from random_models import BASE
 from train_runs import adapter, as_flags, lines, settings, small_place
 
@@ -252,6 +251,7 @@ def smoothed(x, head, rows, share=0.1):
 
 def test_a_smoothed_loss_is_torchs(place, of):
     """Held-out loss before step 1: of the base alone, whose logits torch gets, too."""
+    torch = pytest.importorskip("torch")
     losses = {}
     for name, loss in (("plain", None), ("smoothed", smoothed)):
         result = Trainer(**of(name) | {"max_steps": 1, "learning_rate": 1e-9}, loss=loss).train()
