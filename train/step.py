@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,25 @@ class Window(NamedTuple):
     documents: tuple[Documents, ...] | None = None  # their arrays `[k, ...]`
 
 
+@runtime_checkable
+class AnyWindow(Protocol):
+    """A `Window`, or another named tuple with its fields and more, which a given loss reads."""
+
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def targets(self) -> Any: ...
+    @property
+    def mask(self) -> Any: ...
+    @property
+    def positions(self) -> Any: ...
+    @property
+    def documents(self) -> Any: ...
+
+
+_W = TypeVar("_W", bound=AnyWindow)
+
+
 class TrainState(NamedTuple):
     """Everything that changes; what a resume needs."""
 
@@ -64,11 +83,11 @@ class StepMetrics(NamedTuple):
 # Of the last hidden states `[B, T, D]`, the head `[V, D]` and the rows of a micro-batch (arrays
 # `[B, T]`): the loss in nats, summed over the supervised tokens. The step divides by their number
 # in the whole window. Of several devices each calls it with its own rows.
-Loss = Callable[[Array, Array, Window], Array]
+Loss = Callable[[Array, Array, Any], Array]
 
 
 def next_token_loss(
-    x: Float[Array, "B T D"], head: Float[Array, "V D"], rows: Window, head_learns: bool
+    x: Float[Array, "B T D"], head: Float[Array, "V D"], rows: AnyWindow, head_learns: bool
 ) -> Float[Array, ""]:
     """Cross-entropy of the targets, where no other loss is given."""
     return cross_entropy(x, head, rows.targets, rows.mask, head_learns)
@@ -77,7 +96,7 @@ def next_token_loss(
 def summed_loss(
     learned: nnx.State,
     frozen: nnx.State,
-    rows: Window,
+    rows: AnyWindow,
     key: Key[Array, ""] | None,
     graphdef: nnx.GraphDef,
     loss: Loss | None = None,
@@ -141,7 +160,7 @@ def places_of(state: TrainState, frozen: nnx.State, mesh: Mesh) -> TrainState:
 def train_step(
     state: TrainState,
     frozen: nnx.State,
-    window: Window,
+    window: AnyWindow,
     key: Key[Array, ""],
     *,
     graphdef: nnx.GraphDef,
@@ -198,7 +217,7 @@ def train_step(
 def eval_step(
     learned: nnx.State,
     frozen: nnx.State,
-    window: Window,
+    window: AnyWindow,
     *,
     graphdef: nnx.GraphDef,
     loss: Loss | None = None,
@@ -212,7 +231,7 @@ def eval_step(
     return total, jnp.sum(window.mask)
 
 
-def deal(window: Window, mesh: Mesh) -> Window:
+def deal(window: _W, mesh: Mesh) -> _W:
     """A window on the devices, its rows dealt to them."""
     return put(window, jax.tree.map(lambda _: deal_rows(mesh, 1), window))
 
@@ -220,7 +239,7 @@ def deal(window: Window, mesh: Mesh) -> Window:
 def evaluate(
     learned: nnx.State,
     frozen: nnx.State,
-    windows: Iterable[Window],
+    windows: Iterable[AnyWindow],
     graphdef: nnx.GraphDef,
     loss: Loss | None = None,
 ) -> tuple[float, int]:
@@ -254,7 +273,7 @@ class Programs:
         self.compile_seconds = 0.0
 
     def __call__(
-        self, state: TrainState, frozen: nnx.State, window: Window, key: Key[Array, ""]
+        self, state: TrainState, frozen: nnx.State, window: AnyWindow, key: Key[Array, ""]
     ) -> tuple[TrainState, StepMetrics]:
         shape = window.tokens.shape
         if shape not in self._compiled:
@@ -267,11 +286,11 @@ class Programs:
             self.planned_bytes = max(self.planned_bytes, size)
         return self._compiled[shape](state, frozen, window, key)
 
-    def has(self, window: Window) -> bool:
+    def has(self, window: AnyWindow) -> bool:
         """Whether the step of such a window is compiled."""
         return window.tokens.shape in self._compiled
 
-    def text(self, window: Window) -> str:
+    def text(self, window: AnyWindow) -> str:
         """The compiled step of such a window, as XLA prints it."""
         return self._compiled[window.tokens.shape].as_text()
 
