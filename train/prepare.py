@@ -26,26 +26,37 @@ def plan_batches(
     config: TrainConfig, training: Examples, held_out: Examples
 ) -> tuple[Batches, Batches | None]:
     """The windows of the whole run, and those of one evaluation."""
+    return training_batches(config, training), held_out_batches(config, held_out)
+
+
+def training_batches(config: TrainConfig, training: Examples) -> Batches:
+    """The windows of the whole run."""
+    return Batches(
+        training,
+        accumulation=config.gradient_accumulation_steps,
+        length_buckets=config.length_buckets,
+        shuffle=config.shuffle,
+        epochs=config.epochs,
+        **_shape(config),
+    )
+
+
+def held_out_batches(config: TrainConfig, held_out: Examples) -> Batches | None:
+    """The windows of one evaluation; None without rows for it."""
+    if not len(held_out):
+        return None
+    return Batches(held_out, accumulation=1, shuffle=False, epochs=1, **_shape(config))
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
     devices = mesh_shape(config.mesh).rows
-    shape: dict[str, Any] = {
+    return {
         "batch": config.micro_batch_size * devices,
         "devices": devices,
         "max_seq_len": config.max_seq_len,
         "packing": config.packing,
-        "length_buckets": config.length_buckets,
         "seed": config.seed,
     }
-    batches = Batches(
-        training,
-        accumulation=config.gradient_accumulation_steps,
-        shuffle=config.shuffle,
-        epochs=config.epochs,
-        **shape,
-    )
-    if not len(held_out):
-        return batches, None
-    shape["length_buckets"] = 1
-    return batches, Batches(held_out, accumulation=1, shuffle=False, epochs=1, **shape)
 
 
 def plan_stream(
@@ -54,7 +65,7 @@ def plan_stream(
     """The windows of the whole run, given or of the rows, and those of an evaluation."""
     if given is None:
         return plan_batches(config, training, held_out)
-    return given, plan_batches(config, held_out, held_out)[1] if len(held_out) else None
+    return given, held_out_batches(config, held_out)
 
 
 def with_shape_of(given: GivenWindows, config: TrainConfig) -> TrainConfig:
@@ -78,7 +89,7 @@ def documents_of_single_sequences(config: TrainConfig, training: Examples) -> Sh
     if not config.packing or "auto" not in (config.remat, config.micro_batch_size):
         return ()
     single = dataclasses.replace(config, micro_batch_size=1)
-    return plan_batches(single, training, training.take(slice(0)))[0].documents
+    return training_batches(single, training).documents
 
 
 def with_adapters_settings(config: TrainConfig) -> TrainConfig:

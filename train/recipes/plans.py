@@ -11,6 +11,7 @@ from typing import Any
 
 from jllama.cli.settings import settings_from_yaml
 from jllama.config import PRESETS
+from jllama.folders.json_files import read_json
 from jllama.sharding import mesh_shape
 from train.config import TrainConfig
 from train.data.documents import evenly
@@ -30,7 +31,7 @@ ROW_TOKENS = 300  # of every packed row, as `jllama plan` has it
 
 def planned() -> dict[str, dict[str, Any]]:
     """The plans by recipe."""
-    return json.loads(PLANS.read_text(encoding="utf-8"))["plans"]
+    return read_json(PLANS)["plans"]
 
 
 def card_of(name: str) -> Gpu:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jllama.cli.terminal import console
 from jllama.errors import InputError
@@ -83,8 +84,7 @@ def gathered(
     folder: Path | None, parts: Iterable[Part], vocab_size: int
 ) -> tuple[Examples, list[tuple[int, str]]]:
     """Joins parts as they come, in files that are then mapped into memory, or in memory."""
-    dtypes = {"ids": np.dtype(np.uint16 if vocab_size <= _SMALL_IDS else np.int32),
-              "learned": np.dtype(bool), "each": np.dtype(np.int32)}  # fmt: skip
+    dtypes = _dtypes(np.uint16 if vocab_size <= _SMALL_IDS else np.int32)
     problems: list[tuple[int, str]] = []
     notes: dict[str, array[int]] = {}
     with contextlib.ExitStack() as stack:
@@ -130,13 +130,17 @@ def _read(folder: Path) -> Tokenised | None:
             if file.stat().st_size != facts["bytes"] or _crc32(file) != facts["crc32"]:
                 return None
         os.utime(folder)  # it was used
-        dtypes = {"ids": np.dtype(head["ids"]), "learned": np.dtype(bool),
-                  "each": np.dtype(np.int32)}  # fmt: skip
+        dtypes = _dtypes(head["ids"])
         arrays = {name: _mapped(folder / name, dtype) for name, dtype in dtypes.items()}
     except (OSError, InputError):
         return None
     examples = dataclasses.replace(_examples(arrays), notes=head["notes"])
     return Tokenised(examples, head["problems"], head["counts"])
+
+
+def _dtypes(ids: DTypeLike) -> dict[str, np.dtype]:
+    """Of the arrays, by the name of their file."""
+    return {"ids": np.dtype(ids), "learned": np.dtype(bool), "each": np.dtype(np.int32)}
 
 
 def _examples(arrays: Mapping[str, np.ndarray]) -> Examples:

@@ -30,11 +30,12 @@ from jllama.text.tokenizer import Tokenizer, load_tokenizer
 from train.config import TrainConfig, Tune
 from train.data.batches import hold_out
 from train.data.lint import findings
-from train.data.lint.cost import batches_of, cost, layouts, on_card
+from train.data.lint.cost import cost, layouts, on_card
 from train.data.lint.show import noted, show
 from train.data.load import weighted
 from train.data.view import show_row
 from train.plan.cards import find_gpu, present_gpu
+from train.prepare import training_batches
 
 
 @checked
@@ -183,7 +184,7 @@ def find(
     if asked:
         warnings["are held out, and asked in training with another answer"] = noted(asked)
     cut = lengths[lengths > training.max_seq_len] if examples.cut.any() else lengths[:0]
-    batches = batches_of(learned, training)
+    batches = training_batches(training, learned)
     costs = cost(learned, training, batches)
     if config.gpu:
         present = config.gpu == "present"

@@ -34,22 +34,6 @@ def layouts(examples: Examples, config: TrainConfig) -> dict[str, dict[str, Any]
     return found
 
 
-def batches_of(examples: Examples, config: TrainConfig) -> Batches:
-    """The windows of the run that the settings describe, on one device."""
-    assert config.micro_batch_size != "auto"  # which the lint does not offer
-    return Batches(
-        examples,
-        accumulation=config.gradient_accumulation_steps,
-        batch=config.micro_batch_size,
-        max_seq_len=config.max_seq_len,
-        packing=config.packing,
-        length_buckets=config.length_buckets,
-        shuffle=config.shuffle,
-        seed=config.seed,
-        epochs=config.epochs,
-    )
-
-
 def cost(examples: Examples, config: TrainConfig, batches: Batches) -> dict[str, Any]:
     """Of one epoch, and of the run: its positions count the padding, too.
 
